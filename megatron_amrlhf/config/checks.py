@@ -1,0 +1,206 @@
+"""Rules that tie several keys together, checked before any process group starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_amrlhf.config.deepspeed import read_deepspeed
+from megatron_amrlhf.config.schema import Config, PpoAlgorithm, PrmAlgorithm
+from megatron_amrlhf.errors import UserError
+
+MODEL_TYPES = ("qwen2", "llama")
+CRITIC_SIGNALS = ("td_error", "advantage")
+COMPARING_KINDS = ("dpo", "rejection_sampling")  # they need several answers to a prompt
+
+
+def check_run(config: Config, world_size: int) -> None:
+    """Checks the run against itself and against the number of processes.
+
+    Raises:
+        UserError: names every broken rule on one line, each with its fix.
+    """
+    problems = [*_run_problems(config), *_layout_problems(config, world_size)]
+    if config.algorithm.kind != "prm":
+        problems += [*_rollout_problems(config), *_mask_problems(config)]
+    _raise_if(problems)
+
+
+def check_files(config: Config) -> None:
+    """Checks that the local files that the run names exist (the model may be a hub id).
+
+    Raises:
+        UserError: names every missing file on one line.
+    """
+    problems = []
+    for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if name is not None and not Path(name).expanduser().is_file():
+            problems.append(f"{key}: {name}: no such file")
+    folder = config.reward_model.path
+    if config.algorithm.kind != "prm" and folder and not Path(folder).expanduser().is_dir():
+        problems.append(f"reward_model.path: {folder}: no such folder, train a prm first")
+    try:
+        read_deepspeed(config.engine.deepspeed)
+    except UserError as error:
+        problems.append(str(error))
+    _raise_if(problems)
+
+
+def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:
+    """Checks the parallel sizes against a model.
+
+    Args:
+        config: the run.
+        hf_config: the content of the model's Hugging Face ``config.json``.
+
+    Raises:
+        UserError: the model's type is not supported or its sizes do not divide, on one line.
+    """
+    model_type = hf_config.get("model_type")
+    if model_type not in MODEL_TYPES:
+        raise UserError(
+            f"model.path: {config.model.path}: model_type {model_type!r} is not supported, "
+            f"use one of {', '.join(MODEL_TYPES)}"
+        )
+    heads = hf_config["num_attention_heads"]
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    split = (
+        ("tensor", tensor, heads, "attention heads"),
+        ("tensor", tensor, hf_config.get("num_key_value_heads") or heads, "key-value heads"),
+        ("tensor", tensor, hf_config["intermediate_size"], "feed-forward units"),
+        ("pipeline", pipeline, hf_config["num_hidden_layers"], "layers"),
+    )
+    sizes = {
+        "tensor": [count for axis, _, count, _ in split if axis == "tensor"],
+        "pipeline": [count for axis, _, count, _ in split if axis == "pipeline"],
+    }
+    _raise_if(
+        f"parallel.{axis} = {size} does not divide the model's {count} {unit}: "
+        f"use {_choices(sizes[axis])}"
+        for axis, size, count, unit in split
+        if count % size
+    )
+
+
+def _run_problems(config: Config) -> Iterator[str]:
+    name, optimizer = config.run.name, config.optimizer
+    if name in (".", "..") or "/" in name or "\\" in name:
+        yield f"run.name: must be a plain folder name (got '{name}'), use run.folder for the place"
+    if max(optimizer.betas) >= 1:
+        yield f"optimizer.betas: both must be < 1 (got {list(optimizer.betas)})"
+    steps = _optimizer_steps(config)
+    if steps is not None and optimizer.warmup_steps >= steps:
+        yield (
+            f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of the run's "
+            f"{steps} optimizer steps: use at most {steps - 1}"
+        )
+    is_prm = config.algorithm.kind == "prm"
+    wanted = "steps" if is_prm else "prompts"
+    if config.data.format != wanted:
+        yield (
+            f"data.format: algorithm.kind {config.algorithm.kind} needs {wanted} "
+            f"(got {config.data.format})"
+        )
+    if not is_prm and config.reward_model.path is None:
+        yield (
+            "reward_model.path: is required, train one with algorithm.kind prm and give its "
+            "runs/NAME/export folder"
+        )
+
+
+def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
+    """Processes, data-parallel size and what must divide by it."""
+    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    model_parallel = tensor * pipeline
+    if world_size % model_parallel:
+        yield (
+            f"{world_size} processes do not divide into replicas of parallel.tensor x "
+            f"parallel.pipeline = {tensor} x {pipeline} = {model_parallel}: "
+            f"start a multiple of {model_parallel} processes or change the sizes"
+        )
+        return
+    replicas = world_size // model_parallel
+    algorithm, rollout = config.algorithm, config.rollout
+    if isinstance(algorithm, PrmAlgorithm):
+        if algorithm.batch_size % replicas:
+            yield _not_divided("algorithm.batch_size", algorithm.batch_size, replicas)
+        return
+    if rollout.prompts_per_step % replicas:
+        yield _not_divided("rollout.prompts_per_step", rollout.prompts_per_step, replicas)
+        return
+    rows, unit = rollout.prompts_per_step // replicas, "prompts"
+    if isinstance(algorithm, PpoAlgorithm):
+        rows, unit = rows * rollout.samples_per_prompt, "answers"
+    if algorithm.minibatches > rows:
+        yield (
+            f"algorithm.minibatches = {algorithm.minibatches} is more than the {rows} {unit} a "
+            f"step on each of the {replicas} replicas: use at most {rows}"
+        )
+
+
+def _rollout_problems(config: Config) -> Iterator[str]:
+    rollout, data = config.rollout, config.data
+    if rollout.reference_samples_per_prompt >= rollout.samples_per_prompt:
+        yield (
+            f"rollout.reference_samples_per_prompt = {rollout.reference_samples_per_prompt} leaves "
+            f"no answer to the policy: use less than rollout.samples_per_prompt = "
+            f"{rollout.samples_per_prompt}"
+        )
+    if config.algorithm.kind in COMPARING_KINDS and rollout.samples_per_prompt < 2:
+        yield (
+            f"rollout.samples_per_prompt: {config.algorithm.kind} compares answers to one prompt, "
+            f"use at least 2 (got {rollout.samples_per_prompt})"
+        )
+    longest = data.max_prompt_tokens + rollout.max_new_tokens
+    if longest > data.max_row_tokens:
+        yield (
+            f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} is more than "
+            f"data.max_row_tokens = {data.max_row_tokens}: raise it to {longest}"
+        )
+
+
+def _mask_problems(config: Config) -> Iterator[str]:
+    mask = config.mask
+    if mask.kind == "none":
+        return
+    kind = config.algorithm.kind
+    if mask.signal in CRITIC_SIGNALS and kind != "ppo":
+        yield (
+            f"mask.signal: {mask.signal} needs a critic, which {kind} has not: "
+            "use reward or implicit"
+        )
+    if mask.label == "value" and kind != "ppo":
+        yield f"mask.label: value needs a critic, which {kind} has not: use group or batch"
+    if mask.label == "group" and kind == "ppo" and config.rollout.samples_per_prompt < 2:
+        yield (
+            "mask.label: group compares answers to one prompt: use rollout.samples_per_prompt of "
+            "at least 2, or label batch or value"
+        )
+
+
+def _optimizer_steps(config: Config) -> int | None:
+    """Optimizer steps of the run, or None where the data decide."""
+    algorithm, steps = config.algorithm, config.run.steps
+    if steps is None or isinstance(algorithm, PrmAlgorithm):
+        return steps
+    epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm) else 1
+    return steps * epochs * algorithm.minibatches
+
+
+def _not_divided(key: str, value: int, replicas: int) -> str:
+    up = -(-value // replicas) * replicas
+    down = up - replicas
+    choice = f"{down} or {up}" if down else str(up)
+    return f"{key} = {value} does not divide by the {replicas} data-parallel replicas: use {choice}"
+
+
+def _choices(counts: list[int]) -> str:
+    """Sizes that divide all the counts, as ``1, 3 or 9``."""
+    sizes = [str(n) for n in range(1, min(counts) + 1) if all(c % n == 0 for c in counts)]
+    return " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
+
+
+def _raise_if(problems: Iterator[str] | list[str]) -> None:
+    if found := list(problems):
+        raise UserError("; ".join(found))

@@ -1,0 +1,136 @@
+"""The DeepSpeed configuration of a role: the user's JSON with its 'auto' values filled in.
+
+One JSON serves all roles. Micro-batches and loss scaling are ours, so DeepSpeed always sees one
+micro-batch of one row a step: with ``gradient_accumulation_steps`` above 1 it would divide the
+gradients again at every stage's output.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+ZERO_STAGE = 3
+# Derived from the run's YAML, so the JSON may only say "auto" (or the same value).
+_ONE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_OURS = {
+    "optimizer": "the optimizer comes from the run's YAML (optimizer.lr, optimizer.betas, ...)",
+    "scheduler": "the schedule comes from the run's YAML (optimizer.schedule, .warmup_steps)",
+    "fp16": "fp16 is not supported, use model.dtype: bfloat16 or float32",
+    "amp": "amp is not supported, use model.dtype: bfloat16 or float32",
+}
+
+
+def resolve_deepspeed(config: Config, data_parallel_size: int, trainable: bool) -> dict[str, Any]:
+    """Fills in a role's DeepSpeed configuration.
+
+    Args:
+        config: the run; ``config.engine.deepspeed`` names the JSON file, relative to the working
+            directory or else to the repository.
+        data_parallel_size: number of replicas of a stage (DP).
+        trainable: False for a frozen role (reference, reward model), which gets no optimizer
+            settings: no gradient clipping and no optimizer offload.
+
+    Returns:
+        A new dict without any "auto", ready for ``deepspeed.initialize(config=...)``.
+
+    Raises:
+        UserError: the file is missing or malformed, or sets what the engine cannot honour.
+    """
+    path, template = read_deepspeed(config.engine.deepspeed)
+    problems = _problems(template, config, data_parallel_size)
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    resolved = copy.deepcopy(template)
+    resolved |= {
+        "train_batch_size": data_parallel_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": config.optimizer.max_grad_norm,
+    }
+    bf16 = resolved.setdefault("bf16", {})
+    bf16["enabled"] = config.model.dtype == "bfloat16"
+    for key in _OURS:
+        resolved.pop(key, None)  # only a disabled section gets here
+    if not trainable:
+        del resolved["gradient_clipping"]
+        resolved["zero_optimization"].pop("offload_optimizer", None)
+    _refuse_left_auto(resolved, path)
+    return resolved
+
+
+def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
+    """Finds and parses the DeepSpeed JSON.
+
+    Returns:
+        The file's path and its content, "auto" values still in it.
+
+    Raises:
+        UserError: no such file, or it is not a JSON object.
+    """
+    given = Path(name).expanduser()
+    path = next((each for each in (given, REPOSITORY / given) if each.is_file()), None)
+    if path is None:
+        raise UserError(
+            f"engine.deepspeed: {name}: no such file, here or in {REPOSITORY} "
+            "(the default is configs/deepspeed/zero3.json)"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}{line}: malformed JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return path, content
+
+
+def _problems(template: dict[str, Any], config: Config, data_parallel_size: int) -> list[str]:
+    problems = []
+    for key in _ONE:
+        if template.get(key, "auto") not in ("auto", 1):
+            problems.append(
+                f'{key} must be 1 or "auto" (got {template[key]!r}): '
+                "micro-batches are engine.micro_batch_size in the run's YAML"
+            )
+    derived = {
+        "train_batch_size": (data_parallel_size, "the data-parallel size"),
+        "gradient_clipping": (config.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
+    }
+    for key, (value, source) in derived.items():
+        if template.get(key, "auto") not in ("auto", value):
+            problems.append(f'{key} must be "auto" or {value} ({source}), got {template[key]!r}')
+    for key, reason in _OURS.items():
+        section = template.get(key)
+        disabled = isinstance(section, dict) and section.get("enabled") is False
+        if section is not None and not disabled:
+            problems.append(f"remove {key}: {reason}")
+    zero = template.get("zero_optimization")
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage != ZERO_STAGE:
+        problems.append(f"zero_optimization.stage must be {ZERO_STAGE} (got {stage!r})")
+    return problems + _bf16_problems(template.get("bf16", {}), config.model.dtype)
+
+
+def _bf16_problems(section: Any, dtype: str) -> list[str]:
+    if not isinstance(section, dict):
+        return [f"bf16 must be an object (got {section!r})"]
+    wanted = dtype == "bfloat16"
+    if section.get("enabled", "auto") in ("auto", wanted):
+        return []
+    return [f'bf16.enabled contradicts model.dtype: {dtype}, set it to "auto"']
+
+
+def _refuse_left_auto(node: Any, path: Path, key: str = "") -> None:
+    """Refuses "auto" where this package derives nothing, rather than handing it on."""
+    if node == "auto":
+        raise UserError(f'{path}: {key}: "auto" is not derived for this key, give a value')
+    if isinstance(node, dict):
+        for name, value in node.items():
+            _refuse_left_auto(value, path, f"{key}.{name}" if key else name)

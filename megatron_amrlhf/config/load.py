@@ -1,0 +1,112 @@
+"""Reads a run's YAML file and the ``--set`` overrides into a validated ``Config``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_amrlhf.config.problems import describe_problems
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.errors import UserError
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 floats (``1e-6``) and duplicate keys refused."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                continue
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key '{key_node.value}' is given twice",
+                    problem_mark=key_node.start_mark,
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads and validates a run's configuration.
+
+    Args:
+        path: the YAML file.
+        overrides: ``section.key=value`` texts, the value is parsed as YAML.
+
+    Raises:
+        UserError: the file is missing or malformed, or any key or value is wrong. All problems
+            are named at once, on one line.
+    """
+    data = _read_yaml(Path(path))
+    for section in [name for name, value in data.items() if value is None]:
+        del data[section]  # "mask:" with every key commented out means the defaults
+    from_override = {_apply_override(data, text) for text in overrides}
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = describe_problems(error, data, from_override)
+        raise UserError(f"{path}: {'; '.join(problems)}") from None
+
+
+def dump_config(config: Config) -> str:
+    """Writes a configuration, defaults included, as YAML that ``load_config`` reads back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file (give the path of a run's YAML, see configs/)")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder, give the YAML file itself")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: is not UTF-8 text") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}{_yaml_problem(error)}") from None
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise UserError(f"{path}: {found}, must be a mapping of sections (run:, model:, ...)")
+    return data
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """``, line 3: malformed YAML (...)``, without the several lines that PyYAML writes."""
+    mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
+    what = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+    where = f", line {mark.line + 1}" if mark else ""
+    return f"{where}: malformed YAML ({' '.join(str(what).split())})"
+
+
+def _apply_override(data: dict[str, Any], text: str) -> str:
+    """Writes one ``a.b=c`` into the raw data and returns its dotted key."""
+    key, equals, raw = text.partition("=")
+    key = key.strip()
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise UserError(f"--set {text}: must look like section.key=value")
+    try:
+        value = yaml.load(raw, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}{_yaml_problem(error)}") from None
+    *parents, leaf = key.split(".")
+    node = data
+    for depth, parent in enumerate(parents):
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {text}: {'.'.join(parents[: depth + 1])} is not a section")
+    node[leaf] = value
+    return key

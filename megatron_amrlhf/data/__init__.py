@@ -1,0 +1,1 @@
+"""Reading, making, encoding and ordering of training data."""

@@ -1,0 +1,112 @@
+"""Text to token ids: the chat template, the end tokens, and the positions of step ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from megatron_amrlhf.errors import UserError
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a local Hugging Face folder; never runs code from the folder.
+
+    Raises:
+        UserError: no such folder, or no tokenizer in it that transformers can load.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such model folder; give a folder with a tokenizer in it")
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        message = f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files"
+        raise UserError(message) from error
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None
+) -> list[int]:
+    """Token ids of a prompt up to where the answer starts.
+
+    With a chat template: the system message (if any), the user's message, and the header of the
+    assistant's turn. Some templates put in a system message of their own where none is given.
+    Without a template: ``text`` and a newline, the system prompt before it with an empty line,
+    and the special tokens (BOS) that the tokenizer puts at the start.
+
+    Raises:
+        UserError: the template refuses the messages (some know no system role).
+    """
+    if not tokenizer.chat_template:
+        system = f"{system_prompt}\n\n" if system_prompt else ""
+        return list(tokenizer.encode(f"{system}{text}\n"))
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": text})
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        advice = "set data.system_prompt to null" if system_prompt else "use another model"
+        raise UserError(f"the chat template refuses the prompt ({error}); {advice}") from error
+    return list(ids)
+
+
+def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
+    """Ids that end an answer: the tokenizer's EOS first, then those of generation_config.json.
+
+    Raises:
+        UserError: there is none, or generation_config.json is malformed.
+    """
+    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    path = Path(folder) / "generation_config.json"
+    if path.is_file():
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
+        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(token) is int and token >= 0 for token in listed):
+            raise UserError(f"{path}: eos_token_id must be token ids; restore the file")
+        ids += listed
+    if not ids:
+        raise UserError(f"{folder}: the tokenizer has no end token; set eos_token in its config")
+    return list(dict.fromkeys(ids))
+
+
+def encode_solution(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], steps: list[str]
+) -> tuple[list[int], list[int]]:
+    """Token ids of a prompt with a solution, and the position of each step's last token.
+
+    Each step is tokenized on its own, with its newline, and the ids are put one after the other,
+    so that a step's end is known by counting tokens; no separator is ever searched for in text or
+    ids. A step's position is that of its last token, newline included; the last step has no
+    newline and is followed by the end-of-turn token (the tokenizer's EOS), which has no label.
+
+    Args:
+        tokenizer: any tokenizer with an EOS.
+        prompt_ids: from `encode_prompt`.
+        steps: texts; newlines at their ends are taken off first.
+
+    Returns:
+        ``ids`` (prompt, steps, end of turn) and ``step_end_positions`` (indices into ``ids``, one
+        a step, increasing).
+    """
+    assert tokenizer.eos_token_id is not None, "end_token_ids() refuses such tokenizers"
+    ids = list(prompt_ids)
+    step_end_positions = []
+    for number, step in enumerate(steps, start=1):
+        newline = "\n" if number < len(steps) else ""
+        piece = tokenizer.encode(step.rstrip("\n") + newline, add_special_tokens=False)
+        assert piece, f"step {number} has no tokens: {step!r}"
+        ids.extend(piece)
+        step_end_positions.append(len(ids) - 1)
+    ids.append(tokenizer.eos_token_id)
+    assert len(step_end_positions) == len(steps)
+    return ids, step_end_positions

@@ -1,0 +1,109 @@
+"""The demonstration data that the quick start runs on: made here, nothing is downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from random import Random
+
+from megatron_amrlhf.data.arithmetic import generate_problems
+from megatron_amrlhf.data.general_prompts import general_prompts
+from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint, write_atomically
+from megatron_amrlhf.errors import UserError
+
+PRM_TRAIN = "prm_train.jsonl"
+PRM_HELDOUT = "prm_heldout.jsonl"
+PROMPTS_TRAIN = "prompts_train.jsonl"
+PROMPTS_HELDOUT = "prompts_heldout.jsonl"
+MANIFEST = "demo.json"
+
+NUM_PROBLEMS = 600
+NUM_HELDOUT = 120
+_VERSION = 1  # raise it when the same parameters give other data
+
+
+def write_demo_data(
+    folder: str | Path,
+    seed: int,
+    num_problems: int = NUM_PROBLEMS,
+    num_heldout: int = NUM_HELDOUT,
+) -> bool:
+    """Write step-labelled problems and prompts, or leave the folder alone if they are there.
+
+    Files: ``prm_{train,heldout}.jsonl`` (``prompt, steps, labels, answer``), and
+    ``prompts_{train,heldout}.jsonl``, which mix those problems (``prompt, answer``) with general
+    prompts in English and Chinese (``prompt``), and ``demo.json`` (parameters, sha256 of each).
+    No prompt of a train file is in a held-out file. Each file is renamed into place whole,
+    ``demo.json`` last.
+
+    Args:
+        folder: made if it is not there.
+        seed: of problems, errors and mixing.
+        num_problems: problems in ``prm_train.jsonl``.
+        num_heldout: problems in ``prm_heldout.jsonl``.
+
+    Returns:
+        True if files were written, False if all were there with the same parameters.
+
+    Raises:
+        UserError: counts under 1, more problems than there are, a folder that cannot be written,
+            or one with a file of these names that this function did not write.
+    """
+    if min(num_problems, num_heldout) < 1 or seed < 0:
+        raise UserError("demo data needs a seed >= 0 and at least 1 problem and 1 held-out one")
+    folder = Path(folder)
+    parameters = {"version": _VERSION, "seed": seed, "num_problems": num_problems}
+    parameters["num_heldout"] = num_heldout
+    previous = _read_manifest(folder / MANIFEST)
+    hashes = {name: fingerprint(folder / name) for name in _names() if (folder / name).exists()}
+    if previous == {"parameters": parameters, "sha256": hashes}:
+        return False
+    contents = _make_contents(seed, num_problems, num_heldout)
+    new_hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    for name, found in hashes.items():
+        if found not in (previous.get("sha256", {}).get(name), new_hashes[name]):
+            message = f"{folder / name}: this file is not (or no longer) as the demo wrote it"
+            raise UserError(f"{message}; move it away or choose another folder")
+    manifest = {"parameters": parameters, "sha256": new_hashes}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            write_atomically(folder / name, content)
+        write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot write the demo data: {error.strerror}") from error
+    return True
+
+
+def _names() -> tuple[str, ...]:
+    return (PRM_TRAIN, PRM_HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT)
+
+
+def _make_contents(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
+    train = generate_problems(num_problems, seed, "train")
+    heldout = generate_problems(num_heldout, seed, "heldout")
+    records = (
+        train,
+        heldout,
+        _mix_prompts(train, general_prompts("train"), seed),
+        _mix_prompts(heldout, general_prompts("heldout"), seed),
+    )
+    return {name: dump_jsonl(rows) for name, rows in zip(_names(), records, strict=True)}
+
+
+def _mix_prompts(problems: list[dict], general: list[str], seed: int) -> list[dict]:
+    rows = [{"prompt": problem["prompt"], "answer": problem["answer"]} for problem in problems]
+    rows += [{"prompt": text} for text in general]
+    rng = Random(f"mixture/{seed}")
+    keys = [rng.random() for _ in rows]
+    return [rows[index] for index in sorted(range(len(rows)), key=keys.__getitem__)]
+
+
+def _read_manifest(path: Path) -> dict:
+    """The manifest of an earlier call; empty if there is none that can be read."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return manifest if isinstance(manifest, dict) else {}

@@ -1,0 +1,147 @@
+"""JSON-lines files: strict reading with one-line errors, atomic writing, fingerprints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_amrlhf.errors import UserError
+
+Requirement = type | tuple[type, ...] | Callable[[Any], str | None]
+"""What a key's value must be: a type, several types, or a check.
+
+A check gets the value and returns None if it is right, else what is wrong ("must be ...").
+"""
+
+_JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
+_JSON_NAMES |= {list: "a list", dict: "an object", type(None): "null"}
+
+
+def read_jsonl(path: str | Path, required: dict[str, Requirement]) -> list[dict]:
+    """Read a JSON-lines file of objects and check the keys that the caller needs.
+
+    Args:
+        path: the file, UTF-8; blank lines are passed over, keys not in ``required`` are kept.
+        required: key -> type, tuple of types, or check function (see `Requirement`). ``float``
+            takes integers too; ``true`` and ``false`` are numbers nowhere.
+
+    Returns:
+        One dict a line, in the file's order.
+
+    Raises:
+        UserError: missing or empty file, malformed line, missing or wrong key; the message starts
+            with ``path:line:``.
+    """
+    return [record for _, record in read_numbered_jsonl(path, required)]
+
+
+def read_numbered_jsonl(
+    path: str | Path, required: dict[str, Requirement]
+) -> list[tuple[int, dict]]:
+    """As `read_jsonl`, each record with its line number (from 1), for later error messages."""
+    records = []
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = _parse_line(line, where)
+        for key, requirement in required.items():
+            if key not in record:
+                found = ", ".join(map(repr, record)) or "none"
+                raise UserError(f"{where}: key '{key}' is missing (keys here: {found}); add it")
+            problem = _violation(record[key], requirement)
+            if problem:
+                raise UserError(f"{where}: '{key}' {problem}; correct this line")
+        records.append((number, record))
+    if not records:
+        raise UserError(f"{path}:1: the file is empty; put one JSON object on each line")
+    return records
+
+
+def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
+    """Write one JSON object a line (UTF-8) so that the file is there whole or not at all."""
+    write_atomically(path, dump_jsonl(records))
+
+
+def dump_jsonl(records: Iterable[dict]) -> bytes:
+    """The bytes that `write_jsonl` writes."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write ``content`` to a temporary file beside ``path``, flush it to disk, rename it."""
+    temporary = Path(f"{path}.tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(path: str | Path) -> str:
+    """sha256 of a file's bytes, hex. A resumed run compares it with the one it was saved with.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the data file: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _read_text(path: str | Path) -> str:
+    try:
+        content = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        message = f"{path}: no such file; check the path (relative to {os.getcwd()})"
+        raise UserError(message) from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the file: {error.strerror}") from error
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}:{number}: not UTF-8 text; convert the file to UTF-8") from error
+
+
+def _parse_line(line: str, where: str) -> dict:
+    try:
+        record = json.loads(line, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        advice = "write one JSON object a line"
+        message = f"{where}: not valid JSON ({error.msg} at column {error.colno}); {advice}"
+        raise UserError(message) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); correct this line") from error
+    if not isinstance(record, dict):
+        found = _JSON_NAMES[type(record)]
+        raise UserError(f"{where}: expected a JSON object, found {found}; write {{...}} a line")
+    return record
+
+
+def _refuse_constant(name: str):
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _violation(value: Any, requirement: Requirement) -> str | None:
+    """What is wrong with a value, or None."""
+    if not isinstance(requirement, type | tuple):
+        return requirement(value)
+    types = requirement if isinstance(requirement, tuple) else (requirement,)
+    accepted = types + (int,) if float in types else types
+    if type(value) in accepted:
+        return None
+    expected = " or ".join(_JSON_NAMES.get(kind, kind.__name__) for kind in types)
+    return f"must be {expected}, found {_JSON_NAMES[type(value)]}"

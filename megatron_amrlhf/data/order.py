@@ -1,0 +1,67 @@
+"""Which samples come next: a function of (seed, consumed samples), never of the layout.
+
+A checkpoint needs only the seed, the number of consumed samples and the data's fingerprint to go
+on, with any number of data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import lru_cache
+
+from megatron_amrlhf.data.jsonl import fingerprint
+
+__all__ = ["PADDING", "epoch_permutation", "fingerprint", "shard", "take"]
+
+PADDING = -1
+"""Index that stands for "no sample" where ranks have unequal shares."""
+
+
+def epoch_permutation(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of the ``n`` samples in one epoch; depends on (n, seed, epoch) only."""
+    return list(_permutation(n, seed, epoch))
+
+
+def take(n: int, seed: int, consumed: int, count: int) -> list[int]:
+    """Indices of the next ``count`` samples after ``consumed`` ones, going on into later epochs.
+
+    Args:
+        n: samples in the data set.
+        seed: of the data order (``run.seed``).
+        consumed: samples used since the start of the run, over all DP ranks and epochs.
+        count: samples wanted.
+
+    Returns:
+        ``count`` indices in [0, n). A sample can be in it twice only where it crosses an epoch.
+    """
+    assert n > 0 and consumed >= 0 and count >= 0, (n, consumed, count)
+    indices: list[int] = []
+    while len(indices) < count:
+        epoch, offset = divmod(consumed + len(indices), n)
+        missing = count - len(indices)
+        indices.extend(_permutation(n, seed, epoch)[offset : offset + missing])
+    return indices
+
+
+def shard(indices: list[int], dp_rank: int, dp_size: int) -> list[int]:
+    """This rank's contiguous share of ``indices``, of the same length on every rank.
+
+    The shares differ by one sample at most, the first ranks have the longer ones; shorter ones are
+    filled with `PADDING` (-1) at their end, so that every rank enters the same collectives. The
+    shares of ranks 0, 1, ... without the padding, one after the other, are ``indices``.
+    """
+    assert 0 <= dp_rank < dp_size, (dp_rank, dp_size)
+    base, remainder = divmod(len(indices), dp_size)
+    start = dp_rank * base + min(dp_rank, remainder)
+    share = list(indices[start : start + base + (dp_rank < remainder)])
+    width = base + (remainder > 0)
+    return share + [PADDING] * (width - len(share))
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    # Sorting by random() keys: Python promises the same random() for a seed in all versions, and
+    # promises nothing for shuffle().
+    generator = random.Random(f"order/{seed}/{epoch}")
+    keys = [generator.random() for _ in range(n)]
+    return tuple(sorted(range(n), key=keys.__getitem__))

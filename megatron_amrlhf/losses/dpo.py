@@ -1,0 +1,85 @@
+"""Adaptive DPO, eq. 15, in two forms."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+
+
+def dpo_loss(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen: Tensor,
+    ref_rejected: Tensor,
+    chosen_mask: Tensor,
+    rejected_mask: Tensor,
+    beta: float,
+    form: str,
+    chosen_valid: Tensor | None = None,
+    rejected_valid: Tensor | None = None,
+) -> LossOutput:
+    """``-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected))`` of each pair.
+
+    ``inside``: the log-ratios are sums over kept tokens only. A pair whose masks are both empty
+    gives the constant ln 2 with exactly zero gradient (and it counts as a pair).
+
+    ``pair``: eq. 15 as printed. The log-ratios are sums over all response tokens and the pair's
+    term is multiplied by its M(x, y_w, y_l). A token mask has no single such number; we take the
+    kept share of both answers' response tokens together, in [0, 1]. No kept token: 0, no gradient.
+
+    Metrics over pairs: ``reward/implicit_chosen`` and ``reward/implicit_rejected``, beta times the
+    log-ratio sum that the form reads; ``dpo/margin``, their difference; ``dpo/accuracy``, share of
+    pairs with a margin above 0.
+
+    Args:
+        chosen_logprobs: ``[P, R]`` of the policy on y_w, differentiable, nats.
+        rejected_logprobs: ``[P, R']`` of the policy on y_l; its width may differ.
+        ref_chosen: ``[P, R]`` of the reference on y_w.
+        ref_rejected: ``[P, R']`` of the reference on y_l.
+        chosen_mask: ``[P, R]`` bool, kept tokens; all response tokens gives plain DPO.
+        rejected_mask: ``[P, R']`` bool.
+        beta: temperature of eq. 6 and 15.
+        form: ``inside`` or ``pair``.
+        chosen_valid: ``[P, R]`` bool, response tokens; needed by ``pair``.
+        rejected_valid: ``[P, R']`` bool, as above.
+
+    Returns:
+        Terms ``[P, 1]``; the caller divides by the global number of pairs.
+
+    Raises:
+        ValueError: unknown form.
+    """
+    if form == "inside":
+        chosen_read, rejected_read = chosen_mask, rejected_mask
+        weight_P = None
+    elif form == "pair":
+        assert chosen_valid is not None and rejected_valid is not None, "'pair' needs valid masks"
+        chosen_read, rejected_read = chosen_valid, rejected_valid
+        num_kept_P = (chosen_mask & chosen_valid).sum(1) + (rejected_mask & rejected_valid).sum(1)
+        num_tokens_P = chosen_valid.sum(1) + rejected_valid.sum(1)
+        weight_P = num_kept_P / num_tokens_P.clamp(min=1)
+    else:
+        raise ValueError(f"unknown DPO form {form!r}")
+
+    chosen_P = beta * _logratio_sums(chosen_logprobs, ref_chosen, chosen_read)
+    rejected_P = beta * _logratio_sums(rejected_logprobs, ref_rejected, rejected_read)
+    margin_P = chosen_P - rejected_P
+    if weight_P is None:
+        terms_P = -F.logsigmoid(margin_P)
+    else:
+        terms_P = -F.logsigmoid(masked(margin_P, weight_P > 0)) * weight_P
+    every_P = chosen_mask.new_ones(margin_P.shape)
+    metrics = {
+        "dpo/accuracy": metric((margin_P > 0).float(), every_P),
+        "dpo/margin": metric(margin_P, every_P),
+        "reward/implicit_chosen": metric(chosen_P, every_P),
+        "reward/implicit_rejected": metric(rejected_P, every_P),
+    }
+    return LossOutput(terms_P[:, None], metrics)
+
+
+def _logratio_sums(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """``[P, R]`` to ``[P]``: sum of log pi / pi_ref where ``mask``."""
+    return (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)

@@ -1,0 +1,74 @@
+"""Adaptive PPO, eq. 14: the clipped surrogate on kept tokens, and the clipped value loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+
+
+def ppo_actor_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_eps: float,
+) -> LossOutput:
+    """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) M`` of each token, eq. 14.
+
+    Metrics, all over kept tokens: ``policy/ratio``; ``policy/approx_kl``, which is
+    ``(ratio - 1) - log ratio``, Schulman's k3 for KL(behaviour || policy); ``policy/clipfrac``,
+    share of ``|ratio - 1| > eps``.
+
+    Args:
+        logprobs: ``[B, R]`` of the policy now, differentiable, nats.
+        behaviour_logprobs: ``[B, R]`` of the policy that sampled (pi_old).
+        advantages: ``[B, R]``.
+        mask: ``[B, R]`` bool M of eq. 13; all response tokens gives plain PPO.
+        clip_eps: epsilon of eq. 14.
+
+    Returns:
+        Terms ``[B, R]``; the caller divides (``reduce.scale_for_engine``).
+    """
+    logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
+    ratio = logratio.exp()
+    advantages = masked(advantages.detach(), mask)
+    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
+    terms = torch.maximum(-ratio * advantages, -clipped_ratio * advantages)
+    metrics = {
+        "policy/approx_kl": metric(torch.expm1(logratio) - logratio, mask),
+        "policy/clipfrac": metric(((ratio - 1).abs() > clip_eps).float(), mask),
+        "policy/ratio": metric(ratio, mask),
+    }
+    return LossOutput(masked(terms, mask), metrics)
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, valid: Tensor, clip_eps: float
+) -> LossOutput:
+    """``max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2) / 2`` of each response token.
+
+    The critic learns from all response tokens; the adaptive mask is the actor's.
+    Metrics over valid tokens: ``value/error``, ``(V - G)^2``; ``value/clipfrac``, share where the
+    clipped branch is the larger one, so that no gradient flows.
+
+    Args:
+        values: ``[B, R]`` of the critic now, differentiable.
+        old_values: ``[B, R]`` of the critic at the rollout.
+        returns: ``[B, R]`` targets G.
+        valid: ``[B, R]`` bool, response tokens.
+        clip_eps: clip range, value units.
+
+    Returns:
+        Terms ``[B, R]``; the caller divides.
+    """
+    values, old_values = masked(values, valid), masked(old_values.detach(), valid)
+    returns = masked(returns.detach(), valid)
+    clipped_values = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
+    error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
+    metrics = {
+        "value/clipfrac": metric((clipped_error > error).float(), valid),
+        "value/error": metric(error, valid),
+    }
+    return LossOutput(masked(0.5 * torch.maximum(error, clipped_error), valid), metrics)

@@ -1,0 +1,134 @@
+"""What a loss returns, and the only place that divides by counts.
+
+Losses are pure functions that return one term a token (or a row, or a pair). The count to divide by
+is global: over all micro-batches of the optimizer step and all data-parallel ranks. So a loss does
+not depend on how rows are laid out over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+Metrics = dict[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss before any division.
+
+    Attributes:
+        terms: ``[B, R]`` a token, or ``[B, 1]`` a row or pair; differentiable, float32 or better,
+            exactly 0 (with exactly zero gradient) where the loss reads nothing.
+        metrics: name to (sum, count), detached 0-dim float64; a mean is made by
+            ``finish_metrics``. The keys do not depend on the data: an empty batch has them too.
+    """
+
+    terms: Tensor
+    metrics: Metrics
+
+
+def masked(x: Tensor, mask: Tensor) -> Tensor:
+    """``x`` (at least float32) where ``mask``, else 0 with zero gradient, even if inf or nan."""
+    assert x.shape == mask.shape, (x.shape, mask.shape)
+    return torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
+
+
+def metric(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum, count) of ``x`` where ``mask``: detached 0-dim float64."""
+    return masked(x.detach(), mask).double().sum(), mask.sum().double()
+
+
+def denominator_mask(valid: Tensor, mask: Tensor, kind: str) -> Tensor:
+    """The tokens that ``loss.denominator`` counts.
+
+    Args:
+        valid: ``[B, R]`` bool, all response tokens.
+        mask: ``[B, R]`` bool, kept tokens.
+        kind: ``response`` (``valid``, as the expectation of eq. 14) or ``kept`` (``mask``).
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ("response", "kept"):
+        raise ValueError(f"unknown denominator {kind!r}")
+    return valid if kind == "response" else mask
+
+
+def global_count(mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Number of True entries over all ranks of ``group``, at least 1; 0-dim float32.
+
+    Args:
+        mask: bool, any shape, empty too: of all rows of this rank's optimizer step. For losses of
+            rows or pairs: ones.
+        group: data-parallel group; None: this process only. Enters one all-reduce.
+    """
+    count = mask.sum().double()
+    if group is not None:
+        dist.all_reduce(count, group=group)
+    return count.clamp(min=1.0).float()
+
+
+def scale_for_engine(terms_sum: Tensor, global_count: Tensor, data_parallel_size: int) -> Tensor:
+    """The scalar to call backward on: sum / global count * DP.
+
+    ZeRO averages gradients over the data-parallel ranks, so the factor makes the gradient that of
+    the global sum over the global count. Nothing else may scale the loss: not mcore's number of
+    micro-batches, not DeepSpeed's accumulation steps.
+
+    Args:
+        terms_sum: 0-dim, ``LossOutput.terms`` of one micro-batch summed up.
+        global_count: 0-dim, of the whole optimizer step.
+        data_parallel_size: ranks that ZeRO averages over.
+    """
+    return terms_sum / global_count * data_parallel_size
+
+
+def merge_metrics(metrics: Iterable[Metrics]) -> Metrics:
+    """Adds up sums and counts of micro-batches; a key that one of them lacks counts as zero."""
+    merged: Metrics = {}
+    for one in metrics:
+        for key, (total, count) in one.items():
+            if key in merged:
+                total, count = merged[key][0] + total, merged[key][1] + count
+            merged[key] = (total, count)
+    return merged
+
+
+def finish_metrics(
+    merged: Metrics,
+    group: ProcessGroup | None = None,
+    keys: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, float]:
+    """Means over all ranks of ``group``: global sum / global count, by one all-reduce.
+
+    Args:
+        merged: from ``merge_metrics``. Keys must be the same on all ranks, in any order.
+        group: data-parallel group; None: this process only.
+        keys: all keys of the step, for ranks that ran no micro-batch: what ``merged`` lacks
+            contributes zeros. None: those of ``merged``.
+        device: where to reduce when ``merged`` is empty; None: CPU.
+
+    Returns:
+        A float a key, sorted by key; nan where the global count is 0 (nothing was measured).
+    """
+    names = sorted(merged if keys is None else keys)
+    assert set(merged) <= set(names), (sorted(merged), names)
+    devices = [total.device for total, _ in merged.values()]
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=devices[0] if devices else device)
+    for row, name in enumerate(names):
+        if name in merged:
+            sums[row] = torch.stack(merged[name]).double()
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return {
+        name: total / count if count > 0 else math.nan
+        for name, (total, count) in zip(names, sums.tolist(), strict=True)
+    }

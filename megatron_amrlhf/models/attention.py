@@ -1,0 +1,93 @@
+"""The attention of every stage: rotary positions, KV cache and torch's SDPA in one module.
+
+Rows are padded on the right, so plain causal attention never lets a real token see padding and
+training needs no mask at all. Decoding keeps each row at its own length in the cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
+from torch import Tensor
+
+
+@dataclass
+class KVCache:
+    """Keys and values of one decoding micro-batch on one stage.
+
+    ``keys[layer]`` and ``values[layer]`` are ``[B, num_kv_heads / TP, capacity, head_dim]``.
+    ``lengths`` ``[B]`` int64 counts the tokens of each row that are in the cache.
+    """
+
+    num_layers: int
+    lengths: Tensor
+    capacity: int
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def prefill(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Stores the prompts' ``[B, kv, T, d]``; what lies past a row's length is overwritten later."""
+        assert layer == len(self.keys)
+        shape = (*key.shape[:2], self.capacity, key.shape[3])
+        for store, new in ((self.keys, key), (self.values, value)):
+            buffer = new.new_zeros(shape)
+            buffer[:, :, : new.shape[2]] = new
+            store.append(buffer)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one token a row ``[B, kv, 1, d]`` at the row's length; returns all keys, values."""
+        rows = torch.arange(key.shape[0], device=key.device)
+        self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
+        self.values[layer][rows, :, self.lengths] = value[:, :, 0]
+        used = int(self.lengths.max()) + 1
+        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops all rows but those at index ``rows``."""
+        self.lengths = self.lengths[rows]
+        self.keys = [key[rows] for key in self.keys]
+        self.values = [value[rows] for value in self.values]
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates ``[B, heads, T, d]`` by ``[B or 1, T, d]`` tables (half-split layout, as HF)."""
+    return x * cos[:, None] + _rotate_half(x) * sin[:, None]
+
+
+class RotarySdpaAttention(SelfAttention):
+    """megatron-core's fused-qkv self-attention around ``scaled_dot_product_attention``.
+
+    ``rotary_pos_emb`` carries ``[2, B or 1, T, head_dim]`` cos and sin tables; ``attention_mask``
+    carries a ``KVCache`` while decoding and is None otherwise (causal).
+    """
+
+    cache_index: int = -1  # position of this layer in its stage, set by the stage model
+
+    def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **_unused):
+        cache: KVCache | None = attention_mask
+        query, key, value = self.get_query_key_value_tensors(hidden_states)
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        cos, sin = rotary_pos_emb
+        query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
+        bias, causal = None, True
+        if cache is not None and query.shape[2] > 1:
+            cache.prefill(self.cache_index, key, value)
+        elif cache is not None:
+            key, value = cache.append(self.cache_index, key, value)
+            positions = torch.arange(key.shape[2], device=key.device)
+            bias = (positions[None, :] <= cache.lengths[:, None])[:, None, None, :]
+            causal = False
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
+        out = out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
+        return self.linear_proj(out)

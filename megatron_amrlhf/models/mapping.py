@@ -1,0 +1,138 @@
+"""How a stage's parameters lie in a Hugging Face checkpoint: one table, both directions.
+
+Every local parameter is made of one or more Hugging Face tensors by a ``Layout``; ``split`` cuts
+the shard of a tensor rank out of them and ``merge`` puts the shards of all tensor ranks together
+again, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.models.shape import ModelShape
+
+HEAD_FILE_PREFIX = "head."  # names of a linear head in exported folders: head.weight, head.bias
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way of lying over the tensor axis.
+
+    ``split(tensors, tp_size, shape)`` gives the ``tp_size`` local shards;
+    ``merge(shards, shape)`` gives back the Hugging Face tensors.
+    """
+
+    name: str
+    split: Callable[[list[Tensor], int, ModelShape], list[Tensor]]
+    merge: Callable[[list[Tensor], ModelShape], list[Tensor]]
+
+
+def _split_qkv(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[Tensor]:
+    """Per KV group: its query heads, then its key, then its value head (megatron's order)."""
+    per_group = shape.num_heads // shape.num_kv_heads
+    query, key, value = tensors
+    rest = query.shape[1:]
+    query = query.reshape(shape.num_kv_heads, per_group * shape.head_dim, *rest)
+    key, value = (x.reshape(shape.num_kv_heads, shape.head_dim, *rest) for x in (key, value))
+    fused = torch.cat([query, key, value], dim=1)
+    return [group.reshape(-1, *rest) for group in fused.chunk(tp_size)]
+
+
+def _merge_qkv(shards: list[Tensor], shape: ModelShape) -> list[Tensor]:
+    per_group = shape.num_heads // shape.num_kv_heads
+    fused = torch.cat(shards)
+    fused = fused.reshape(shape.num_kv_heads, -1, *fused.shape[1:])
+    sizes = [per_group * shape.head_dim, shape.head_dim, shape.head_dim]
+    return [part.reshape(-1, *part.shape[2:]) for part in fused.split(sizes, dim=1)]
+
+
+def _split_gate_up(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[Tensor]:
+    gate, up = (x.chunk(tp_size) for x in tensors)
+    return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
+
+
+def _merge_gate_up(shards: list[Tensor], shape: ModelShape) -> list[Tensor]:
+    halves = [shard.chunk(2) for shard in shards]
+    return [torch.cat([half[i] for half in halves]) for i in range(2)]
+
+
+def _split_vocab(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[Tensor]:
+    (weight,) = tensors
+    missing = shape.padded_vocab(tp_size) - weight.shape[0]
+    padded = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])])
+    return list(padded.chunk(tp_size))
+
+
+REPLICATED = Layout("replicated", lambda t, n, _: [t[0]] * n, lambda s, _: [s[0]])
+ROW = Layout("row", lambda t, n, _: list(t[0].chunk(n, dim=1)), lambda s, _: [torch.cat(s, dim=1)])
+VOCAB = Layout("vocab", _split_vocab, lambda s, shape: [torch.cat(s)[: shape.vocab_size]])
+QKV = Layout("qkv", _split_qkv, _merge_qkv)
+GATE_UP = Layout("gate_up", _split_gate_up, _merge_gate_up)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One local parameter: its name, its Hugging Face names, its layout."""
+
+    local: str
+    hf: tuple[str, ...]
+    layout: Layout
+
+
+def _layer_entries(local_index: int, layer: int, shape: ModelShape) -> list[Entry]:
+    here, there = f"decoder.layers.{local_index}.", f"model.layers.{layer}."
+    qkv = [f"{there}self_attn.{x}_proj." for x in "qkv"]
+    entries = [
+        Entry(
+            f"{here}input_layernorm.weight", (f"{there}input_layernorm.weight",), REPLICATED
+        ),
+        Entry(
+            f"{here}self_attention.linear_qkv.weight", tuple(x + "weight" for x in qkv), QKV
+        ),
+        Entry(
+            f"{here}self_attention.linear_proj.weight", (f"{there}self_attn.o_proj.weight",), ROW
+        ),
+        Entry(
+            f"{here}pre_mlp_layernorm.weight",
+            (f"{there}post_attention_layernorm.weight",),
+            REPLICATED,
+        ),
+        Entry(
+            f"{here}mlp.linear_fc1.weight",
+            (f"{there}mlp.gate_proj.weight", f"{there}mlp.up_proj.weight"),
+            GATE_UP,
+        ),
+        Entry(f"{here}mlp.linear_fc2.weight", (f"{there}mlp.down_proj.weight",), ROW),
+    ]
+    if shape.qkv_bias:
+        entries.append(
+            Entry(f"{here}self_attention.linear_qkv.bias", tuple(x + "bias" for x in qkv), QKV)
+        )
+    return entries
+
+
+def stage_entries(
+    shape: ModelShape, pp_rank: int, pp_size: int, head_outputs: int | None
+) -> list[Entry]:
+    """All parameters of a stage. The LM head of a tied model maps to the embedding's name."""
+    embedding = "model.embed_tokens.weight"
+    per_stage = shape.num_layers // pp_size
+    entries = []
+    if pp_rank == 0:
+        entries.append(Entry("embedding.word_embeddings.weight", (embedding,), VOCAB))
+    for local_index in range(per_stage):
+        entries += _layer_entries(local_index, pp_rank * per_stage + local_index, shape)
+    if pp_rank == pp_size - 1:
+        entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED))
+        if head_outputs is not None:
+            entries.append(Entry("output_layer.weight", ("head.weight",), REPLICATED))
+            entries.append(Entry("output_layer.bias", ("head.bias",), REPLICATED))
+        elif not shape.tied:
+            entries.append(Entry("output_layer.weight", ("lm_head.weight",), VOCAB))
+        elif pp_size > 1:
+            entries.append(Entry("output_layer.weight", (embedding,), VOCAB))
+    return entries

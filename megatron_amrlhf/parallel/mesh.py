@@ -1,0 +1,128 @@
+"""The mesh: sizes, ranks and process groups, made once and passed around."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_amrlhf.parallel import compat
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where this process stands. All groups are torch process groups.
+
+    Attributes:
+        world_size, rank: over all processes.
+        tp_size, tp_rank, tp_group: tensor axis.
+        pp_size, pp_rank, pp_group: pipeline axis; the last rank holds heads and losses.
+        token_group: a second group over the pipeline axis, so that sampled tokens travelling
+            back never queue behind activations travelling forward.
+        dp_size, dp_rank, dp_group: data axis of this stage.
+        replica_group: TP x PP ranks of one model replica.
+        tie_group: first and last stage of this pipeline (None on middle stages or at PP 1).
+        device: compute device.
+    """
+
+    world_size: int
+    rank: int
+    tp_size: int
+    tp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_size: int
+    pp_rank: int
+    pp_group: dist.ProcessGroup
+    token_group: dist.ProcessGroup
+    dp_size: int
+    dp_rank: int
+    dp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup
+    tie_group: dist.ProcessGroup | None
+    device: torch.device
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that prints."""
+        return self.rank == 0
+
+    @property
+    def is_writer(self) -> bool:
+        """The one process that holds scores of DP rank 0: last stage, TP rank 0."""
+        return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
+
+
+def start_processes(timeout_seconds: float = 1800.0) -> None:
+    """Joins torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (one process if unset)."""
+    compat.patch_for_cpu()
+    for name, value in (
+        ("RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("LOCAL_RANK", "0"),
+        ("MASTER_ADDR", "127.0.0.1"),
+        ("MASTER_PORT", "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""),
+    ):
+        os.environ.setdefault(name, value)
+    device = compat.compute_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(compat.backend(), timeout=timedelta(seconds=timeout_seconds))
+
+
+def build_mesh(tensor: int, pipeline: int) -> Mesh:
+    """Makes all process groups; the world size must be a multiple of tensor x pipeline."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        create_gloo_process_groups=False,
+    )
+    pp_group = parallel_state.get_pipeline_model_parallel_group()
+    dp_group = parallel_state.get_data_parallel_group()
+    pipelines: list = [None] * dist.get_world_size()
+    dist.all_gather_object(pipelines, dist.get_process_group_ranks(pp_group))
+    token_group, _ = dist.new_subgroups_by_enumeration(
+        [list(ranks) for ranks in sorted({tuple(ranks) for ranks in pipelines})]
+    )
+    compat.scope_trace_check(dp_group)
+    pp_rank, pp_size = dist.get_rank(pp_group), pipeline
+    tied_stage = pp_size > 1 and pp_rank in (0, pp_size - 1)
+    return Mesh(
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        tp_size=tensor,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_size=pp_size,
+        pp_rank=pp_rank,
+        pp_group=pp_group,
+        token_group=token_group,
+        dp_size=dist.get_world_size(dp_group),
+        dp_rank=dist.get_rank(dp_group),
+        dp_group=dp_group,
+        replica_group=parallel_state.get_model_parallel_group(),
+        tie_group=parallel_state.get_embedding_group() if tied_stage else None,
+        device=compat.compute_device(),
+    )
+
+
+def stop_processes() -> None:
+    """Leaves torch.distributed; without it a process may abort at exit."""
+    if parallel_state.is_initialized():
+        parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()

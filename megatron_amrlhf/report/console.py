@@ -1,0 +1,184 @@
+"""What a person sees while a run goes on: progress with time left, a table a step, the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TextIO
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from megatron_amrlhf.report.run_folder import RunFolder
+
+PLAIN_WIDTH = 110  # columns, where the output is a file
+PAIRS_A_ROW = 3
+SHOWN = (
+    "loss/",
+    "reward/",
+    "prm/",
+    "mask/kept_fraction",
+    "mask/num_messages",
+    "mask/mean_message_tokens",
+    "kl/ref_nats",
+    "policy/",
+    "engine/grad_norm",
+    "engine/skipped_steps",
+    "time/",
+    "throughput/",
+    "memory/peak_gib",
+)
+UNITS = (("_seconds", "s"), ("_tokens_per_second", "tok/s"), ("_gib", "GiB"), ("_nats", "nats"))
+
+
+class Phase:
+    """A phase of a step that counts its work."""
+
+    def __init__(self, on_advance: Callable[[int], None]):
+        self._on_advance = on_advance
+        self.done = 0
+
+    def advance(self, n: int = 1) -> None:
+        """Counts ``n`` more units of work as done."""
+        self.done += n
+        self._on_advance(n)
+
+
+class RunConsole:
+    """Console output of one process; says nothing unless it is rank 0's.
+
+    Progress goes to stderr: bars on a terminal, else one line at the start and one at the end of
+    a phase. Tables go to stdout.
+    """
+
+    def __init__(self, rank: int, out: TextIO | None = None, err: TextIO | None = None):
+        """Prepares the output.
+
+        Args:
+            rank: global rank of this process.
+            out: where tables go; None: stdout.
+            err: where progress goes; None: stderr.
+        """
+        self._enabled = rank == 0
+        self._out = _console(out or sys.stdout)
+        self._err = _console(err or sys.stderr)
+
+    @contextmanager
+    def track(self, phase: str, total: int) -> Iterator[Phase]:
+        """Shows a phase while its block runs.
+
+        Args:
+            phase: its name, such as ``rollout``.
+            total: units of work that ``advance`` will count.
+        """
+        if not self._enabled:
+            yield Phase(lambda n: None)
+        elif self._err.is_terminal:
+            columns = (
+                TextColumn("{task.description:<12}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self._err, transient=True) as progress:
+                task = progress.add_task(phase, total=total)
+                yield Phase(lambda n: progress.advance(task, n))
+        else:
+            self._plain(f"{phase}: 0/{total}")
+            start = time.monotonic()
+            counted = Phase(lambda n: None)
+            yield counted
+            seconds = time.monotonic() - start
+            self._plain(f"{phase}: {counted.done}/{total} in {seconds:.1f} s")
+
+    def line(self, text: str) -> None:
+        """Prints one line on stdout."""
+        if self._enabled:
+            self._out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def step_table(self, step: int, total: int | None, metrics: Mapping[str, float | None]) -> None:
+        """Prints a short table of a step's main metrics.
+
+        Args:
+            step: completed steps.
+            total: steps of the run, if known.
+            metrics: value of each metric.
+        """
+        if not self._enabled:
+            return
+        names = [name for prefix in SHOWN for name in metrics if name.startswith(prefix)]
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for _ in range(PAIRS_A_ROW):
+            table.add_column(no_wrap=True)
+            table.add_column(no_wrap=True, justify="right")
+        cells = [(name, format_metric(name, metrics[name])) for name in dict.fromkeys(names)]
+        for start in range(0, len(cells), PAIRS_A_ROW):
+            row = cells[start : start + PAIRS_A_ROW]
+            table.add_row(*(text for pair in row for text in pair))
+        self.line(f"step {step}" + (f"/{total}" if total else ""))
+        self._out.print(table, highlight=False, markup=False)
+
+    def final_summary(
+        self, folder: RunFolder, before: Mapping[str, float], after: Mapping[str, float]
+    ) -> None:
+        """Prints what the run changed and where everything lies.
+
+        Args:
+            folder: the run's folder.
+            before: metrics before the run; may be empty.
+            after: the same metrics after it.
+        """
+        if not self._enabled:
+            return
+        if after:
+            table = Table(box=SIMPLE, safe_box=True)
+            table.add_column("metric")
+            for heading in ("before", "after", "change"):
+                table.add_column(heading, justify="right")
+            for name, value in after.items():
+                change = f"{value - before[name]:+.4g}" if name in before else "-"
+                table.add_row(name, format_metric(name, before.get(name)), _text(value), change)
+            self._out.print(table, highlight=False)
+        for path, meaning in (
+            (folder.metrics, "metrics, one line a step"),
+            (folder.samples, "answers with rewards, masks and messages"),
+            (folder.tensorboard, "tensorboard --logdir"),
+            (folder.checkpoints, "to resume from"),
+            (folder.export, "the trained model, Hugging Face format"),
+            (folder.path / "curves.png", "the main curves"),
+        ):
+            if path.exists():
+                self.line(f"{path!s:<48} {meaning}")
+
+    def _plain(self, text: str) -> None:
+        self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A value with four significant digits and its unit, such as ``12.3 s``."""
+    unit = next((unit for suffix, unit in UNITS if name.endswith(suffix)), "")
+    return f"{_text(value)} {unit}".rstrip()
+
+
+def _text(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _console(stream: TextIO) -> Console:
+    is_terminal = stream.isatty()
+    return Console(file=stream, width=None if is_terminal else PLAIN_WIDTH)

@@ -1,0 +1,154 @@
+"""The folder that a run leaves: its resolved configuration, its status and where the rest lies."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_amrlhf.config.load import dump_config
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.report.files import write_atomic
+
+State = Literal["running", "finished", "failed", "stopped"]
+CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """``runs/NAME/``. Every rank has one, only rank 0's writes.
+
+    Attributes:
+        path: the folder.
+        attempt: 1 for the first start of this run, one more for each start after it. Certain on
+            rank 0 only: on other ranks it is 0.
+        is_writer: whether this process writes (global rank 0).
+    """
+
+    path: Path
+    attempt: int
+    is_writer: bool
+
+    @classmethod
+    def create(cls, config: Config, rank: int) -> RunFolder:
+        """Makes the folder or goes on in an existing one.
+
+        An earlier attempt's configuration is kept as ``config.resolved.N.yaml`` where it differs.
+
+        Args:
+            config: the run.
+            rank: global rank of this process.
+
+        Raises:
+            UserError: the folder belongs to another run (algorithm.kind or model.path differ), on
+                every rank alike; or it cannot be made.
+        """
+        path = Path(config.run.folder).expanduser() / config.run.name
+        _refuse_other_run(path, config)
+        if rank != 0:
+            return cls(path, 0, False)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run.folder: cannot make {path} ({error.strerror})") from None
+        attempt = _last_attempt(path) + 1
+        _write_config(path, config, attempt)
+        folder = cls(path, attempt, True)
+        folder.status("running", 0, "started")
+        return folder
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """One JSON object a logged sample."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Resumable checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained model as a Hugging Face folder."""
+        return self.path / "export"
+
+    def status(self, state: State, step: int, message: str) -> None:
+        """Writes ``status.json`` (rank 0 only).
+
+        Args:
+            state: what the run does now.
+            step: completed steps.
+            message: one line for a person: what is going on, or why it failed.
+        """
+        if not self.is_writer:
+            return
+        record = {
+            "state": state,
+            "step": step,
+            "message": message,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "attempt": self.attempt,
+        }
+        write_atomic(self.path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
+
+
+def _refuse_other_run(path: Path, config: Config) -> None:
+    """Reads the earlier configuration; safe beside rank 0, which keeps these two keys."""
+    earlier = _read_config(path / CONFIG_NAME)
+    if earlier is None:
+        return
+    now = config.model_dump(mode="json")
+    for section, key in (("algorithm", "kind"), ("model", "path")):
+        before = earlier.get(section, {}).get(key)
+        if before != now[section][key]:
+            raise UserError(
+                f"{path} holds a run with {section}.{key} {before}, this one has "
+                f"{now[section][key]}: choose another run.name or delete the folder"
+            )
+
+
+def _read_config(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        earlier = None
+    if not isinstance(earlier, dict):
+        raise UserError(f"{path} is damaged: choose another run.name or delete the folder")
+    return earlier
+
+
+def _last_attempt(path: Path) -> int:
+    status = path / STATUS_NAME
+    if not status.is_file():
+        return 0
+    try:
+        return int(json.loads(status.read_text(encoding="utf-8"))["attempt"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{status} is damaged: delete it to go on with this run") from None
+
+
+def _write_config(path: Path, config: Config, attempt: int) -> None:
+    target, text = path / CONFIG_NAME, dump_config(config)
+    if target.is_file():
+        earlier = target.read_text(encoding="utf-8")
+        if earlier == text:
+            return
+        write_atomic(path / f"config.resolved.{attempt - 1}.yaml", earlier)
+    write_atomic(target, text)

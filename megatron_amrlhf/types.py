@@ -1,0 +1,145 @@
+"""Records that travel through a step, and the legend of shape suffixes.
+
+Legend: ``B`` rows (samples) on this data-parallel rank, ``T`` positions of a padded row, ``R``
+response positions (prompt stripped, left-aligned, padded right), ``H`` hidden size, ``V``
+vocabulary, ``D`` reward attributes, ``K`` messages. A ``mask`` is bool, a ``weight`` is float.
+
+Alignment of per-response-token tensors ``[B, R]``: index ``j`` is the response token at position
+``prompt_length + j``. Its log-prob and its value come from the model output one position earlier
+(the state before the token), its reward from the output at its own position (after the token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one step on one data-parallel rank.
+
+    Attributes:
+        rows: token ids of each prompt, 1-D int64 on CPU.
+        group_ids: ``[B]`` int64, global id of each prompt in this step (same on every layout).
+        texts: the prompt texts, for the sample log.
+    """
+
+    rows: tuple[Tensor, ...]
+    group_ids: Tensor
+    texts: tuple[str, ...]
+
+    def __post_init__(self):
+        assert len(self.rows) == len(self.texts) == self.group_ids.shape[0]
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Prompts with their sampled answers; equal on every rank of a replica.
+
+    Attributes:
+        rows: prompt + response token ids of each sample, 1-D int64 on CPU.
+        prompt_lengths: ``[B]`` int64.
+        group_ids: ``[B]`` int64, which prompt a sample answers.
+        sample_ids: ``[B]`` int64, global id of a sample in this step.
+        from_reference: ``[B]`` bool, sampled by the reference instead of the policy.
+        ended: ``[B]`` bool, the answer ends on an end token (else it was truncated).
+    """
+
+    rows: tuple[Tensor, ...]
+    prompt_lengths: Tensor
+    group_ids: Tensor
+    sample_ids: Tensor
+    from_reference: Tensor
+    ended: Tensor
+
+    def __post_init__(self):
+        for field in (self.prompt_lengths, self.group_ids, self.sample_ids, self.ended):
+            assert field.shape == (len(self.rows),), (field.shape, len(self.rows))
+        assert self.from_reference.shape == (len(self.rows),)
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """``[B]`` int64, number of sampled tokens."""
+        lengths = torch.tensor([row.numel() for row in self.rows], dtype=torch.int64)
+        return lengths - self.prompt_lengths
+
+    @property
+    def response_mask(self) -> Tensor:
+        """``[B, R]`` bool, True where a response token stands."""
+        lengths_B = self.response_lengths
+        width = int(lengths_B.max()) if lengths_B.numel() else 0
+        return torch.arange(width)[None, :] < lengths_B[:, None]
+
+    def select(self, index: Tensor) -> RolloutBatch:
+        """The samples at ``index`` (1-D int64), in that order."""
+        return RolloutBatch(
+            rows=tuple(self.rows[i] for i in index.tolist()),
+            prompt_lengths=self.prompt_lengths[index],
+            group_ids=self.group_ids[index],
+            sample_ids=self.sample_ids[index],
+            from_reference=self.from_reference[index],
+            ended=self.ended[index],
+        )
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """What the models say about the answers. Exists on last pipeline stages only.
+
+    All ``[B, R]`` float32 on the compute device; entries past a response's end are 0.
+
+    Attributes:
+        token_rewards: scalar reward of each response token (raw reward units).
+        logprobs: log-probs of the policy at the start of the step, nats.
+        reference_logprobs: log-probs of the reference, nats.
+        values: critic values of the state before each token; zeros without a critic.
+        response_mask: ``[B, R]`` bool.
+    """
+
+    token_rewards: Tensor
+    logprobs: Tensor
+    reference_logprobs: Tensor
+    values: Tensor
+    response_mask: Tensor
+
+    def __post_init__(self):
+        shape = self.response_mask.shape
+        for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
+            assert field.shape == shape, (field.shape, shape)
+
+
+@dataclass(frozen=True)
+class MaskedBatch:
+    """A rollout with its adaptive mask; the mask's bits are equal on every rank of a replica.
+
+    Attributes:
+        rollout: the samples.
+        mask: ``[B, R]`` bool, the tokens that the loss reads (eq. 13).
+        chosen: ``[B]`` bool, the preferred answers (Y_c of eq. 13).
+    """
+
+    rollout: RolloutBatch
+    mask: Tensor
+    chosen: Tensor
+
+    def __post_init__(self):
+        assert self.mask.dtype == torch.bool and self.mask.shape[0] == len(self.rollout.rows)
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """Rows of one optimizer step on one data-parallel rank, the same for every algorithm.
+
+    Attributes:
+        rows: token ids of each row, 1-D int64 on CPU, known to every rank of the replica.
+        prompt_lengths: ``[B]`` int64.
+        targets: named ``[B, R]`` or ``[B]`` tensors that the loss reads on the last stage
+            (``mask``, ``advantages``, ...); empty on other stages.
+    """
+
+    rows: tuple[Tensor, ...]
+    prompt_lengths: Tensor
+    targets: dict[str, Tensor]

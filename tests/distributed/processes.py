@@ -1,0 +1,96 @@
+"""Runs a function on several real gloo processes and returns what each rank returned."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+# The fork server imports these once; every rank is then forked from it in milliseconds.
+PRELOAD = [
+    "megatron_amrlhf.engine.zero3",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+]
+TIMEOUT_SECONDS = 600
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _rank_main(rank: int, world_size: int, port: int, folder: str, function, arguments) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    import torch  # noqa: PLC0415 - after the environment is set
+
+    from megatron_amrlhf.parallel.mesh import start_processes, stop_processes  # noqa: PLC0415
+
+    torch.set_num_threads(1)
+    try:
+        start_processes(timeout_seconds=300)
+        result = function(*arguments)
+        (Path(folder) / f"rank{rank}.pkl").write_bytes(pickle.dumps(result))
+        stop_processes()
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def run_on(world_size: int, function: Callable, *arguments) -> list:
+    """Calls ``function(*arguments)`` on every rank; results in rank order.
+
+    A failing rank ends all of them and its log is raised.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        ranks = [
+            context.Process(
+                target=_rank_main, args=(rank, world_size, port, folder, function, arguments)
+            )
+            for rank in range(world_size)
+        ]
+        for process in ranks:
+            process.start()
+        _wait(ranks, folder)
+        return [pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)]
+
+
+def _wait(ranks: list, folder: str) -> None:
+    sentinels = {process.sentinel: rank for rank, process in enumerate(ranks)}
+    failed = None
+    while sentinels and failed is None:
+        ready = multiprocessing.connection.wait(list(sentinels), timeout=TIMEOUT_SECONDS)
+        if not ready:
+            failed = next(iter(sentinels.values()))
+        for sentinel in ready:
+            rank = sentinels.pop(sentinel)
+            ranks[rank].join()
+            if ranks[rank].exitcode != 0 and failed is None:
+                failed = rank
+    if failed is not None:
+        for process in ranks:
+            process.kill()
+            process.join()
+        log = (Path(folder) / f"rank{failed}.log").read_text()[-6000:]
+        raise AssertionError(f"rank {failed} failed or hung:\n{log}")

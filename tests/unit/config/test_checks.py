@@ -1,0 +1,125 @@
+"""Rules between keys: each broken one is named with its fix, a right run passes."""
+
+import pytest
+
+from megatron_amrlhf.config.checks import check_files, check_model, check_run
+from megatron_amrlhf.errors import UserError
+from tests.unit.config.samples import PPO, PRM, make_config
+
+SMOLLM2 = {
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "intermediate_size": 1536,
+}
+
+
+def message_of(check, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        check(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_right_runs_pass():
+    check_run(make_config(PPO), 8)
+    check_run(make_config(PRM), 16)
+    check_run(make_config(PPO, parallel={"tensor": 2, "pipeline": 3}), 12)
+
+
+@pytest.mark.parametrize(
+    ("base", "sections", "world_size", "expected"),
+    [
+        (PPO, {"parallel": {"tensor": 2, "pipeline": 3}}, 4, "2 x 3 = 6: start a multiple of 6"),
+        (PPO, {}, 3, "rollout.prompts_per_step = 8 does not divide by the 3 data-parallel replicas: use 6 or 9"),
+        (PPO, {}, 16, "replicas: use 16"),
+        (PRM, {}, 3, "algorithm.batch_size = 16 does not divide by the 3"),
+        (PPO, {"algorithm": {"minibatches": 65}}, 1, "use at most 64"),
+        (PPO, {"algorithm": {"kind": "dpo", "minibatches": 5}}, 2, "use at most 4"),
+        (PPO, {"rollout": {"reference_samples_per_prompt": 8}}, 1, "leaves no answer to the policy"),
+        (PPO, {"algorithm": {"kind": "dpo"}, "rollout": {"samples_per_prompt": 1}}, 1, "dpo compares answers"),
+        (PPO, {"algorithm": {"kind": "rejection_sampling"}, "rollout": {"samples_per_prompt": 1}}, 1, "use at least 2"),
+        (PPO, {"rollout": {"samples_per_prompt": 1}}, 1, "mask.label: group compares answers"),
+        (PPO, {"reward_model": {"path": None}}, 1, "reward_model.path: is required"),
+        (PPO, {"data": {"format": "steps"}}, 1, "data.format: algorithm.kind ppo needs prompts (got steps)"),
+        (PRM, {"data": {"format": "prompts"}}, 1, "data.format: algorithm.kind prm needs steps"),
+        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"signal": "td_error"}}, 1, "td_error needs a critic, which dpo has not"),
+        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"signal": "advantage"}}, 1, "advantage needs a critic"),
+        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"label": "value"}}, 1, "mask.label: value needs a critic"),
+        (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
+        (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),
+        (PPO, {"data": {"max_row_tokens": 1000}}, 1, "raise it to 1536"),
+        (PPO, {"run": {"name": "../x"}}, 1, "run.name: must be a plain folder name"),
+    ],
+)  # fmt: skip
+def test_a_broken_rule_is_named_with_its_fix(base, sections, world_size, expected):
+    assert expected in message_of(check_run, make_config(base, **sections), world_size)
+
+
+def test_warm_up_counts_optimizer_steps_not_rollouts():
+    sections = {"run": {"steps": 5}, "algorithm": {"epochs": 2, "minibatches": 2}}
+    check_run(make_config(PPO, **sections, optimizer={"warmup_steps": 19}), 1)
+    config = make_config(PPO, **sections, optimizer={"warmup_steps": 20})
+    assert "use at most 19" in message_of(check_run, config, 1)
+
+
+def test_an_unmasked_run_may_leave_mask_keys_as_they_are():
+    check_run(
+        make_config(PPO, algorithm={"kind": "dpo"}, mask={"kind": "none", "label": "value"}), 1
+    )
+
+
+def test_all_broken_rules_come_at_once():
+    config = make_config(PPO, optimizer={"betas": [1.0, 0.9]}, reward_model={"path": None})
+    message = message_of(check_run, config, 3)
+    for part in ("optimizer.betas", "reward_model.path", "rollout.prompts_per_step"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "expected"),
+    [
+        (2, 1, "parallel.tensor = 2 does not divide the model's 9 attention heads: use 1 or 3"),
+        (9, 1, "parallel.tensor = 9 does not divide the model's 3 key-value heads: use 1 or 3"),
+        (1, 4, "parallel.pipeline = 4 does not divide the model's 30 layers: use 1, 2, 3, 5, 6, 10, 15 or 30"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_divide_the_model_name_those_that_do(tensor, pipeline, expected):
+    config = make_config(PPO, parallel={"tensor": tensor, "pipeline": pipeline})
+    assert expected in message_of(check_model, config, SMOLLM2)
+
+
+def test_model_sizes_that_divide_pass():
+    check_model(make_config(PPO, parallel={"tensor": 3, "pipeline": 5}), SMOLLM2)
+    without_kv = {key: value for key, value in SMOLLM2.items() if key != "num_key_value_heads"}
+    check_model(make_config(PPO, parallel={"tensor": 3}), without_kv)
+
+
+def test_feed_forward_units_must_divide():
+    config = make_config(PPO, parallel={"tensor": 3})
+    assert "1537 feed-forward" in message_of(
+        check_model, config, SMOLLM2 | {"intermediate_size": 1537}
+    )
+
+
+def test_another_model_family_is_named():
+    message = message_of(check_model, make_config(PPO), {"model_type": "gpt2"})
+    assert "'gpt2' is not supported, use one of qwen2, llama" in message
+
+
+def test_missing_files_are_named_together(tmp_path):
+    config = make_config(
+        PPO,
+        data={"train": str(tmp_path / "a.jsonl"), "heldout": str(tmp_path / "b.jsonl")},
+        reward_model={"path": str(tmp_path / "prm")},
+        engine={"deepspeed": str(tmp_path / "zero.json")},
+    )
+    message = message_of(check_files, config)
+    for key in ("data.train", "data.heldout", "reward_model.path", "engine.deepspeed"):
+        assert f"{key}: {tmp_path}" in message
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).touch()
+    (tmp_path / "prm").mkdir()
+    (tmp_path / "zero.json").write_text("{}")
+    check_files(config)

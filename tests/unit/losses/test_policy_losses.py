@@ -1,0 +1,314 @@
+"""PPO, DPO, rejection sampling and PRM: values by hand, gradients, and what the mask shuts out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_amrlhf.losses.dpo import dpo_loss
+from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
+from megatron_amrlhf.losses.prm import prm_loss
+from megatron_amrlhf.losses.reduce import finish_metrics
+from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+
+# float32 rounding of short sums
+TOLERANCE = 1e-6
+MASK = torch.tensor([[True, True, False, True], [False, True, True, False]])
+NONE = torch.zeros_like(MASK)
+
+
+def randn(seed, *shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+OTHER = [randn(seed, 2, 4) for seed in range(1, 5)]
+
+
+def ppo_actor(x, mask):
+    return ppo_actor_loss(x, OTHER[0], OTHER[1], mask, 0.2)
+
+
+def ppo_value(x, mask):
+    return ppo_value_loss(x, OTHER[0], OTHER[1], mask, 0.3)
+
+
+def dpo_chosen(x, mask, form="inside"):
+    valid = mask if form == "inside" else torch.ones_like(mask)
+    args = (x, OTHER[0], OTHER[1], OTHER[2], mask, MASK, 0.1, form, valid, torch.ones_like(MASK))
+    return dpo_loss(*args)
+
+
+def dpo_rejected(x, mask):
+    return dpo_loss(OTHER[0], x, OTHER[1], OTHER[2], MASK, mask, 0.1, "inside")
+
+
+def dpo_pair(x, mask):
+    return dpo_chosen(x, mask, "pair")
+
+
+def sampling_k2(x, mask):
+    return rejection_sampling_loss(x, OTHER[0], mask, mask, 0.3, "k2")
+
+
+def sampling_k3(x, mask):
+    return rejection_sampling_loss(x, OTHER[0], mask, mask, 0.3, "k3")
+
+
+def sampling_without_kl(x, mask):
+    return rejection_sampling_loss(x, OTHER[0], mask, torch.ones_like(mask), 0.0, "k2")
+
+
+def prm_bce(x, mask):
+    return prm_loss(x[:, :, None], OTHER[0].sigmoid()[:, :, None], mask, "bce")
+
+
+def prm_mse(x, mask):
+    return prm_loss(x[:, :, None], OTHER[0][:, :, None], mask, "mse")
+
+
+MASKED_LOSSES = [
+    ppo_actor,
+    ppo_value,
+    dpo_chosen,
+    dpo_rejected,
+    sampling_k2,
+    sampling_k3,
+    sampling_without_kl,
+    prm_bce,
+    prm_mse,
+]
+
+
+@pytest.mark.parametrize("loss", [*MASKED_LOSSES, dpo_pair])
+def test_gradients_equal_finite_differences(loss):
+    x = randn(9, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, MASK).terms, (x,))
+
+
+@pytest.mark.parametrize("garbage", [math.inf, -math.inf, math.nan, 1e30])
+@pytest.mark.parametrize("loss", MASKED_LOSSES)
+def test_masked_tokens_give_exactly_nothing_whatever_stands_there(loss, garbage):
+    clean = randn(9, 2, 4)
+    gradients, terms, metrics = [], [], []
+    for filler in (0.0, garbage):
+        x = torch.where(MASK, clean, filler).requires_grad_()
+        output = loss(x, MASK)
+        output.terms.sum().backward()
+        gradients.append(x.grad)
+        terms.append(output.terms.detach())
+        metrics.append(finish_metrics(output.metrics))
+        if loss is sampling_without_kl:  # its KL is monitored over all response tokens
+            del metrics[-1]["loss/kl"]
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(terms[0], terms[1])
+    assert metrics[0] == metrics[1]
+    assert (gradients[1][~MASK] == 0).all() and (gradients[1][MASK] != 0).any()
+    if terms[1].shape == MASK.shape:
+        assert (terms[1][~MASK] == 0).all()
+
+
+@pytest.mark.parametrize("loss", [*MASKED_LOSSES, dpo_pair])
+def test_an_all_zero_mask_gives_finite_terms_and_zero_gradients(loss):
+    x = torch.full((2, 4), math.nan, dtype=torch.float64, requires_grad=True)
+    if loss in (dpo_chosen, dpo_pair):  # the other answer's mask has to be empty as well
+        form = "pair" if loss is dpo_pair else "inside"
+        ones = torch.ones_like(MASK)
+        args = (*OTHER[:3], NONE, NONE, 0.1, form, ones, ones)
+        output = dpo_loss(x, *args)
+        expected = 0.0 if form == "pair" else math.log(2)
+        torch.testing.assert_close(
+            output.terms, torch.full((2, 1), expected, dtype=torch.float64), rtol=0, atol=1e-15
+        )
+    else:
+        output = loss(x, NONE)
+        assert output.terms.isfinite().all()
+    output.terms.sum().backward()
+    assert (x.grad == 0).all()
+
+
+@pytest.mark.parametrize("loss", [*MASKED_LOSSES, dpo_pair])
+def test_metrics_are_detached_scalars_and_terms_keep_float32_of_bfloat16(loss):
+    x = randn(9, 2, 4).requires_grad_()
+    for total, count in loss(x, MASK).metrics.values():
+        assert total.shape == count.shape == () and total.dtype == torch.float64
+        assert not total.requires_grad
+    half = torch.zeros(1, 2, dtype=torch.bfloat16)
+    ones = torch.ones(1, 2, dtype=torch.bool)
+    assert ppo_actor_loss(half, half, half, ones, 0.2).terms.dtype == torch.float32
+
+
+def test_ppo_at_ratio_one_is_minus_the_advantage_with_the_policy_gradient():
+    logprobs = randn(1, 2, 4).requires_grad_()
+    output = ppo_actor_loss(logprobs, logprobs.detach(), OTHER[1], MASK, 0.2)
+    torch.testing.assert_close(output.terms.detach(), -OTHER[1] * MASK)
+    output.terms.sum().backward()
+    torch.testing.assert_close(logprobs.grad, -OTHER[1] * MASK)
+    metrics = finish_metrics(output.metrics)
+    assert metrics == {"policy/approx_kl": 0.0, "policy/clipfrac": 0.0, "policy/ratio": 1.0}
+
+
+def test_ppo_clips_only_where_the_ratio_has_gone_too_far_the_good_way():
+    ratios = torch.tensor([[1.5, 1.5, 0.5, 0.5, 1.1]])
+    advantages = torch.tensor([[2.0, -2.0, 2.0, -2.0, 3.0]])
+    logprobs = ratios.log().requires_grad_()
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    output = ppo_actor_loss(logprobs, torch.zeros(1, 5), advantages, mask, 0.2)
+    expected = torch.tensor([[-2.4, 3.0, -1.0, 1.6, -3.3]])
+    torch.testing.assert_close(output.terms.detach(), expected, rtol=TOLERANCE, atol=0)
+    output.terms.sum().backward()
+    expected = torch.tensor([[0.0, 3.0, -1.0, 0.0, -3.3]])
+    torch.testing.assert_close(logprobs.grad, expected, rtol=TOLERANCE, atol=0)
+    metrics = finish_metrics(output.metrics)
+    assert metrics["policy/clipfrac"] == pytest.approx(0.8)
+    assert metrics["policy/ratio"] == pytest.approx(1.02)
+    kl = (ratios - 1 - ratios.log()).mean().item()
+    assert metrics["policy/approx_kl"] == pytest.approx(kl, rel=1e-5)
+
+
+def test_ppo_metrics_read_kept_tokens_only():
+    logprobs = torch.tensor([[math.log(1.5), math.nan, math.log(0.5)]])
+    mask = torch.tensor([[True, False, True]])
+    metrics = finish_metrics(ppo_actor_loss(logprobs, logprobs * 0, logprobs, mask, 0.2).metrics)
+    assert metrics["policy/ratio"] == pytest.approx(1.0) and metrics["policy/clipfrac"] == 1.0
+
+
+def test_value_loss_takes_the_larger_of_plain_and_clipped_error():
+    values = torch.tensor([[2.0, 1.1, 5.0, 7.0]], requires_grad=True)
+    old = torch.tensor([[1.0, 1.0, 1.0, 7.0]])
+    returns = torch.tensor([[3.0, 3.0, 1.0, 0.0]])
+    valid = torch.tensor([[True, True, True, False]])
+    output = ppo_value_loss(values, old, returns, valid, 0.5)
+    # 2.0 clips to 1.5: error 2.25 beats 1; 1.1 is inside; 5.0 clips to 1.5: 0.25 loses against 16
+    expected = torch.tensor([[1.125, 1.805, 8.0, 0.0]])
+    torch.testing.assert_close(output.terms.detach(), expected, rtol=TOLERANCE, atol=0)
+    output.terms.sum().backward()
+    expected = torch.tensor([[0.0, -1.9, 4.0, 0.0]])
+    torch.testing.assert_close(values.grad, expected, rtol=TOLERANCE, atol=0)
+    metrics = finish_metrics(output.metrics)
+    assert metrics["value/clipfrac"] == pytest.approx(1 / 3)
+    assert metrics["value/error"] == pytest.approx((1 + 3.61 + 16) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("form", ["inside", "pair"])
+def test_dpo_is_ln_2_where_policy_and_reference_agree(form):
+    ones = torch.ones_like(MASK)
+    output = dpo_loss(*OTHER[:2], *OTHER[:2], ones, ones, 0.1, form, ones, ones)
+    assert output.terms.shape == (2, 1)
+    torch.testing.assert_close(
+        output.terms, torch.full((2, 1), math.log(2), dtype=torch.float64), rtol=0, atol=1e-12
+    )
+    assert finish_metrics(output.metrics)["dpo/margin"] == 0
+
+
+def test_dpo_forms_by_hand():
+    chosen, ref_chosen = torch.tensor([[-1.0, -2.0, -3.0]]), torch.tensor([[-2.0, -2.5, -1.0]])
+    rejected, ref_rejected = torch.tensor([[-4.0, -1.0]]), torch.tensor([[-2.0, -2.0]])
+    chosen_mask, rejected_mask = torch.tensor([[1, 1, 0]]).bool(), torch.tensor([[1, 0]]).bool()
+    ones = [torch.ones_like(mask) for mask in (chosen_mask, rejected_mask)]
+    args = (chosen, rejected, ref_chosen, ref_rejected, chosen_mask, rejected_mask, 0.5)
+    inside = dpo_loss(*args, "inside")
+    # kept log-ratios: 1 + 0.5 and -2, times beta
+    assert inside.terms.item() == pytest.approx(math.log(1 + math.exp(-1.75)), rel=TOLERANCE)
+    assert finish_metrics(inside.metrics) == {
+        "dpo/accuracy": 1.0,
+        "dpo/margin": 1.75,
+        "reward/implicit_chosen": 0.75,
+        "reward/implicit_rejected": -1.0,
+    }
+    pair = dpo_loss(*args, "pair", *ones)
+    # all log-ratios: -0.5 and -1, and 3 of 5 tokens are kept
+    assert pair.terms.item() == pytest.approx(0.6 * math.log(1 + math.exp(-0.25)), rel=TOLERANCE)
+    assert finish_metrics(pair.metrics)["dpo/margin"] == pytest.approx(0.25)
+
+
+def test_both_dpo_forms_without_a_mask_are_plain_dpo():
+    ones = torch.ones_like(MASK)
+    args = (*OTHER, ones, ones, 0.1)
+    inside, pair = dpo_loss(*args, "inside"), dpo_loss(*args, "pair", ones, ones)
+    assert torch.equal(inside.terms, pair.terms) and inside.metrics == pair.metrics
+
+
+def test_the_printed_dpo_form_scales_a_pair_and_leaves_tokens_alone():
+    x = randn(9, 2, 4)
+    gradients = []
+    for mask in (MASK, torch.ones_like(MASK)):
+        leaf = x.clone().requires_grad_()
+        dpo_pair(leaf, mask).terms.sum().backward()
+        gradients.append(leaf.grad)
+    scales = gradients[0] / gradients[1]
+    # kept shares: (3 + 3) / 8 and (2 + 2) / 8 against (4 + 3) / 8 and (4 + 2) / 8
+    expected = torch.tensor([[6 / 7], [4 / 6]], dtype=torch.float64).expand(2, 4)
+    torch.testing.assert_close(scales, expected)
+
+
+def test_rejection_sampling_by_hand():
+    logprobs = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    reference = torch.tensor([[-1.5, -1.0, -9.0]])
+    mask, valid = torch.tensor([[1, 0, 0]]).bool(), torch.tensor([[1, 1, 0]]).bool()
+    output = rejection_sampling_loss(logprobs, reference, mask, valid, 0.4, "k2")
+    expected = torch.tensor([[1.0 + 0.4 * 0.125, 0.4 * 0.5, 0.0]])
+    torch.testing.assert_close(output.terms.detach(), expected, rtol=TOLERANCE, atol=0)
+    output.terms.sum().backward()
+    # the KL pulls on the second token too, though the mask drops it
+    expected = torch.tensor([[-1 + 0.4 * 0.5, -0.4, 0.0]])
+    torch.testing.assert_close(logprobs.grad, expected, rtol=TOLERANCE, atol=0)
+    metrics = finish_metrics(output.metrics)
+    assert metrics == {"loss/kl": pytest.approx(0.3125), "loss/nll": pytest.approx(1.0)}
+
+
+def test_rejection_sampling_without_kl_is_the_masked_likelihood():
+    x = randn(9, 2, 4).requires_grad_()
+    output = sampling_without_kl(x, MASK)
+    assert torch.equal(output.terms, torch.where(MASK, -x, 0.0))
+
+
+def test_prm_by_hand_over_two_attributes():
+    outputs = torch.tensor([[[0.0, 2.0], [5.0, 5.0], [-1.0, 3.0]]])
+    targets = torch.tensor([[[1.0, 0.0], [math.nan, math.nan], [0.0, 1.0]]])
+    mask = torch.tensor([[True, False, True]])
+    bce = prm_loss(outputs, targets, mask, "bce")
+    first = (math.log(2) + math.log(1 + math.exp(2))) / 2
+    last = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(-3))) / 2
+    torch.testing.assert_close(bce.terms, torch.tensor([[first, 0.0, last]]))
+    # an output of 0 says no; so: wrong, wrong, right, right
+    assert finish_metrics(bce.metrics) == {"prm/accuracy": 0.5}
+    mse = prm_loss(outputs, targets, mask, "mse")
+    torch.testing.assert_close(mse.terms, torch.tensor([[2.5, 0.0, 2.5]]))
+    assert finish_metrics(mse.metrics) == {"prm/absolute_error": 1.5}
+
+
+def test_a_row_gives_the_same_terms_alone_and_in_a_batch_with_more_padding():
+    x = randn(9, 2, 4)
+    for loss in (ppo_actor_loss, ppo_value_loss):
+        together = loss(x, OTHER[0], OTHER[1], MASK, 0.2).terms
+        pieces = [t[1:, :3] for t in (x, OTHER[0], OTHER[1], MASK)]
+        alone = loss(*pieces, 0.2).terms
+        assert torch.equal(together[1:, :3], alone)
+    together = dpo_loss(*OTHER, MASK, MASK, 0.1, "inside").terms
+    pieces = [t[1:, :3] for t in (*OTHER, MASK, MASK)]
+    torch.testing.assert_close(together[1:], dpo_loss(*pieces, 0.1, "inside").terms)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="outside"):
+        dpo_loss(*OTHER, MASK, MASK, 0.1, "outside")
+    with pytest.raises(ValueError, match="k1"):
+        rejection_sampling_loss(*OTHER[:2], MASK, MASK, 0.1, "k1")
+    with pytest.raises(ValueError, match="huber"):
+        prm_loss(OTHER[0][..., None], OTHER[1][..., None], MASK, "huber")
+
+
+def test_a_batch_without_rows_has_all_metrics_at_zero():
+    empty, mask = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3, dtype=torch.bool)
+    outputs = [
+        ppo_actor_loss(empty, empty, empty, mask, 0.2),
+        ppo_value_loss(empty, empty, empty, mask, 0.2),
+        dpo_loss(empty, empty, empty, empty, mask, mask, 0.1, "pair", mask, mask),
+        rejection_sampling_loss(empty, empty, mask, mask, 0.1, "k3"),
+        prm_loss(empty[..., None], empty[..., None], mask, "bce"),
+    ]
+    for output in outputs:
+        output.terms.sum().backward()
+        assert output.metrics
+        assert all(total == 0 and count == 0 for total, count in output.metrics.values())
