@@ -31,7 +31,7 @@ def signs(
     assert signal.shape == valid.shape, (signal.shape, valid.shape)
     delta = torch.as_tensor(delta, dtype=baseline.dtype, device=baseline.device)
     good = signal > baseline + delta
-    bad = torch.where(delta == 0, signal <= baseline, signal <= baseline - delta)
+    bad = torch.where(delta == 0, signal <= baseline, signal < baseline - delta)
     signs_BR = (good.to(torch.int8) - bad.to(torch.int8)) * valid
     if neutral == "drop":
         return signs_BR

@@ -23,7 +23,9 @@ from rich.table import Table
 from megatron_amrlhf.report.run_folder import RunFolder
 
 PLAIN_WIDTH = 110  # columns, where the output is a file
-PAIRS_A_ROW = 3
+MAX_PAIRS_A_ROW = 3
+INDENT, GAP = "  ", "    "
+NO_FRACTION_FROM, SCIENTIFIC_FROM = 1e4, 1e9
 SHOWN = (
     "loss/",
     "reward/",
@@ -120,16 +122,9 @@ class RunConsole:
         if not self._enabled:
             return
         names = [name for prefix in SHOWN for name in metrics if name.startswith(prefix)]
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        for _ in range(PAIRS_A_ROW):
-            table.add_column(no_wrap=True)
-            table.add_column(no_wrap=True, justify="right")
-        cells = [(name, format_metric(name, metrics[name])) for name in dict.fromkeys(names)]
-        for start in range(0, len(cells), PAIRS_A_ROW):
-            row = cells[start : start + PAIRS_A_ROW]
-            table.add_row(*(text for pair in row for text in pair))
         self.line(f"step {step}" + (f"/{total}" if total else ""))
-        self._out.print(table, highlight=False, markup=False)
+        for row in _grid([(n, metrics[n]) for n in dict.fromkeys(names)], self._out.width):
+            self.line(row)
 
     def final_summary(
         self, folder: RunFolder, before: Mapping[str, float], after: Mapping[str, float]
@@ -173,10 +168,29 @@ def format_metric(name: str, value: float | None) -> str:
     return f"{_text(value)} {unit}".rstrip()
 
 
+def _grid(metrics: list[tuple[str, float | None]], width: int) -> list[str]:
+    """Lines of ``name value`` pairs side by side, as many as fit; nothing is cut off."""
+    cells = [(_short(name), format_metric(name, value)) for name, value in metrics]
+    name_width = max((len(name) for name, _ in cells), default=0)
+    value_width = max((len(value) for _, value in cells), default=0)
+    pairs = [f"{name:<{name_width}}  {value:>{value_width}}" for name, value in cells]
+    fitting = (width - len(INDENT)) // (name_width + value_width + 2 + len(GAP))
+    count = min(MAX_PAIRS_A_ROW, max(1, fitting))
+    rows = [pairs[start : start + count] for start in range(0, len(pairs), count)]
+    return [INDENT + GAP.join(row) for row in rows]
+
+
+def _short(name: str) -> str:
+    """The name without its unit, which stands behind the value."""
+    return next((name.removesuffix(end) for end, _ in UNITS if name.endswith(end)), name)
+
+
 def _text(value: float | None) -> str:
     if value is None:
         return "-"
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int) or NO_FRACTION_FROM <= abs(value) < SCIENTIFIC_FROM:
+        return f"{value:.0f}"
+    return f"{value:.4g}"
 
 
 def _console(stream: TextIO) -> Console:

@@ -32,27 +32,67 @@ def test_right_runs_pass():
     ("base", "sections", "world_size", "expected"),
     [
         (PPO, {"parallel": {"tensor": 2, "pipeline": 3}}, 4, "2 x 3 = 6: start a multiple of 6"),
-        (PPO, {}, 3, "rollout.prompts_per_step = 8 does not divide by the 3 data-parallel replicas: use 6 or 9"),
+        (
+            PPO,
+            {},
+            3,
+            "prompts_per_step = 8 does not divide by the 3 data-parallel replicas: use 6 or 9",
+        ),
         (PPO, {}, 16, "replicas: use 16"),
         (PRM, {}, 3, "algorithm.batch_size = 16 does not divide by the 3"),
         (PPO, {"algorithm": {"minibatches": 65}}, 1, "use at most 64"),
         (PPO, {"algorithm": {"kind": "dpo", "minibatches": 5}}, 2, "use at most 4"),
-        (PPO, {"rollout": {"reference_samples_per_prompt": 8}}, 1, "leaves no answer to the policy"),
-        (PPO, {"algorithm": {"kind": "dpo"}, "rollout": {"samples_per_prompt": 1}}, 1, "dpo compares answers"),
-        (PPO, {"algorithm": {"kind": "rejection_sampling"}, "rollout": {"samples_per_prompt": 1}}, 1, "use at least 2"),
+        (
+            PPO,
+            {"rollout": {"reference_samples_per_prompt": 8}},
+            1,
+            "leaves no answer to the policy",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "rollout": {"samples_per_prompt": 1}},
+            1,
+            "dpo compares answers",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling"}, "rollout": {"samples_per_prompt": 1}},
+            1,
+            "use at least 2",
+        ),
         (PPO, {"rollout": {"samples_per_prompt": 1}}, 1, "mask.label: group compares answers"),
         (PPO, {"reward_model": {"path": None}}, 1, "reward_model.path: is required"),
-        (PPO, {"data": {"format": "steps"}}, 1, "data.format: algorithm.kind ppo needs prompts (got steps)"),
+        (
+            PPO,
+            {"data": {"format": "steps"}},
+            1,
+            "data.format: algorithm.kind ppo needs prompts (got steps)",
+        ),
         (PRM, {"data": {"format": "prompts"}}, 1, "data.format: algorithm.kind prm needs steps"),
-        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"signal": "td_error"}}, 1, "td_error needs a critic, which dpo has not"),
-        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"signal": "advantage"}}, 1, "advantage needs a critic"),
-        (PPO, {"algorithm": {"kind": "dpo"}, "mask": {"label": "value"}}, 1, "mask.label: value needs a critic"),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "mask": {"signal": "td_error"}},
+            1,
+            "td_error needs a critic, which dpo has not",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "mask": {"signal": "advantage"}},
+            1,
+            "advantage needs a critic",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "mask": {"label": "value"}},
+            1,
+            "mask.label: value needs a critic",
+        ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),
         (PPO, {"data": {"max_row_tokens": 1000}}, 1, "raise it to 1536"),
         (PPO, {"run": {"name": "../x"}}, 1, "run.name: must be a plain folder name"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_rule_is_named_with_its_fix(base, sections, world_size, expected):
     assert expected in message_of(check_run, make_config(base, **sections), world_size)
 
@@ -82,9 +122,13 @@ def test_all_broken_rules_come_at_once():
     [
         (2, 1, "parallel.tensor = 2 does not divide the model's 9 attention heads: use 1 or 3"),
         (9, 1, "parallel.tensor = 9 does not divide the model's 3 key-value heads: use 1 or 3"),
-        (1, 4, "parallel.pipeline = 4 does not divide the model's 30 layers: use 1, 2, 3, 5, 6, 10, 15 or 30"),
+        (
+            1,
+            4,
+            "pipeline = 4 does not divide the model's 30 layers: use 1, 2, 3, 5, 6, 10, 15 or 30",
+        ),
     ],
-)  # fmt: skip
+)
 def test_sizes_that_do_not_divide_the_model_name_those_that_do(tensor, pipeline, expected):
     config = make_config(PPO, parallel={"tensor": tensor, "pipeline": pipeline})
     assert expected in message_of(check_model, config, SMOLLM2)

@@ -62,7 +62,10 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"gradient_accumulation_steps": 4}, 'gradient_accumulation_steps must be 1 or "auto" (got 4)'),
+        (
+            {"gradient_accumulation_steps": 4},
+            'gradient_accumulation_steps must be 1 or "auto" (got 4)',
+        ),
         ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu must be 1"),
         ({"train_batch_size": 32}, 'train_batch_size must be "auto" or 4'),
         ({"gradient_clipping": 0.3}, "optimizer.max_grad_norm"),
@@ -73,9 +76,12 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
         ({"optimizer": {"type": "AdamW"}}, "remove optimizer"),
         ({"bf16": {"enabled": False}}, "bf16.enabled contradicts model.dtype: bfloat16"),
         ({"bf16": True}, "bf16 must be an object"),
-        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, 'zero_optimization.reduce_bucket_size: "auto" is not derived'),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
+            'zero_optimization.reduce_bucket_size: "auto" is not derived',
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_engine_cannot_honour_is_refused(tmp_path, change, expected):
     with pytest.raises(UserError, match="ds.json") as caught:
         resolve_json(tmp_path, SHIPPED | change)

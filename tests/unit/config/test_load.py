@@ -72,13 +72,25 @@ def test_the_resolved_config_loads_back_to_itself(write):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (("run: {name: demo}", "run: {name: demo, sed: 1}"), "run.sed: unknown key, did you mean run.seed?"),
+        (
+            ("run: {name: demo}", "run: {name: demo, sed: 1}"),
+            "run.sed: unknown key, did you mean run.seed?",
+        ),
         (("data:", "dta: {}\ndata:"), "dta: unknown key, did you mean data?"),
         (("clip_eps: 0.1", "beta: 0.1"), "algorithm.beta: a key of algorithm.kind dpo, not of ppo"),
-        (("clip_eps: 0.1", "clip_ep: 1"), "algorithm.clip_ep: unknown key, did you mean algorithm.clip_eps?"),
+        (
+            ("clip_eps: 0.1", "clip_ep: 1"),
+            "algorithm.clip_ep: unknown key, did you mean algorithm.clip_eps?",
+        ),
         (("clip_eps: 0.1", "clip_eps: -1"), "algorithm.clip_eps: must be > 0 (got -1)"),
-        (("kind: ppo", "kind: ppoo"), "algorithm.kind: must be one of prm, ppo, dpo, rejection_sampling (got 'ppoo'), did you mean ppo?"),
-        (("kind: ppo, ", ""), "algorithm.kind: is required, one of prm, ppo, dpo, rejection_sampling"),
+        (
+            ("kind: ppo", "kind: ppoo"),
+            "must be one of prm, ppo, dpo, rejection_sampling (got 'ppoo'), did you mean ppo?",
+        ),
+        (
+            ("kind: ppo, ", ""),
+            "algorithm.kind: is required, one of prm, ppo, dpo, rejection_sampling",
+        ),
         (("data: {train: prompts.jsonl}", ""), "data: is required"),
         (("train: prompts.jsonl", ""), "data.train: is required"),
         (("data:", "rollout: {top_p: 3}\ndata:"), "rollout.top_p: must be <= 1 (got 3)"),
@@ -87,9 +99,12 @@ def test_the_resolved_config_loads_back_to_itself(write):
         (("demo", "17"), "run.name: must be text, in quotes if it looks like a number (got 17)"),
         (("data:", "model2: 1\nmask: 3\ndata:"), "mask: must be a section of keys (got 3)"),
         (("1e-6", "fast"), "optimizer.lr: must be a number (got 'fast')"),
-        (("data:", "mask: {kind: no}\ndata:"), "mask.kind: must be 'adaptive' or 'none' (got false)"),
+        (
+            ("data:", "mask: {kind: no}\ndata:"),
+            "mask.kind: must be 'adaptive' or 'none' (got false)",
+        ),
     ],
-)  # fmt: skip
+)
 def test_each_mistake_names_its_key_and_the_fix(write, change, expected):
     path = write(VALID.replace(*change))
     message = message_of(path)

@@ -1,0 +1,110 @@
+"""A decoding micro-batch: the rows that go through the pipeline together."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.models.attention import KVCache
+from megatron_amrlhf.models.stage import StageModel
+from megatron_amrlhf.rollout.sampling import SamplingSettings
+
+
+class DecodeBlock:
+    """State of the rows of one micro-batch; equal on every rank of a replica.
+
+    Every rank gets the same tokens, so each knows by itself which rows ended, which to drop from
+    its cache, and when the block is done: no further agreement is needed.
+
+    Attributes:
+        module: the stage that decodes these rows (policy's or reference's).
+        places: ``[b]`` index of each live row in the batch.
+        answers: answer tokens so far, by place in the batch.
+        ended: places whose answer ended on an end token.
+    """
+
+    def __init__(
+        self,
+        module: StageModel,
+        places: list[int],
+        prompts: list[Tensor],
+        uniform: Tensor,
+        settings: SamplingSettings,
+        device: torch.device,
+    ):
+        self.module, self.settings, self.device = module, settings, device
+        self.places = torch.tensor(places, dtype=torch.int64)
+        self.uniform = uniform
+        self.answers: dict[int, list[int]] = {place: [] for place in places}
+        self.ended: set[int] = set()
+        lengths = torch.tensor([prompt.numel() for prompt in prompts], dtype=torch.int64)
+        room = (settings.max_row_tokens - lengths).clamp(max=settings.max_new_tokens)
+        self._limit = dict(zip(places, room.tolist(), strict=True))
+        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : prompt.numel()] = prompt
+        self._tokens = tokens.to(device)
+        self._live = torch.ones(len(prompts), dtype=torch.bool)
+        self.cache = KVCache(
+            num_layers=len(module.decoder.layers),
+            lengths=lengths.to(device),
+            capacity=int(lengths.max()) + int(room.max()),
+        )
+        self._prefilled = False
+
+    @property
+    def done(self) -> bool:
+        return not bool(self._live.any())
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """``[T, b, H]`` of the activations that the next forward passes between stages."""
+        return (self._tokens.shape[1], self._tokens.shape[0], self.module.config.hidden_size)
+
+    def forward(self, hidden: Tensor | None) -> Tensor:
+        """Runs the stage on the prompts or the last tokens; ``[b, V / TP]`` on the last stage."""
+        if hidden is not None:
+            self.module.set_input_tensor([hidden])
+        lengths = self.cache.lengths
+        if self._prefilled:
+            out = self.module(self._tokens, positions=lengths[:, None], cache=self.cache)
+            self.cache.lengths = lengths + 1
+            return out
+        width = self._tokens.shape[1]
+        index = torch.arange(lengths.numel(), device=self.device) * width + lengths - 1
+        self._prefilled = True
+        return self.module(self._tokens, output_index=index, cache=self.cache)
+
+    def draw(self) -> Tensor:
+        """``[b]`` uniforms for the token that comes next in each row."""
+        counts = [len(self.answers[place]) for place in self.places.tolist()]
+        index = torch.tensor(counts).clamp(max=self.uniform.shape[1] - 1)
+        return self.uniform.gather(1, index[:, None])[:, 0]
+
+    def accept(self, tokens: Tensor) -> int:
+        """Takes the sampled ``[b]`` tokens; returns how many rows ended by them."""
+        newly_done = 0
+        for row, (place, token) in enumerate(
+            zip(self.places.tolist(), tokens.tolist(), strict=True)
+        ):
+            if not self._live[row]:
+                continue
+            self.answers[place].append(token)
+            is_end = token in self.settings.end_ids
+            if is_end:
+                self.ended.add(place)
+            if is_end or len(self.answers[place]) >= self._limit[place]:
+                self._live[row] = False
+                newly_done += 1
+        self._tokens = tokens.to(self.device)[:, None]
+        if not self.done and int(self._live.sum()) * 2 <= self._live.numel():
+            self._drop_ended()
+        return newly_done
+
+    def _drop_ended(self) -> None:
+        keep = self._live.nonzero()[:, 0]
+        self.places, self.uniform = self.places[keep], self.uniform[keep]
+        self._live = self._live[keep]
+        on_device = keep.to(self.device)
+        self._tokens = self._tokens[on_device]
+        self.cache.keep(on_device)

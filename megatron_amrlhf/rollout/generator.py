@@ -1,0 +1,158 @@
+"""Answers from policy and reference together, on TP x PP stages with a KV cache.
+
+Micro-batches of both models take turns in the pipeline: while the last stage samples for one, the
+stages before work on the next. Data-parallel ranks decode independently of each other: the
+weights are gathered once, so no collective crosses replicas before the windows close.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.parallel.vocab import gather_logits
+from megatron_amrlhf.rollout.block import DecodeBlock
+from megatron_amrlhf.rollout.sampling import SamplingSettings, next_tokens, uniforms
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+
+def generate(
+    engine: Zero3Engine,
+    prompts: PromptBatch,
+    samples_per_prompt: int,
+    reference_samples: int,
+    settings: SamplingSettings,
+    seed: int,
+    step: int,
+    micro_batch_size: int,
+    on_rows_done: Callable[[int], None] = lambda count: None,
+) -> RolloutBatch:
+    """Samples answers to this DP rank's prompts. Entered by every rank.
+
+    Args:
+        engine: holds the roles ``actor`` and, if ``reference_samples``, ``reference``.
+        prompts: this replica's prompts, equal on all its ranks.
+        samples_per_prompt: answers a prompt.
+        reference_samples: how many of them the reference samples (the last ones).
+        settings: sampling settings.
+        seed: the run's seed; with ``step`` and the sample's id it fixes the answer.
+        step: the rollout step.
+        micro_batch_size: rows a decoding micro-batch.
+        on_rows_done: called with the number of answers that just ended.
+
+    Returns:
+        The answers in order of prompt and sample, equal on all ranks of the replica.
+    """
+    policy_samples = samples_per_prompt - reference_samples
+    repeated = [row for row in prompts.rows for _ in range(samples_per_prompt)]
+    within = torch.arange(samples_per_prompt).repeat(len(prompts.rows))
+    groups = prompts.group_ids.repeat_interleave(samples_per_prompt)
+    sample_ids = groups * samples_per_prompt + within
+    from_reference = within >= policy_samples
+    random = uniforms(seed, step, sample_ids, settings.max_new_tokens)
+    with ExitStack() as windows:
+        blocks: list[DecodeBlock] = []
+        for name, mine in (("actor", ~from_reference), ("reference", from_reference)):
+            if name == "reference" and not reference_samples:
+                continue
+            module = windows.enter_context(engine.roles[name].window())
+            places = mine.nonzero()[:, 0].tolist()
+            places.sort(key=lambda place: repeated[place].numel())
+            for start in range(0, len(places), micro_batch_size):
+                part = places[start : start + micro_batch_size]
+                rows = [repeated[place] for place in part]
+                device = engine.mesh.device
+                blocks.append(DecodeBlock(module, part, rows, random[part], settings, device))
+        decode(blocks, engine.mesh, settings, on_rows_done)
+    return _collect(blocks, repeated, groups, sample_ids, from_reference)
+
+
+@torch.no_grad()
+def decode(
+    blocks: list[DecodeBlock],
+    mesh: Mesh,
+    settings: SamplingSettings,
+    on_rows_done: Callable[[int], None],
+) -> None:
+    """Decodes all blocks to their ends; each round every live block goes through the pipeline."""
+    sent: list[dist.Work] = []
+    awaited: dict[int, tuple[Tensor, dist.Work | None]] = {}
+    live = list(enumerate(blocks))
+    while live:
+        for index, block in live:
+            if index in awaited:
+                tokens, work = awaited.pop(index)
+                if work is not None:
+                    work.wait()
+                on_rows_done(block.accept(tokens))
+            if block.done:
+                continue
+            output = _stage_forward(block, mesh, sent)
+            awaited[index] = _share_tokens(block, output, mesh, settings)
+        live = [(index, block) for index, block in live if not block.done]
+    for work in sent:
+        work.wait()
+
+
+def _stage_forward(block: DecodeBlock, mesh: Mesh, sent: list[dist.Work]) -> Tensor:
+    """Receives activations, runs the stage, and sends on without waiting."""
+    hidden = None
+    if not mesh.is_first_stage:
+        dtype = block.module.config.params_dtype
+        hidden = torch.empty(block.hidden_shape, dtype=dtype, device=mesh.device)
+        dist.recv(hidden, group=mesh.pp_group, group_src=mesh.pp_rank - 1)
+    output = block.forward(hidden)
+    if not mesh.is_last_stage:
+        while sent and sent[0].is_completed():
+            sent.pop(0)
+        work = dist.isend(output.contiguous(), group=mesh.pp_group, group_dst=mesh.pp_rank + 1)
+        sent.append(work)
+    return output
+
+
+def _share_tokens(
+    block: DecodeBlock, output: Tensor, mesh: Mesh, settings: SamplingSettings
+) -> tuple[Tensor, dist.Work | None]:
+    """Samples on the last stage; every stage gets the ``[b]`` tokens, maybe not yet arrived."""
+    if mesh.is_last_stage:
+        logits = gather_logits(output, block.module.shape.vocab_size, mesh.tp_group)
+        tokens = next_tokens(logits, block.draw().to(mesh.device), settings)
+        if mesh.tp_size > 1:
+            dist.broadcast(tokens, group=mesh.tp_group, group_src=0)
+    else:
+        tokens = torch.empty(block.hidden_shape[1], dtype=torch.int64, device=mesh.device)
+    if mesh.pp_size == 1:
+        return tokens, None
+    work = dist.broadcast(
+        tokens, group=mesh.token_group, group_src=mesh.pp_size - 1, async_op=True
+    )
+    return tokens, work
+
+
+def _collect(
+    blocks: list[DecodeBlock],
+    prompts: list[Tensor],
+    groups: Tensor,
+    sample_ids: Tensor,
+    from_reference: Tensor,
+) -> RolloutBatch:
+    answers = {place: answer for block in blocks for place, answer in block.answers.items()}
+    ended = {place for block in blocks for place in block.ended}
+    rows = tuple(
+        torch.cat([prompt, torch.tensor(answers[place], dtype=torch.int64)])
+        for place, prompt in enumerate(prompts)
+    )
+    return RolloutBatch(
+        rows=rows,
+        prompt_lengths=torch.tensor([p.numel() for p in prompts], dtype=torch.int64),
+        group_ids=groups,
+        sample_ids=sample_ids,
+        from_reference=from_reference,
+        ended=torch.tensor([place in ended for place in range(len(prompts))]),
+    )

@@ -1,0 +1,92 @@
+"""Prompts end where the answer starts; step ends are counted, never searched."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from megatron_amrlhf.data.chat import (
+    encode_prompt,
+    encode_solution,
+    end_token_ids,
+    load_tokenizer,
+)
+from megatron_amrlhf.errors import UserError
+from tests.helpers import make_tiny_tokenizer
+
+
+def test_a_prompt_ends_with_the_header_of_the_assistants_turn(tokenizer):
+    ids = encode_prompt(tokenizer, "3 x 4?", "Be brief.")
+    assert type(ids) is list and all(type(token) is int for token in ids)
+    assert tokenizer.decode(ids) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n3 x 4?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert "system" not in tokenizer.decode(encode_prompt(tokenizer, "3 x 4?", None))
+
+
+def test_a_prompt_without_a_template_is_a_plain_line(tmp_path):
+    plain = make_tiny_tokenizer(tmp_path, chat_template=None)
+    assert plain.decode(encode_prompt(plain, "3 x 4?", None)) == "3 x 4?\n"
+    assert plain.decode(encode_prompt(plain, "3 x 4?", "Be brief.")) == "Be brief.\n\n3 x 4?\n"
+
+
+def test_a_template_that_refuses_the_system_role_is_a_user_error(tmp_path):
+    refusing = make_tiny_tokenizer(tmp_path, chat_template="{{ raise_exception('no system') }}")
+    with pytest.raises(UserError, match="no system.*data.system_prompt to null"):
+        encode_prompt(refusing, "3 x 4?", "Be brief.")
+
+
+def test_a_saved_tokenizer_is_loaded_with_the_same_ids(tokenizer, tokenizer_folder):
+    loaded = load_tokenizer(tokenizer_folder)
+    assert len(loaded) == 321 and loaded.eos_token == "<|im_end|>"
+    assert encode_prompt(loaded, "Ann", None) == encode_prompt(tokenizer, "Ann", None)
+
+
+def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match="no such model folder"):
+        load_tokenizer(tmp_path / "none")
+    with pytest.raises(UserError, match="cannot load a tokenizer") as info:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+@pytest.mark.parametrize(("listed", "extra"), [(None, []), (0, [0]), ([0, 2, 1], [0, 1])])
+def test_end_tokens_join_tokenizer_and_generation_config(tokenizer, tmp_path, listed, extra):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert tokenizer.eos_token_id == 2
+    assert end_token_ids(tokenizer, tmp_path) == [2] + extra
+
+
+def test_end_tokens_do_not_need_a_generation_config(tokenizer, tmp_path):
+    assert end_token_ids(tokenizer, tmp_path) == [2]
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"eos_token_id": "x"}', '{"eos_token_id": [-1]}'])
+def test_a_broken_generation_config_is_a_user_error(tokenizer, tmp_path, content):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(UserError, match="restore the file"):
+        end_token_ids(tokenizer, tmp_path)
+
+
+def test_each_step_ends_at_its_position(tokenizer):
+    # The steps hold newlines and the same text twice: a search for separators would miscount.
+    steps = ["First\n\n3 x 4 = 12.", "Then\n", "Then", "\u7b54\u6848 12"]
+    prompt_ids = encode_prompt(tokenizer, "3 x 4?", None)
+    ids, positions = encode_solution(tokenizer, prompt_ids, steps)
+    assert ids[: len(prompt_ids)] == prompt_ids
+    starts = [len(prompt_ids)] + [position + 1 for position in positions[:-1]]
+    texts = [
+        tokenizer.decode(ids[start : position + 1])
+        for start, position in zip(starts, positions, strict=True)
+    ]
+    assert texts == ["First\n\n3 x 4 = 12.\n", "Then\n", "Then\n", "\u7b54\u6848 12"]
+    assert positions[-1] == len(ids) - 2 and ids[-1] == tokenizer.eos_token_id
+
+
+def test_a_steps_ids_do_not_depend_on_its_neighbours(tokenizer):
+    alone, _ = encode_solution(tokenizer, [], ["Ann buys 12", "x"])
+    among, positions = encode_solution(tokenizer, [], ["So.", "Ann buys 12", "And so on"])
+    length = len(alone) - 2
+    assert among[positions[0] + 1 : positions[1] + 1] == alone[:length]

@@ -1,0 +1,114 @@
+"""The demonstration data is whole, the same for a seed, and never overwrites foreign files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_amrlhf.data import demo
+from megatron_amrlhf.data.demo import write_demo_data
+from megatron_amrlhf.data.general_prompts import general_prompts
+from megatron_amrlhf.data.jsonl import read_jsonl
+from megatron_amrlhf.errors import UserError
+
+FILES = ["prm_train.jsonl", "prm_heldout.jsonl", "prompts_train.jsonl", "prompts_heldout.jsonl"]
+ROOT = Path(__file__).parents[3]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_files_are_whole_and_train_and_heldout_are_disjoint(tmp_path):
+    assert write_demo_data(tmp_path / "d", 0, 60, 20)
+    assert sorted(contents(tmp_path / "d")) == sorted([*FILES, "demo.json"])
+    rows = {name: read_jsonl(tmp_path / "d" / name, {"prompt": str}) for name in FILES}
+    prompts = {name: {row["prompt"] for row in rows[name]} for name in FILES}
+    assert [len(rows[name]) for name in FILES[:2]] == [60, 20]
+    for kind in ("prm", "prompts"):
+        assert not prompts[f"{kind}_train.jsonl"] & prompts[f"{kind}_heldout.jsonl"]
+    for split in ("train", "heldout"):
+        general = set(general_prompts(split))
+        assert prompts[f"prompts_{split}.jsonl"] == prompts[f"prm_{split}.jsonl"] | general
+        kinds = ["answer" in row for row in rows[f"prompts_{split}.jsonl"][:40]]
+        assert True in kinds and False in kinds  # mixed, not one after the other
+
+
+def test_a_second_call_changes_nothing(tmp_path):
+    assert write_demo_data(tmp_path, 0, 30, 10)
+    times = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert not write_demo_data(tmp_path, 0, 30, 10)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == times
+
+
+def test_other_parameters_replace_the_data_and_the_same_ones_give_the_same_bytes(tmp_path):
+    write_demo_data(tmp_path / "a", 0, 30, 10)
+    first = contents(tmp_path / "a")
+    assert write_demo_data(tmp_path / "a", 1, 30, 10)
+    assert contents(tmp_path / "a") != first
+    assert write_demo_data(tmp_path / "b", 0, 30, 10)
+    assert contents(tmp_path / "b") == first
+
+
+def test_an_interrupted_write_is_completed(tmp_path, monkeypatch):
+    write_demo_data(tmp_path, 0, 30, 10)
+    whole = contents(tmp_path)
+    write_demo_data(tmp_path, 1, 30, 10)
+    real = demo.write_atomically
+
+    def fail_at_the_third(path, content):
+        if Path(path).name == demo.PROMPTS_TRAIN:
+            raise OSError(28, "No space left on device")
+        real(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "write_atomically", fail_at_the_third)
+        with pytest.raises(UserError, match="No space left"):
+            write_demo_data(tmp_path, 0, 30, 10)
+    assert write_demo_data(tmp_path, 0, 30, 10)
+    assert contents(tmp_path) == whole
+
+
+def test_foreign_and_edited_files_are_never_overwritten(tmp_path):
+    (tmp_path / "prm_train.jsonl").write_text("mine\n")
+    with pytest.raises(UserError, match="prm_train.jsonl: this file is not"):
+        write_demo_data(tmp_path, 0, 30, 10)
+    assert contents(tmp_path) == {"prm_train.jsonl": b"mine\n"}
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 1), (0, 1, 0), (-1, 1, 1)])
+def test_counts_and_seed_are_checked(tmp_path, counts):
+    with pytest.raises(UserError, match="at least 1"):
+        write_demo_data(tmp_path, *counts)
+
+
+def test_general_prompts_are_distinct_english_and_chinese():
+    prompts = general_prompts()
+    chinese = [text for text in prompts if any("\u4e00" <= letter <= "\u9fff" for letter in text)]
+    assert len(chinese) >= 20 and len(prompts) - len(chinese) >= 40
+    assert len(set(prompts)) == len(prompts)
+    train, heldout = general_prompts("train"), general_prompts("heldout")
+    assert sorted(train + heldout) == sorted(prompts) and set(heldout) & set(chinese)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, "algorithm kind: prm"),
+        (["{folder}", "--num-problems", "8", "--num-heldout", "4"], 0, "data written"),
+        (["{folder}", "--num-problems", "0"], 2, "error: demo data needs"),
+        (["{folder}", "--num-problems", "many"], 2, "invalid int value"),
+        ([], 2, "FOLDER"),
+    ],
+)
+def test_the_tool_teaches_and_exits_with_2_on_mistakes(tmp_path, arguments, code, words):
+    tool = [sys.executable, str(ROOT / "tools" / "make_demo_data.py")]
+    filled = [argument.format(folder=tmp_path / "d") for argument in arguments]
+    done = subprocess.run(
+        tool + filled, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == code, done.stderr
+    assert words in done.stdout + done.stderr and "Traceback" not in done.stderr

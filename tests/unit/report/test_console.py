@@ -1,0 +1,81 @@
+"""Console output: short in a log, silent on other ranks."""
+
+import io
+
+from megatron_amrlhf.report.console import RunConsole, format_metric
+from megatron_amrlhf.report.run_folder import RunFolder
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def make(rank=0, err=None):
+    out, err = io.StringIO(), err or io.StringIO()
+    return RunConsole(rank, out, err), out, err
+
+
+def test_a_log_file_gets_two_lines_a_phase():
+    console, out, err = make()
+    with console.track("rollout", 100) as phase:
+        for _ in range(100):
+            phase.advance()
+    lines = err.getvalue().splitlines()
+    assert len(lines) == 2 and out.getvalue() == ""
+    assert lines[0] == "rollout: 0/100" and lines[1].startswith("rollout: 100/100 in ")
+
+
+def test_a_terminal_gets_a_bar_with_time_left(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    console, _, err = make(err=Terminal())
+    with console.track("scoring", 4) as phase:
+        phase.advance(4)
+    assert "scoring" in err.getvalue() and "4/4" in err.getvalue() and "left" in err.getvalue()
+
+
+def test_other_ranks_are_silent(tmp_path):
+    console, out, err = make(rank=1)
+    with console.track("rollout", 2) as phase:
+        phase.advance(2)
+    assert phase.done == 2
+    console.line("hello")
+    console.step_table(1, 2, {"loss/policy": 1.0})
+    console.final_summary(RunFolder(tmp_path, 1, True), {}, {"reward/mean": 1.0})
+    assert out.getvalue() == "" == err.getvalue()
+
+
+def test_the_step_table_is_short_and_has_the_main_numbers():
+    console, out, _ = make()
+    metrics = {
+        "loss/policy": 0.123456,
+        "reward/mean": -1.5,
+        "mask/kept_fraction": 0.25,
+        "engine/skipped_steps": 0,
+        "time/rollout_seconds": 12.34,
+        "throughput/rollout_tokens_per_second": 98765.4,
+        "kl/ref_nats": None,
+        "internal/unlisted": 7.0,
+    }
+    console.step_table(3, 10, metrics)
+    text = out.getvalue()
+    assert text.splitlines()[0] == "step 3/10" and len(text.splitlines()) <= 5
+    for part in ("0.1235", "-1.5", "0.25", "12.34 s", "98765 tok/s", "kl/ref "):
+        assert part in text
+    assert "unlisted" not in text
+
+
+def test_the_summary_shows_the_change_and_only_paths_that_exist(tmp_path):
+    console, out, _ = make()
+    folder = RunFolder(tmp_path, 1, True)
+    folder.metrics.touch()
+    console.final_summary(folder, {"reward/heldout": 0.25}, {"reward/heldout": 0.5, "prm/auc": 0.9})
+    text = out.getvalue()
+    assert "+0.25" in text and "0.9" in text
+    assert str(folder.metrics) in text and str(folder.export) not in text
+
+
+def test_units_follow_the_name():
+    assert format_metric("memory/peak_gib", 1.5) == "1.5 GiB"
+    assert format_metric("kl/ref_nats", None) == "- nats"
+    assert format_metric("engine/skipped_steps", 12345) == "12345"

