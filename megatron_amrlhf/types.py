@@ -137,9 +137,18 @@ class TrainBatch:
         rows: token ids of each row, 1-D int64 on CPU, known to every rank of the replica.
         prompt_lengths: ``[B]`` int64.
         targets: named ``[B, R]`` or ``[B]`` tensors that the loss reads on the last stage
-            (``mask``, ``advantages``, ...); empty on other stages.
+            (``mask``, ``advantages``, ...), ``denominator`` (bool, what the loss's mean counts)
+            always among them; empty on other stages.
     """
 
     rows: tuple[Tensor, ...]
     prompt_lengths: Tensor
     targets: dict[str, Tensor]
+
+    def select(self, index: Tensor) -> TrainBatch:
+        """The rows at ``index`` (1-D int64), in that order."""
+        return TrainBatch(
+            rows=tuple(self.rows[i] for i in index.tolist()),
+            prompt_lengths=self.prompt_lengths[index],
+            targets={name: x[index.to(x.device)] for name, x in self.targets.items()},
+        )

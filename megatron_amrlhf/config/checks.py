@@ -23,7 +23,11 @@ def check_run(config: Config, world_size: int) -> None:
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
     if config.algorithm.kind != "prm":
-        problems += [*_rollout_problems(config), *_mask_problems(config)]
+        problems += [
+            *_rollout_problems(config),
+            *_pair_problems(config),
+            *_mask_problems(config),
+        ]
     _raise_if(problems)
 
 
@@ -158,6 +162,12 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} is more than "
             f"data.max_row_tokens = {data.max_row_tokens}: raise it to {longest}"
         )
+
+
+def _pair_problems(config: Config) -> Iterator[str]:
+    size = config.engine.micro_batch_size
+    if config.algorithm.kind == "dpo" and size % 2:
+        yield f"engine.micro_batch_size: dpo keeps pairs together, use an even number (got {size})"
 
 
 def _mask_problems(config: Config) -> Iterator[str]:

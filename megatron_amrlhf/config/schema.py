@@ -50,7 +50,9 @@ class RewardModelSection(Section):
         None, description="folder that a prm run exported (runs/NAME/export); required but for prm"
     )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
-        None, strict=False, description="weight of each attribute in the scalar reward; null: the mean of them"
+        None,
+        strict=False,
+        description="weight of each attribute in the scalar reward; null: the mean of them",
     )
 
 
@@ -77,11 +79,12 @@ class EngineSection(Section):
 class OptimizerSection(Section):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
     critic_lr: PositiveFloat | None = Field(None, description="the critic's; null: as lr")
-    betas: tuple[Fraction, Fraction] = Field(
-        (0.9, 0.95), strict=False, description="AdamW betas")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW betas")
     eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="global norm to clip at; 0: no clipping")
+    max_grad_norm: NonNegativeFloat = Field(
+        1.0, description="global norm to clip at; 0: no clipping"
+    )
     warmup_steps: NonNegative = Field(0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="decay after warm-up, to 0 over the run's optimizer steps"
@@ -128,7 +131,10 @@ class RewardSection(Section):
         "batch", description="whiten token rewards over the global batch (eq. 11) or leave them"
     )
     granularity: Literal["sequence", "step", "token", "message"] = Field(
-        "message", description="unit whose reward its tokens share (figure 1)"
+        "message", description="unit whose tokens share one reward (figure 1)"
+    )
+    placement: Literal["last", "spread"] = Field(
+        "last", description="a unit's reward stands on its last token or on each of its tokens"
     )
 
 
@@ -215,7 +221,9 @@ class CheckpointSection(Section):
     every: NonNegative = Field(0, description="also save each N steps (0: only at the end)")
     keep: Positive = Field(2, description="complete checkpoints kept")
     resume: bool = Field(True, description="go on from the newest complete checkpoint of the run")
-    export: bool = Field(True, description="write the trained model as a Hugging Face folder at the end")
+    export: bool = Field(
+        True, description="write the trained model as a Hugging Face folder at the end"
+    )
 
 
 class Config(Section):

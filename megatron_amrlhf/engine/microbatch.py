@@ -27,6 +27,11 @@ class OutputPlan:
     columns: Tensor
     width: int
 
+    def widened(self, width: int) -> OutputPlan:
+        """The same outputs in a result of more columns."""
+        assert width >= self.width, (width, self.width)
+        return OutputPlan(self.rows, self.positions, self.columns, width)
+
 
 def response_outputs(lengths: Tensor, prompt_lengths: Tensor, where: Outputs) -> OutputPlan:
     """Outputs for every response token: ``before`` it (log-prob, value) or ``at`` it (reward)."""

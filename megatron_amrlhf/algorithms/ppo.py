@@ -1,0 +1,134 @@
+"""APPO, eq. 14: the clipped surrogate on kept tokens, GAE on dense rewards, a critic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import count_metric
+from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
+from megatron_amrlhf.algorithms.scoring import read_logprobs, read_value
+from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
+from megatron_amrlhf.losses.gae import gae
+from megatron_amrlhf.losses.kl import k1
+from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
+from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask
+from megatron_amrlhf.mask.adaptive import chosen_labels
+from megatron_amrlhf.mask.statistics import whiten
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
+
+
+class Ppo(PolicyAlgorithm):
+    """Actor and critic learn from every answer; the mask is the actor's alone."""
+
+    has_critic = True
+
+    @property
+    def updates_per_step(self) -> int:
+        algorithm = self.context.config.algorithm
+        return algorithm.epochs * algorithm.minibatches
+
+    def logprob_temperature(self) -> float:
+        """The policy that acts is the softmax at the sampling temperature."""
+        return self.context.config.rollout.temperature or 1.0
+
+    def num_chosen(self, judged: Judged) -> int:
+        return len(judged.rollout.rows)
+
+    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+        scored, rollout = judged.scored, judged.rollout
+        labels = chosen_labels(
+            judged.dense.sequence_rewards,
+            self.context.config.mask.label,
+            rollout.group_ids.to(scored.values.device),
+            scored.values[:, 0],
+            self.context.mesh.dp_group,
+        )
+        return all_rows(judged), labels
+
+    def learn(
+        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
+    ) -> tuple[Metrics, dict]:
+        targets, metrics = {}, {}
+        if judged.scored is not None:
+            targets, metrics = self.targets(batch, judged)
+        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        learned, engine = self.update(train, step)
+        return metrics | learned, engine
+
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+        """Advantages and returns of dense rewards with the KL penalty in them (last stages)."""
+        config, scored = self.context.config, judged.scored
+        algorithm, valid = config.algorithm, scored.response_mask
+        penalty = algorithm.kl_coef * k1(scored.logprobs, scored.reference_logprobs)
+        rewards = torch.where(valid, judged.dense.shaped - penalty, 0.0)
+        advantages, returns = gae(
+            rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda
+        )
+        if algorithm.whiten_advantages:
+            advantages = whiten(advantages, valid, self.context.mesh.dp_group)
+        # The behaviour policy of an answer is the model that sampled it.
+        by_reference = batch.rollout.from_reference.to(valid.device)[:, None]
+        behaviour = torch.where(by_reference, scored.reference_logprobs, scored.logprobs)
+        targets = {
+            "mask": batch.mask,
+            "valid": valid,
+            "advantages": advantages,
+            "behaviour_logprobs": behaviour,
+            "returns": returns,
+            "old_values": scored.values,
+            "denominator": valid,
+        }
+        return targets, {"ppo/returns": count_metric(returns.sum(), valid.sum())}
+
+    def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
+        """All optimizer steps on one rollout. Entered by every rank."""
+        algorithm = self.context.config.algorithm
+        parts = [
+            train.select(index)
+            for epoch in range(algorithm.epochs)
+            for index in split_rows(
+                len(train.rows), algorithm.minibatches, self._shuffle_seed(step, epoch)
+            )
+        ]
+        roles = {"actor": self.update_actor, "critic": self.update_critic}
+        return run_updates(self.context, parts, roles)
+
+    def _shuffle_seed(self, step: int, epoch: int) -> int | None:
+        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
+        shuffles = algorithm.minibatches > 1
+        return (seed * 1_000_003 + step) * 1_009 + epoch if shuffles else None
+
+    def update_actor(self, part: TrainBatch, on_block):
+        """One optimizer step of the policy on eq. 14."""
+        config = self.context.config
+        if part.targets:
+            targets = part.targets
+            counted = denominator_mask(targets["valid"], targets["mask"], config.loss.denominator)
+            part = TrainBatch(part.rows, part.prompt_lengths, targets | {"denominator": counted})
+
+        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
+            return ppo_actor_loss(
+                logprobs,
+                targets["behaviour_logprobs"],
+                targets["advantages"],
+                targets["mask"],
+                config.algorithm.clip_eps,
+            )
+
+        read = read_logprobs(self.context, self.logprob_temperature())
+        plan = response_plan(part)
+        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+
+    def update_critic(self, part: TrainBatch, on_block):
+        """One optimizer step of the critic, on all response tokens."""
+        clip_eps = self.context.config.algorithm.value_clip_eps
+
+        def terms(values: Tensor, targets: dict[str, Tensor]) -> LossOutput:
+            return ppo_value_loss(
+                values, targets["old_values"], targets["returns"], targets["valid"], clip_eps
+            )
+
+        plan = response_plan(part)
+        return update(self.context, "critic", part, plan, read_value, terms, "value", on_block)

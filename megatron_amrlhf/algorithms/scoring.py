@@ -1,0 +1,90 @@
+"""Forward passes that say something about each response token, on the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.engine.microbatch import MicroBatch, Outputs, response_outputs
+from megatron_amrlhf.engine.zero3 import nothing
+from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
+from megatron_amrlhf.types import RolloutBatch
+
+# ([n, ...] outputs, micro-batch) -> [n, ...] values
+ReadFunction = Callable[[Tensor, MicroBatch], Tensor]
+
+
+def score_tokens(
+    context: Context,
+    role: str,
+    rollout: RolloutBatch,
+    where: Outputs,
+    read: ReadFunction,
+    on_block: Callable[[], None] = nothing,
+) -> Tensor | None:
+    """``[B, R, ...]`` float32 values of the response tokens on last stages, None on others.
+
+    Args:
+        context: the run.
+        role: which model.
+        rollout: the answers.
+        where: outputs are read ``before`` each token (log-prob, value) or ``at`` it (reward).
+        read: makes values of the last stage's outputs.
+        on_block: called after each micro-batch.
+    """
+    lengths = rollout.prompt_lengths + rollout.response_lengths
+    plan = response_outputs(lengths, rollout.prompt_lengths, where)
+    pieces = context.engine.score(
+        role,
+        rollout.rows,
+        plan,
+        lambda outputs, block: block.rectangle(read(outputs, block), plan.width),
+        on_block,
+    )
+    if not context.mesh.is_last_stage:
+        return None
+    return torch.cat(pieces)[: len(rollout.rows)].float()
+
+
+def read_logprobs(context: Context, temperature: float) -> ReadFunction:
+    """Log-prob of each token under the softmax at ``temperature``."""
+    mesh, vocab_size = context.mesh, context.vocab_size
+
+    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
+        return token_logprobs(outputs, block.targets, vocab_size, mesh.tp_group, temperature)
+
+    return read
+
+
+def read_logprobs_and_entropy(context: Context, temperature: float) -> ReadFunction:
+    """``[n, 2]``: log-prob of each token, and entropy of the softmax it was drawn from."""
+    logprobs, mesh, vocab_size = (
+        read_logprobs(context, temperature),
+        context.mesh,
+        context.vocab_size,
+    )
+
+    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
+        both = (logprobs(outputs, block), entropy(outputs, vocab_size, mesh.tp_group))
+        return torch.stack(both, dim=-1)
+
+    return read
+
+
+def read_value(outputs: Tensor, block: MicroBatch) -> Tensor:
+    """The value head's output."""
+    return outputs[:, 0].float()
+
+
+def read_reward(weights: tuple[float, ...] | None) -> ReadFunction:
+    """The scalar reward: attributes weighted, or their mean."""
+
+    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
+        if weights is None:
+            return outputs.float().mean(dim=-1)
+        return outputs.float() @ torch.tensor(weights, device=outputs.device)
+
+    return read

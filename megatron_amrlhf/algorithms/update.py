@@ -1,0 +1,117 @@
+"""One optimizer step of one role from a TrainBatch: the same for every loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context, count_metric
+from megatron_amrlhf.algorithms.scoring import ReadFunction
+from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
+from megatron_amrlhf.engine.zero3 import StepResult, nothing
+from megatron_amrlhf.losses.reduce import (
+    LossOutput,
+    Metrics,
+    global_count,
+    merge_metrics,
+    scale_for_engine,
+)
+from megatron_amrlhf.types import TrainBatch
+
+# ([b, R, ...] values of the model being trained, targets of the same rows) -> loss
+TermsFunction = Callable[[Tensor, dict[str, Tensor]], LossOutput]
+
+
+def update(
+    context: Context,
+    role: str,
+    batch: TrainBatch,
+    plan: OutputPlan,
+    read: ReadFunction,
+    terms: TermsFunction,
+    name: str,
+    on_block: Callable[[], None] = nothing,
+) -> tuple[StepResult, Metrics]:
+    """Trains ``role`` on ``batch``. Entered by every rank.
+
+    Args:
+        context: the run.
+        role: actor, critic or prm.
+        batch: this replica's rows of the optimizer step.
+        plan: where outputs are computed; ``plan.width`` is R.
+        read: makes values of the last stage's outputs, differentiable.
+        terms: the loss; its terms are summed and divided by the global count of
+            ``targets["denominator"]``.
+        name: the loss is logged as ``loss/NAME``.
+        on_block: called after the forward of each micro-batch.
+
+    Returns:
+        What the engine did, and the merged (sum, count) metrics (empty but on last stages).
+    """
+    count = None
+    if context.mesh.is_last_stage:
+        count = global_count(batch.targets["denominator"], context.mesh.dp_group)
+
+    def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
+        values = block.rectangle(read(outputs[: block.num_outputs], block), plan.width)
+        targets = {key: block_rows(x, block) for key, x in batch.targets.items()}
+        out = terms(values, targets)
+        total = out.terms.sum()
+        scaled = scale_for_engine(total, count, context.mesh.dp_size)
+        logged = count_metric(total.detach(), targets["denominator"].sum())
+        return scaled, {**out.metrics, f"loss/{name}": logged}
+
+    result = context.engine.train_step(role, batch.rows, plan, loss, on_block)
+    return result, merge_metrics(result.extras)
+
+
+def block_rows(x: Tensor, block: MicroBatch) -> Tensor:
+    """The rows of a micro-batch out of ``[B, ...]``; missing rows are 0 (False)."""
+    present = block.row_index[block.row_index >= 0]
+    missing = block.row_index.numel() - present.numel()
+    return F.pad(x[present], (0, 0) * (x.dim() - 1) + (0, missing))
+
+
+def response_plan(part: TrainBatch) -> OutputPlan:
+    """Outputs before every response token, as wide as the targets (of the whole rollout)."""
+    lengths = torch.tensor([row.numel() for row in part.rows], dtype=torch.int64)
+    plan = response_outputs(lengths, part.prompt_lengths, "before")
+    return plan.widened(part.targets["valid"].shape[1]) if part.targets else plan
+
+
+# (rows of an optimizer step, callback of a micro-batch) -> what update() returns
+UpdateFunction = Callable[[TrainBatch, Callable[[], None]], tuple[StepResult, Metrics]]
+
+
+def run_updates(
+    context: Context, parts: list[TrainBatch], roles: dict[str, UpdateFunction]
+) -> tuple[Metrics, dict[str, float]]:
+    """One optimizer step of each role on each part, in order. Entered by every rank.
+
+    Returns:
+        Merged metrics of the last stage, and ``engine/*`` numbers of the last optimizer steps
+        (``engine/grad_norm`` is the first role's).
+    """
+    size = context.config.engine.micro_batch_size
+    blocks = len(roles) * sum(-(-len(part.rows) // size) for part in parts)
+    collected, engine = [], {}
+    with context.console.track("update", blocks) as bar:
+        for part in parts:
+            for place, (role, run) in enumerate(roles.items()):
+                result, metrics = run(part, bar.advance)
+                collected.append(metrics)
+                prefix = "" if place == 0 else f"{role}_"
+                engine[f"engine/{prefix}grad_norm"] = result.grad_norm
+    engine["engine/skipped_steps"] = context.engine.skipped_steps
+    return merge_metrics(collected), engine
+
+
+def split_rows(count: int, parts: int, seed: int | None) -> list[Tensor]:
+    """Indices 0..count-1 in ``parts`` nearly equal parts; shuffled by ``seed`` unless None."""
+    order = torch.arange(count)
+    if seed is not None:
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return list(order.tensor_split(parts))

@@ -1,0 +1,29 @@
+"""How well a PRM tells right steps from wrong ones."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+
+def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
+    """Accuracy and area under the ROC curve over labelled steps.
+
+    Args:
+        scores: ``[S]`` head outputs.
+        labels: ``[S]`` in [0, 1]; a step is right from 0.5 on.
+        threshold: a score above it says "right" (0 for a logit, 0.5 for a value in [0, 1]).
+
+    Returns:
+        ``prm/accuracy`` and ``prm/auc``; the AUC is nan if only one class is present.
+    """
+    right = labels >= 0.5
+    if not scores.size:
+        return {"prm/accuracy": math.nan, "prm/auc": math.nan}
+    both = right.any() and not right.all()
+    return {
+        "prm/accuracy": float(((scores > threshold) == right).mean()),
+        "prm/auc": float(roc_auc_score(right, scores)) if both else math.nan,
+    }
