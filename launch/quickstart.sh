@@ -22,7 +22,8 @@ Run again, it reuses what is there: the environment, the data, the PRM, and the 
   --tp N           tensor-parallel size; divides the heads and KV heads (default: 1)
   --pp N           pipeline-parallel size; divides the layers (default: 2 where processes / tp is
                    even, else 1)
-  --processes N    processes; N / (tp x pp) replicas share the data (default: one a GPU; 2 on a CPU)
+  --processes N    processes; N / (tp x pp) replicas share the data (default: one a GPU; 2 on a
+                   CPU, or tp x pp if that is more)
   --name NAME      the run's folder is runs/NAME (default: ppo-demo and so on)
   --help           this text
   -- key=value ... override keys of configs/ALGORITHM_demo.yaml for step 4, such as
@@ -83,7 +84,8 @@ echo "[1/4] environment $VENV"
 bash launch/install.sh
 
 GPUS="$("$VENV/bin/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
-PROCESSES="${PROCESSES:-$((GPUS > 0 ? GPUS : 2))}"
+ASKED=$((TP * ${PP:-1}))
+PROCESSES="${PROCESSES:-$((GPUS > 0 ? GPUS : ASKED > 2 ? ASKED : 2))}"
 PP="${PP:-$(((PROCESSES / TP) % 2 == 0 && PROCESSES >= 2 * TP ? 2 : 1))}"
 ((PROCESSES % (TP * PP) == 0)) ||
     fail "--processes $PROCESSES is no multiple of --tp $TP x --pp $PP: change one of them"
@@ -95,8 +97,8 @@ COMMON=("model.path=$MODEL" "parallel.tensor=$TP" "parallel.pipeline=$PP")
 train() {
     bash launch/run.sh --processes "$PROCESSES" "$@" &
     local child=$!
-    trap 'kill -TERM "$child"; wait "$child" || exit 130' INT
-    trap 'kill -TERM "$child"; wait "$child" || exit 143' TERM HUP
+    trap 'kill -TERM "$child" || true; wait "$child" || exit 130' INT
+    trap 'kill -TERM "$child" || true; wait "$child" || exit 143' TERM HUP
     wait "$child"
     trap - INT TERM HUP
 }
@@ -105,7 +107,9 @@ echo "[2/4] demonstration data data/demo"
 "$VENV/bin/python" tools/make_demo_data.py data/demo
 
 if [[ -f "runs/$PRM_NAME/export/config.json" ]]; then
-    grep -qF -- "path: $MODEL" "runs/$PRM_NAME/config.resolved.yaml" ||
+    "$VENV/bin/python" -c 'import sys, yaml
+sys.exit(yaml.safe_load(open(sys.argv[1]))["model"]["path"] != sys.argv[2])' \
+        "runs/$PRM_NAME/config.resolved.yaml" "$MODEL" 2>/dev/null ||
         fail "runs/$PRM_NAME was trained from another model than $MODEL: delete it"
     echo "[3/4] process reward model: runs/$PRM_NAME is there"
 else

@@ -1,0 +1,165 @@
+"""A whole run: check, build, step, save, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.dpo import Dpo
+from megatron_amrlhf.algorithms.ppo import Ppo
+from megatron_amrlhf.algorithms.prm import Prm
+from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.checkpoint.export import export_role
+from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint
+from megatron_amrlhf.config.checks import check_model
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.shape import read_shape
+from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
+from megatron_amrlhf.parallel import compat
+from megatron_amrlhf.parallel.collectives import max_over
+from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.report.console import RunConsole
+from megatron_amrlhf.report.files import truncate_jsonl
+from megatron_amrlhf.report.metrics import MetricsWriter
+from megatron_amrlhf.report.plots import plot_run
+from megatron_amrlhf.report.run_folder import RunFolder
+
+ALGORITHMS = {
+    "prm": Prm,
+    "ppo": Ppo,
+    "dpo": Dpo,
+    "rejection_sampling": RejectionSampling,
+}
+
+
+def run(config: Config) -> None:
+    """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
+
+    Raises:
+        UserError: the model, the data or the layout is wrong; nothing was written.
+    """
+    model_folder = resolve_model_folder(config.model.path, config.model.cache_folder)
+    hf_config = read_hf_config(model_folder)
+    check_model(config, hf_config)
+    read_shape(hf_config)
+    start_processes()
+    try:
+        context = _context(config, model_folder)
+        algorithm = ALGORITHMS[config.algorithm.kind](context)  # reads and checks the data
+        context = _open_folder(context)
+        algorithm.context = context
+        try:
+            algorithm.build()
+            _train(algorithm, context)
+        except BaseException as error:
+            context.folder.status("failed", -1, _one_line(error))
+            raise
+    finally:
+        stop_processes()
+
+
+def _context(config: Config, model_folder: Path) -> Context:
+    """Mesh, engine and tokenizer; no folder yet."""
+    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    tokenizer = load_tokenizer(model_folder)
+    return Context(
+        config=config,
+        mesh=mesh,
+        engine=Zero3Engine(config, mesh),
+        tokenizer=tokenizer,
+        end_ids=tuple(end_token_ids(tokenizer, model_folder)),
+        model_folder=model_folder,
+        console=RunConsole(mesh.rank),
+        folder=RunFolder(Path(config.run.folder) / config.run.name, 0, False),
+    )
+
+
+def _open_folder(context: Context) -> Context:
+    """Makes the run folder once everything that can be wrong has been checked."""
+    folder = RunFolder.create(context.config, context.mesh.rank)
+    dist.barrier()
+    return Context(**{**vars(context), "folder": folder})
+
+
+def _train(algorithm, context: Context) -> None:
+    """The loop over steps, from the newest checkpoint on."""
+    config, console, folder = context.config, context.console, context.folder
+    first = _resume(algorithm, context) + 1
+    total = algorithm.total_steps
+    writer = MetricsWriter(folder)
+    writer.truncate_after(first - 1)
+    console.line(_banner(context, algorithm))
+    before = algorithm.evaluate()
+    if before:
+        console.step_table(first - 1, total, before)
+    after, saved = before, first - 1
+    for step in range(first, total + 1):
+        metrics = algorithm.step(step)
+        every = config.evaluation.every
+        if step == total or (every and step % every == 0):
+            after = algorithm.evaluate()
+            metrics |= after
+        metrics["memory/peak_gib"] = _peak_gib(context)
+        writer.write(step, metrics)
+        console.step_table(step, total, metrics)
+        folder.status("running", step, f"{step} of {total} steps")
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
+            _save(algorithm, context, step)
+            saved = step
+    writer.close()
+    if saved < total:
+        _save(algorithm, context, total)
+    if config.checkpoint.export:
+        export_role(context.engine, algorithm.trained_role, folder.export, context.tokenizer)
+    if context.mesh.is_main:
+        plot_run(folder.path)
+    folder.status("finished", total, "all steps done")
+    console.final_summary(folder, before, after)
+
+
+def _resume(algorithm, context: Context) -> int:
+    """Steps that the newest complete checkpoint has behind it; 0 for a fresh run."""
+    folder, latest = context.folder, None
+    if context.config.checkpoint.resume:
+        latest = find_latest(folder.checkpoints)
+    step = 0
+    if latest is not None:
+        state = load_checkpoint(context.engine, latest)
+        algorithm.load_state_dict(state["algorithm"])
+        step = state["step"]
+        context.console.line(f"resumed from {latest} (step {step})")
+    if context.mesh.is_main:
+        truncate_jsonl(folder.samples, step)
+    dist.barrier()
+    return step
+
+
+def _save(algorithm, context: Context, step: int) -> None:
+    state = {"step": step, "algorithm": algorithm.state_dict()}
+    keep = context.config.checkpoint.keep
+    save_checkpoint(context.engine, context.folder.checkpoints, step, state, keep)
+
+
+def _peak_gib(context: Context) -> float:
+    """The largest peak memory of a process, GiB."""
+    mib = int(compat.peak_memory_gib() * 1024)
+    return max_over(mib, dist.group.WORLD, context.mesh.device) / 1024
+
+
+def _banner(context: Context, algorithm) -> str:
+    mesh, config = context.mesh, context.config
+    return (
+        f"{config.algorithm.kind}: {algorithm.total_steps} steps, "
+        f"TP {mesh.tp_size} x PP {mesh.pp_size} x DP {mesh.dp_size} on {mesh.device.type}, "
+        f"{config.model.dtype}, roles {', '.join(context.engine.roles)}"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return " ".join(f"{kind}{error}".split())

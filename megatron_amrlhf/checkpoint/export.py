@@ -1,0 +1,173 @@
+"""A role's weights as a Hugging Face folder that ``transformers`` opens.
+
+Every pipeline stage writes one file; shards of the tensor group are put together one parameter at
+a time. The folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.checkpoint.files import (
+    deleted_on_failure,
+    fsync,
+    make_empty,
+    on_all_ranks,
+    write_tensors,
+    write_text,
+)
+from megatron_amrlhf.engine.role import Role
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
+from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
+from megatron_amrlhf.parallel.mesh import Mesh
+
+HEAD_FILE = "head.safetensors"
+GENERATION_FILE = "generation_config.json"
+
+
+def export_role(
+    engine: Zero3Engine, role_name: str, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Writes a role as a Hugging Face folder. Entered by every rank.
+
+    Weights keep the role's dtype; a linear head goes to ``head.safetensors`` (``head.weight``,
+    ``head.bias``). All nodes must see the same file system. An export that is already there is
+    replaced when the new one is complete.
+
+    Args:
+        engine: holds the role.
+        role_name: which role.
+        folder: where to; its parent is made if missing.
+        tokenizer: saved beside the weights, with its chat template.
+
+    Raises:
+        UserError: a rank cannot write (the same message on every rank); an earlier export stays.
+    """
+    role, mesh = engine.roles[role_name], engine.mesh
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    doing = f"cannot write the export {folder}"
+
+    def start() -> None:
+        _refuse_other_folder(folder)
+        if mesh.is_main:
+            make_empty(temporary)
+
+    def finish() -> None:
+        if mesh.is_main:
+            _write_index(temporary, maps)
+            _write_config(temporary, role)
+            tokenizer.save_pretrained(temporary)
+            _replace(folder, temporary)
+
+    on_all_ranks(start, doing)
+    with deleted_on_failure(temporary, mesh.is_main):
+        tensors = _full_tensors(role, mesh)
+        maps = on_all_ranks(lambda: _write_weights(temporary, tensors, mesh), doing)
+        on_all_ranks(finish, doing)
+
+
+def _refuse_other_folder(folder: Path) -> None:
+    """The folder will be deleted, so it must be an export (or empty)."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
+        raise UserError(f"{folder} holds something else than an export: choose another folder")
+
+
+def _full_tensors(role: Role, mesh: Mesh) -> dict[str, Tensor]:
+    """This stage's Hugging Face tensors on CPU, on tensor rank 0 of DP rank 0; else empty."""
+    tensors: dict[str, Tensor] = {}
+    with role.window() as module:
+        if mesh.dp_rank > 0:
+            return tensors
+        parameters = dict(module.named_parameters())
+        for entry in role.entries:
+            if _is_second_copy(entry, role, mesh):
+                continue
+            shards = _gather_shards(parameters[entry.local].data, entry, mesh)
+            if shards is None:
+                continue
+            merged = entry.layout.merge(shards, role.shape)
+            for name, tensor in zip(entry.hf, merged, strict=True):
+                tensors[name] = tensor.to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _is_second_copy(entry: Entry, role: Role, mesh: Mesh) -> bool:
+    """Whether this is the last stage's copy of an embedding that the first stage writes."""
+    tied_here = role.tied is not None and not mesh.is_first_stage
+    return tied_here and entry.local == "output_layer.weight"
+
+
+def _gather_shards(local: Tensor, entry: Entry, mesh: Mesh) -> list[Tensor] | None:
+    """All shards on tensor rank 0, None elsewhere. Entered by the tensor group."""
+    if mesh.tp_size == 1 or entry.layout is REPLICATED:
+        return [local] * mesh.tp_size if mesh.tp_rank == 0 else None
+    shards = None
+    if mesh.tp_rank == 0:
+        shards = [torch.empty_like(local) for _ in range(mesh.tp_size)]
+    target = dist.get_process_group_ranks(mesh.tp_group)[0]
+    dist.gather(local.contiguous(), shards, dst=target, group=mesh.tp_group)
+    return shards
+
+
+def _write_weights(folder: Path, tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, tuple]:
+    """Writes this stage's files; gives the file and the size in bytes of each tensor."""
+    stage_file = f"model-{mesh.pp_rank + 1:05d}-of-{mesh.pp_size:05d}.safetensors"
+    files: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        file = HEAD_FILE if name.startswith(HEAD_FILE_PREFIX) else stage_file
+        files.setdefault(file, {})[name] = tensor
+    for file, content in files.items():
+        write_tensors(folder / file, content, {"format": "pt"})
+    return {
+        name: (file, tensor.nbytes)
+        for file, content in files.items()
+        for name, tensor in content.items()
+    }
+
+
+def _write_index(folder: Path, maps: list[dict[str, tuple]]) -> None:
+    merged = {name: place for one in maps for name, place in one.items()}
+    assert len(merged) == sum(map(len, maps)), "two stages wrote the same tensor"
+    for file in {file for file, _ in merged.values()}:
+        if not (folder / file).is_file():
+            raise OSError(f"{folder / file} is not seen by rank 0: use a folder all nodes share")
+    index = {
+        "metadata": {"total_size": sum(size for _, size in merged.values())},
+        "weight_map": {name: merged[name][0] for name in sorted(merged)},
+    }
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: Path, role: Role) -> None:
+    config = read_hf_config(role.spec.folder)
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(role.spec.dtype).removeprefix("torch.")
+    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+    source = role.spec.folder / GENERATION_FILE
+    if source.is_file():
+        shutil.copyfile(source, folder / GENERATION_FILE)
+
+
+def _replace(folder: Path, temporary: Path) -> None:
+    """Gives the complete folder its name; the one before it is deleted last."""
+    for file in temporary.iterdir():
+        fsync(file)
+    fsync(temporary)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    fsync(folder.parent)
+    if old.exists():
+        shutil.rmtree(old)

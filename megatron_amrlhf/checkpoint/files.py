@@ -1,0 +1,121 @@
+"""Files that several ranks write together: hashes, fsync, and one answer for all ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.parallel.collectives import gather_objects
+
+Result = TypeVar("Result")
+CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file that was written: its name in the folder, size in bytes and SHA-256 (hex)."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def on_all_ranks(work: Callable[[], Result], doing: str) -> list[Result]:
+    """Does ``work`` on every rank and waits for all of them. Entered by every rank.
+
+    Args:
+        work: writes or reads files; must enter no collective. Its result must be picklable.
+        doing: what fails if it fails, for the message.
+
+    Returns:
+        Every rank's result in rank order, on all ranks.
+
+    Raises:
+        UserError: some rank's work failed; the same message on every rank.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except UserError as error:
+        problem = str(error)
+    except (OSError, SafetensorError) as error:
+        problem = f"{doing}: rank {dist.get_rank()}: {error}"
+    outcomes = gather_objects((result, problem), dist.group.WORLD)
+    problems = list(dict.fromkeys(problem for _, problem in outcomes if problem is not None))
+    if problems:
+        more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+        raise UserError(problems[0] + more)
+    return [result for result, _ in outcomes]
+
+
+@contextmanager
+def deleted_on_failure(folder: Path, is_main: bool) -> Iterator[None]:
+    """Deletes a half-written folder when all ranks raise the same ``UserError`` inside."""
+    try:
+        yield
+    except UserError:
+        if is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def make_empty(folder: Path) -> None:
+    """Makes an empty folder, with its parents, in place of what is there."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Puts a file, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Writes CPU tensors as safetensors and puts them on the disk.
+
+    Raises:
+        OSError, SafetensorError: the file cannot be written.
+    """
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=dict(metadata))
+    fsync(path)
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path))
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """Writes a whole text file or nothing, and puts it on the disk."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    data = text.encode("utf-8")
+    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())

@@ -1,0 +1,71 @@
+"""The shell scripts answer wrong options, and the shipped configurations are valid."""
+
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megatron_amrlhf.config.checks import check_run
+from megatron_amrlhf.config.load import load_config
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+WITH_OPTIONS = ("install.sh", "quickstart.sh", "run.sh")
+DEMO_PROCESSES, QWEN2_7B_PROCESSES = 2, 8
+
+
+def _bash(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_a_script_is_valid_bash(script):
+    assert _bash("-n", str(script)).returncode == 0
+
+
+@pytest.mark.parametrize("script", WITH_OPTIONS)
+def test_help_tells_the_usage(script):
+    answer = _bash(f"launch/{script}", "--help")
+    assert answer.returncode == 0 and answer.stdout.startswith(f"Usage: bash launch/{script}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("install.sh", "--nope"),
+        ("install.sh", "--venv"),
+        ("run.sh", "--nope"),
+        ("run.sh",),
+        ("run.sh", "--processes", "0", "configs/prm_demo.yaml"),
+        ("quickstart.sh", "--nope"),
+        ("quickstart.sh", "ppo"),
+        ("quickstart.sh", "--steps"),
+        ("quickstart.sh", "--steps", "-1"),
+        ("quickstart.sh", "--algorithm", "nope"),
+    ],
+    ids=" ".join,
+)
+def test_a_wrong_option_is_one_line_and_exit_code_2(arguments):
+    script, *options = arguments
+    answer = _bash(f"launch/{script}", *options)
+    assert answer.returncode == 2 and not answer.stdout
+    assert answer.stderr.startswith(f"{script}: ") and answer.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
+def test_a_shipped_configuration_is_valid(file):
+    processes = QWEN2_7B_PROCESSES if "qwen2_7b" in file.name else DEMO_PROCESSES
+    config = load_config(file)
+    check_run(config, processes)
+    assert config.run.name == file.stem.replace("_", "-")
+
+
+def test_dependencies_are_listed_once():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "dependencies" in project["project"]["dynamic"]
+    assert project["tool"]["setuptools"]["dynamic"]["dependencies"]["file"] == ["requirements.txt"]
+    for pinned in ("megatron-core==", "deepspeed=="):
+        assert pinned in (ROOT / "requirements.txt").read_text()
