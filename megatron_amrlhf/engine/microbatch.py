@@ -68,7 +68,7 @@ class MicroBatch:
         return self.output_rows.numel()
 
     def rectangle(self, values: Tensor, width: int) -> Tensor:
-        """Puts ``[n]`` or ``[n, D]`` values into ``[b, width(, D)]`` by micro-batch row; rest is 0."""
+        """Puts ``[n]`` or ``[n, D]`` values into ``[b, width(, D)]``, by row; the rest is 0."""
         local = self.output_rows - self.row_index[0]  # rows of a block are consecutive
         out = values.new_zeros(self.tokens.shape[0], width, *values.shape[1:])
         return out.index_put((local, self.output_columns), values)

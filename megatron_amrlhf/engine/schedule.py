@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from megatron_amrlhf.engine.microbatch import MicroBatch
 from megatron_amrlhf.models.stage import StageModel
+from megatron_amrlhf.parallel.pipeline import run_pipeline
 
 # (last stage's output, micro-batch) -> (loss of the micro-batch scaled for the step, anything)
 LossFunction = Callable[[Tensor, MicroBatch], tuple[Tensor, object]]
@@ -99,14 +99,5 @@ def run_forward_backward(
 
 
 def _run(handle: StageHandle, blocks: list[MicroBatch], forward_step, forward_only: bool) -> list:
-    micro_batch_size, length = blocks[0].tokens.shape
-    return get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter(blocks),
-        model=handle,
-        num_microbatches=len(blocks),
-        seq_length=length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    shape = tuple(blocks[0].tokens.shape)
+    return run_pipeline(handle, forward_step, iter(blocks), len(blocks), shape, forward_only)

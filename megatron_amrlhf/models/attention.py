@@ -29,7 +29,7 @@ class KVCache:
     values: list[Tensor] = field(default_factory=list)
 
     def prefill(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores the prompts' ``[B, kv, T, d]``; what lies past a row's length is overwritten later."""
+        """Stores the prompts' ``[B, kv, T, d]``; padding is overwritten later."""
         assert layer == len(self.keys)
         shape = (*key.shape[:2], self.capacity, key.shape[3])
         for store, new in ((self.keys, key), (self.values, value)):
@@ -38,7 +38,7 @@ class KVCache:
             store.append(buffer)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one token a row ``[B, kv, 1, d]`` at the row's length; returns all keys, values."""
+        """Writes a token a row ``[B, kv, 1, d]`` at the row's length; returns all keys, values."""
         rows = torch.arange(key.shape[0], device=key.device)
         self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
         self.values[layer][rows, :, self.lengths] = value[:, :, 0]

@@ -65,7 +65,7 @@ class Mesh:
 
 
 def start_processes(timeout_seconds: float = 1800.0) -> None:
-    """Joins torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (one process if unset)."""
+    """Joins torch.distributed by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset."""
     compat.patch_for_cpu()
     for name, value in (
         ("RANK", "0"),

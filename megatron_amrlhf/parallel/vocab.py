@@ -113,7 +113,7 @@ def entropy(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor
 
 
 def gather_logits(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
-    """``[N, V]`` float32 logits of the whole true vocabulary on every tensor rank (for sampling)."""
+    """``[N, V]`` float32 logits of the whole true vocabulary on every tensor rank."""
     if dist.get_world_size(group) == 1:
         return logits.float()[:, :vocab_size]
     shards = [torch.empty_like(logits) for _ in range(dist.get_world_size(group))]

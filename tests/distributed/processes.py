@@ -73,7 +73,9 @@ def run_on(world_size: int, function: Callable, *arguments) -> list:
         for process in ranks:
             process.start()
         _wait(ranks, folder)
-        return [pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)]
+        return [
+            pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)
+        ]
 
 
 def _wait(ranks: list, folder: str) -> None:
