@@ -55,7 +55,7 @@ def on_all_ranks(work: Callable[[], Result], doing: str) -> list[Result]:
     outcomes = gather_objects((result, problem), dist.group.WORLD)
     problems = list(dict.fromkeys(problem for _, problem in outcomes if problem is not None))
     if problems:
-        more = f" (and {len(problems) - 1} more ranks)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     return [result for result, _ in outcomes]
 

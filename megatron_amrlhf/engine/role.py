@@ -90,6 +90,7 @@ class Role:
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=optim.weight_decay,
+            fused=True,  # one pass over memory, on CPU too
         )
         scheduler = get_scheduler(
             SCHEDULES[optim.schedule],

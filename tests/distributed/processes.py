@@ -15,7 +15,7 @@ from pathlib import Path
 
 # The fork server imports these once; every rank is then forked from it in milliseconds.
 PRELOAD = [
-    "megatron_amrlhf.engine.zero3",
+    "megatron_amrlhf.algorithms.train",
     "transformers.models.llama.modeling_llama",
     "transformers.models.qwen2.modeling_qwen2",
 ]
@@ -28,7 +28,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _rank_main(rank: int, world_size: int, port: int, folder: str, function, arguments) -> None:
+def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -36,7 +36,7 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, function, arg
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)  # noqa: SIM115
+    log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
     import torch  # noqa: PLC0415 - after the environment is set
@@ -46,6 +46,7 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, function, arg
     torch.set_num_threads(1)
     try:
         start_processes(timeout_seconds=300)
+        function, arguments = pickle.loads(call)
         result = function(*arguments)
         (Path(folder) / f"rank{rank}.pkl").write_bytes(pickle.dumps(result))
         stop_processes()
@@ -62,12 +63,12 @@ def run_on(world_size: int, function: Callable, *arguments) -> list:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
+    # Plain pickle: multiprocessing's own sends a file descriptor a tensor and runs out of them.
+    call = pickle.dumps((function, arguments))
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         ranks = [
-            context.Process(
-                target=_rank_main, args=(rank, world_size, port, folder, function, arguments)
-            )
+            context.Process(target=_rank_main, args=(rank, world_size, port, folder, call))
             for rank in range(world_size)
         ]
         for process in ranks:

@@ -1,0 +1,253 @@
+"""What each rank does in ``test_algorithm_parity.py``: three optimizer steps of a case."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.dpo import Dpo
+from megatron_amrlhf.algorithms.ppo import Ppo
+from megatron_amrlhf.algorithms.prm import Prm
+from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.prm_data import PrmExample
+from megatron_amrlhf.engine import zero3
+from megatron_amrlhf.engine.gradients import gradient_partitions
+from megatron_amrlhf.engine.zero3 import Zero3Engine, nothing
+from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
+from megatron_amrlhf.models.shape import read_shape
+from megatron_amrlhf.models.source import read_hf_config
+from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
+from megatron_amrlhf.types import TrainBatch
+from tests.reference import Hyper, Row
+
+# loss -> (algorithm of the config, role, outputs of the linear head or None)
+LOSSES: dict[str, tuple[dict, str, int | None]] = {
+    "prm_bce": ({"kind": "prm", "num_attributes": 5, "loss": "bce"}, "prm", 5),
+    "prm_mse": ({"kind": "prm", "num_attributes": 1, "loss": "mse"}, "prm", 1),
+    "ppo_actor": ({"kind": "ppo"}, "actor", None),
+    "ppo_critic": ({"kind": "ppo"}, "critic", 1),
+    "dpo_inside": ({"kind": "dpo", "form": "inside"}, "actor", None),
+    "dpo_pair": ({"kind": "dpo", "form": "pair"}, "actor", None),
+    "rejection_sampling_k2": (
+        {"kind": "rejection_sampling", "kl_estimator": "k2"},
+        "actor",
+        None,
+    ),
+    "rejection_sampling_k3": (
+        {"kind": "rejection_sampling", "kl_estimator": "k3"},
+        "actor",
+        None,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training of three steps."""
+
+    model: str
+    reduce: str
+    loss: str
+    masked: bool
+    denominator: str = "response"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.reduce}/{self.loss}/{'masked' if self.masked else 'unmasked'}"
+
+    @property
+    def hyper(self) -> Hyper:
+        return Hyper(denominator=self.denominator)
+
+
+@dataclass(frozen=True)
+class RankResult:
+    """What a rank of DP rank 0 returns: its shards by local parameter name."""
+
+    tp_rank: int
+    pp_rank: int
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+
+
+def config_of(case: Case, folder: str, layout: tuple[int, int, int]) -> Config:
+    hyper = case.hyper
+    algorithm = dict(LOSSES[case.loss][0])
+    if algorithm["kind"] == "ppo":
+        algorithm |= {"clip_eps": hyper.clip_eps, "value_clip_eps": hyper.value_clip_eps}
+    if algorithm["kind"] == "dpo":
+        algorithm |= {"beta": hyper.beta}
+    if algorithm["kind"] == "rejection_sampling":
+        algorithm |= {"kl_coef": hyper.kl_coef}
+    return Config.model_validate(
+        {
+            "run": {"name": "parity"},
+            "model": {"path": folder, "dtype": "float32"},
+            "data": {"train": "unused"},
+            "algorithm": algorithm,
+            "parallel": {"tensor": layout[0], "pipeline": layout[1]},
+            "engine": {"reduce": case.reduce, "micro_batch_size": 2},
+            "rollout": {"temperature": hyper.temperature},
+            "loss": {"denominator": case.denominator},
+            "optimizer": {
+                key: value
+                for key, value in asdict(hyper).items()
+                if key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
+            },
+        }
+    )
+
+
+def my_rows(rows: list[Row], mesh: Mesh) -> list[Row]:
+    """This replica's rows; pairs stay together, ranks may have different numbers of them."""
+    pairs = torch.arange(len(rows) // 2).tensor_split(mesh.dp_size)[mesh.dp_rank].tolist()
+    return [rows[2 * pair + i] for pair in pairs for i in (0, 1)]
+
+
+def train_batch(rows: list[Row], width: int, kind: str, mesh: Mesh, denominator: str) -> TrainBatch:
+    """The rows as the algorithms make them; padding holds garbage that nobody may read."""
+
+    def rectangle(field: str, fill: float) -> Tensor:
+        out = torch.full((len(rows), width), fill)
+        for place, row in enumerate(rows):
+            out[place, : row.num_response] = getattr(row, field).float()
+        return out
+
+    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+    for place, row in enumerate(rows):
+        valid[place, : row.num_response] = True
+    mask = rectangle("mask", 0.0).bool()
+    targets = {"mask": mask, "valid": valid}
+    for field in ("advantages", "behaviour_logprobs", "reference_logprobs", "old_values"):
+        targets[field] = rectangle(field, 1e3)
+    targets["returns"] = rectangle("returns", float("nan"))
+    targets["denominator"] = valid
+    if kind == "dpo":
+        targets["denominator"] = torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1)
+    if kind == "rejection_sampling" and denominator == "kept":
+        targets["denominator"] = mask
+    return TrainBatch(
+        rows=tuple(row.tokens for row in rows),
+        prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
+        targets=targets if mesh.is_last_stage else {},
+    )
+
+
+def prm_examples(rows: list[Row], attributes: int) -> list[PrmExample]:
+    """Every kept token as the end of a labelled step; solutions without one do not exist."""
+    return [
+        PrmExample(
+            row=row.tokens,
+            prompt_length=row.prompt_length,
+            label_positions=row.prompt_length + row.mask.nonzero()[:, 0],
+            labels=row.labels[row.mask][:, :attributes],
+        )
+        for row in rows
+        if row.mask.any()
+    ]
+
+
+def optimizer_step(context: Context, case: Case, rows: list[Row]):
+    """One step of the case's role through the algorithm's own update."""
+    settings, role, head = LOSSES[case.loss]
+    classes = {"ppo": Ppo, "dpo": Dpo, "rejection_sampling": RejectionSampling, "prm": Prm}
+    algorithm = object.__new__(classes[settings["kind"]])  # no prompts, no PRM folder
+    algorithm.context = context
+    mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
+    if isinstance(algorithm, Prm):
+        batch, plan = algorithm.batch(prm_examples(mine, head))
+        return algorithm.update(batch, plan, nothing)
+    part = train_batch(mine, width, settings["kind"], context.mesh, case.denominator)
+    update = algorithm.update_critic if role == "critic" else algorithm.update_actor
+    return update(part, nothing)
+
+
+def gather_gradients(optimizer, module, mesh: Mesh) -> dict[str, Tensor]:
+    """Whole local gradients by parameter name, put together from all DP ranks' partitions."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = {}
+    for parameter, partition in gradient_partitions(optimizer):
+        parts = [torch.empty_like(partition) for _ in range(mesh.dp_size)]
+        dist.all_gather(parts, partition.contiguous(), group=mesh.dp_group)
+        whole = torch.cat(parts)[: parameter.ds_numel].reshape(parameter.ds_shape)
+        found[names[id(parameter)]] = whole.clone()
+    return found
+
+
+def train_case(case: Case, folder: str, steps: list[list[Row]], mesh: Mesh) -> RankResult:
+    config = config_of(case, folder, (mesh.tp_size, mesh.pp_size, mesh.dp_size))
+    engine = Zero3Engine(config, mesh)
+    context = Context(config, mesh, engine, None, (), Path(folder), None, None)
+    _, role, head = LOSSES[case.loss]
+    context.role(role, Path(folder), head, learning_rate=case.hyper.lr, total_steps=len(steps))
+    gradients, losses, norms = [], [], []
+
+    def spy(optimizer, tied, mesh):
+        gradients.append(gather_gradients(optimizer, engine.roles[role].module, mesh))
+        return norm_of(optimizer, tied, mesh)
+
+    norm_of, zero3.global_norm = zero3.global_norm, spy
+    try:
+        for rows in steps:
+            result, metrics = optimizer_step(context, case, rows)
+            name = {"critic": "value", "prm": "prm"}.get(role, "policy")
+            losses.append(context.publish(metrics)[f"loss/{name}"])
+            norms.append(result.grad_norm)
+    finally:
+        zero3.global_norm = norm_of
+    with engine.roles[role].window() as stage:
+        weights = {name: p.detach().clone() for name, p in stage.named_parameters()}
+    engine.roles[role].engine.destroy()
+    return RankResult(mesh.tp_rank, mesh.pp_rank, losses, norms, gradients, weights)
+
+
+def train_cases(
+    wanted: list[Case],
+    folders: dict[tuple[str, int | None], str],
+    batches: dict[tuple[str, bool], list[list[Row]]],
+    tensor: int,
+    pipeline: int,
+) -> dict[str, RankResult] | None:
+    """All cases one after the other; results on DP rank 0."""
+    mesh = build_mesh(tensor, pipeline)
+    results = {}
+    for case in wanted:
+        print(case.name, flush=True)  # a failing rank's log names its case
+        folder = folders[case.model, LOSSES[case.loss][2]]
+        results[case.name] = train_case(case, folder, batches[case.model, case.masked], mesh)
+        gc.collect()
+    return results if mesh.dp_rank == 0 else None
+
+
+def merge(
+    results: list[RankResult], folder: str, head: int | None, pick
+) -> list[tuple[str, Tensor]]:
+    """Hugging Face names and whole tensors of what ``pick`` takes from each rank's result.
+
+    A copy that lies on several stages (tied embedding) or tensor ranks (norms, heads) is listed
+    once for each.
+    """
+    shape, found = read_shape(read_hf_config(folder)), []
+    num_stages = 1 + max(result.pp_rank for result in results)
+    for stage in range(num_stages):
+        ranks = sorted(
+            (result for result in results if result.pp_rank == stage), key=lambda r: r.tp_rank
+        )
+        entries = stage_entries(shape, stage, num_stages, head)
+        assert {entry.local for entry in entries} == set(pick(ranks[0]))
+        for entry in entries:
+            shards = [pick(rank)[entry.local] for rank in ranks]
+            if entry.layout is REPLICATED:
+                found += [(entry.hf[0], shard) for shard in shards]
+            else:
+                found += zip(entry.hf, entry.layout.merge(shards, shape), strict=True)
+    return found

@@ -1,0 +1,108 @@
+"""Whole runs of the package on tiny models: configurations, data and what they leave."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_amrlhf.algorithms.train import run
+from megatron_amrlhf.config.load import load_config
+from tests.helpers_models import make_tiny_model
+
+PROMPT_LINES = [
+    {"prompt": f"Say {word} {n} times, please", "answer": str(n)}
+    for word in ("hi", "yes", "good morning")
+    for n in (1, 2, 30)
+]
+
+
+def step_lines() -> list[dict]:
+    """Three solutions of each of six sums: right, wrong at the end, wrong from the start."""
+    lines = []
+    for a in (1, 2, 3):
+        for b in (4, 5):
+            right = a + b
+            for first, second, labels in (
+                (right, right + 1, [1, 1]),
+                (right, right + 2, [1, 0]),
+                (right + 3, 9, [0, 0]),
+            ):
+                steps = [f"{a}+{b}={first}", f"{first}+1={second}"]
+                question = f"What is {a} plus {b} plus 1?"
+                lines.append({"prompt": question, "steps": steps, "labels": labels})
+    return lines
+
+
+def write_lines(path: Path, lines: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def make_models(folder: Path, family: str = "qwen2", tied: bool = True) -> tuple[Path, Path]:
+    """A policy folder and a PRM folder (another random backbone with a random head of 2)."""
+    policy, prm = folder / "policy", folder / "prm"
+    make_tiny_model(policy, family, tied, seed=1)
+    make_tiny_model(prm, family, tied, seed=2)
+    generator = torch.Generator().manual_seed(3)
+    weights = load_file(prm / "model.safetensors")
+    hidden = weights["model.norm.weight"].shape[0]
+    weights["head.weight"] = torch.randn(2, hidden, generator=generator) * 0.3
+    weights["head.bias"] = torch.randn(2, generator=generator)
+    save_file(weights, prm / "model.safetensors", metadata={"format": "pt"})
+    return policy, prm
+
+
+BASE = {
+    "run": {"seed": 7, "steps": 2, "log_samples": 4},
+    "model": {"dtype": "float32"},
+    "data": {"max_prompt_tokens": 100, "max_row_tokens": 160},
+    "engine": {"micro_batch_size": 4},
+    "optimizer": {"lr": 1e-3, "eps": 1e-4, "max_grad_norm": 0.5},
+    "rollout": {
+        "prompts_per_step": 4,
+        "samples_per_prompt": 3,
+        "reference_samples_per_prompt": 1,
+        "max_new_tokens": 12,
+        "micro_batch_size": 4,
+        "top_k": 40,
+    },
+    "mask": {"delta": 0.1},
+    "evaluation": {"prompts": 4},
+}
+
+
+def write_config(folder: Path, kind: str, **sections: dict) -> Path:
+    """A YAML (as JSON) for a run of ``kind`` in ``folder`` with its data and models."""
+    config = copy.deepcopy(BASE)
+    config["algorithm"] = {"kind": kind}
+    config["run"] |= {"name": kind, "folder": str(folder / "runs")}
+    policy = folder / "policy"
+    config["model"]["path"] = str(policy)
+    if kind == "prm":
+        data = write_lines(folder / "steps.jsonl", step_lines())
+        config["data"] |= {"format": "steps"}
+        config["algorithm"] |= {"batch_size": 4}
+    else:
+        data = write_lines(folder / "prompts.jsonl", PROMPT_LINES)
+        config["data"] |= {"format": "prompts"}
+        config["reward_model"] = {"path": str(folder / "prm")}
+    config["data"] |= {"train": str(data), "heldout": str(data)}
+    for section, keys in sections.items():
+        config.setdefault(section, {}).update(keys)
+    path = folder / f"{config['run']['name']}.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def run_config(path: str, overrides: list[str]) -> None:
+    """What every rank of a test run calls."""
+    run(load_config(path, overrides))
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

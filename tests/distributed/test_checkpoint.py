@@ -1,0 +1,356 @@
+"""An interrupted run goes on bit for bit, and a damaged checkpoint is never taken for a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+
+from megatron_amrlhf.checkpoint import store
+from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint, step_of
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.engine.microbatch import response_outputs
+from megatron_amrlhf.engine.optimizer_state import read_states
+from megatron_amrlhf.engine.role import Role, RoleSpec
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
+from megatron_amrlhf.parallel.vocab import token_logprobs
+from tests.distributed.processes import run_on
+from tests.helpers_models import make_tiny_model
+
+pytestmark = pytest.mark.distributed
+
+VOCAB = 131
+HIDDEN = 45  # odd, so that most parameters are not divisible by DP 2
+DTYPES = ("float32", "bfloat16")
+LENGTHS, PROMPT_LENGTHS = [7, 12, 9, 15, 11, 8, 14, 10], [3, 4, 2, 5, 3, 2, 6, 4]
+STATE = {"consumed": 24, "running_baseline": {"mean": 0.1 + 0.2, "count": 3}, "none": None}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    make_tiny_model(folder, tied=True, seed=1, vocab_size=VOCAB, hidden=HIDDEN)
+    return str(folder)
+
+
+def build_engine(folder: str, mesh: Mesh, dtype: str, persist: int = 0) -> Zero3Engine:
+    """A trainable actor and critic (one output) and a frozen reference.
+
+    ``persist`` is DeepSpeed's persistence threshold: smaller parameters are never freed.
+    """
+    engine_section = {"micro_batch_size": 2}
+    if persist:
+        template = json.loads(Path("configs/deepspeed/zero3.json").read_text())
+        template["zero_optimization"]["stage3_param_persistence_threshold"] = persist
+        file = Path(folder) / f"persist-{mesh.rank}.json"
+        file.write_text(json.dumps(template))
+        engine_section["deepspeed"] = str(file)
+    config = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"path": folder, "dtype": dtype},
+            "algorithm": {"kind": "ppo"},
+            "data": {"train": "a"},
+            "parallel": {"tensor": mesh.tp_size, "pipeline": mesh.pp_size},
+            "engine": engine_section,
+            "optimizer": {
+                "max_grad_norm": 0.5,
+                "weight_decay": 0.1,
+                "warmup_steps": 2,
+                "schedule": "cosine",
+            },
+        }
+    )
+    engine = Zero3Engine(config, mesh)
+    source, training = Path(folder), {"trainable": True, "total_steps": 6}
+    precision = getattr(torch, dtype)
+    engine.add_role(RoleSpec("actor", source, precision, learning_rate=1e-2, **training))
+    engine.add_role(RoleSpec("reference", source, precision))
+    engine.add_role(RoleSpec("critic", source, precision, 1, learning_rate=3e-2, **training))
+    return engine
+
+
+def take_steps(engine: Zero3Engine, steps: range) -> list[tuple]:
+    """Trains actor and critic; (loss of this rank, norm, learning rate) of each, each step."""
+    mesh, results = engine.mesh, []
+    for step in steps:
+        generator = torch.Generator().manual_seed(100 + step)
+        rows = [torch.randint(0, VOCAB, (n,), generator=generator) for n in LENGTHS]
+        rows = tuple(rows[mesh.dp_rank :: mesh.dp_size])
+        prompts = torch.tensor(PROMPT_LENGTHS[mesh.dp_rank :: mesh.dp_size])
+        plan = response_outputs(torch.tensor([len(row) for row in rows]), prompts, "before")
+
+        def actor_loss(output, block):
+            logprobs = token_logprobs(
+                output[: block.num_outputs], block.targets, VOCAB, mesh.tp_group
+            )
+            loss = -logprobs.sum() / sum(LENGTHS) * mesh.dp_size
+            return loss, loss.item()
+
+        def critic_loss(output, block):
+            values = output[: block.num_outputs, 0].float()
+            loss = (values - block.targets / VOCAB).square().sum() / sum(LENGTHS) * mesh.dp_size
+            return loss, loss.item()
+
+        for name, loss in (("actor", actor_loss), ("critic", critic_loss)):
+            rate = engine.roles[name].engine.optimizer.param_groups[0]["lr"]
+            done = engine.train_step(name, rows, plan, loss)
+            assert not done.skipped
+            results.append((name, step, done.extras, done.grad_norm, rate))
+    return results
+
+
+def fingerprint(engine: Zero3Engine) -> dict[str, str]:
+    """SHA-256 of all that a role is on this rank: gathered weights, masters, moments, counters."""
+    prints = {}
+    for name in ("actor", "critic"):
+        role = engine.roles[name]
+        with role.window() as module:
+            tensors = {f"weight.{key}": x.detach().clone() for key, x in module.named_parameters()}
+        tensors |= read_states(role)
+        for key, tensor in tensors.items():
+            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            prints[f"{name}.{key}"] = hashlib.sha256(data).hexdigest()
+        prints[f"{name}.step"] = str(adam_steps(role))
+        prints[f"{name}.schedule"] = str(role.engine.lr_scheduler.state_dict())
+        prints[f"{name}.counters"] = str((role.engine.global_steps, role.engine.skipped_steps))
+    return prints
+
+
+def adam_steps(role: Role) -> list[float]:
+    optimizer = role.engine.optimizer
+    return [
+        float(optimizer.state[flat]["step"]) if optimizer.state.get(flat) else 0.0
+        for flat in optimizer.fp32_partitioned_groups_flat
+    ]
+
+
+def tied_master(role: Role) -> bytes | None:
+    if role.tied is None:
+        return None
+    states = read_states(role)
+    name = next(name for name, x in role.module.named_parameters() if x is role.tied)
+    return states[f"{name}.master"].numpy().tobytes()
+
+
+def first_run(folder: str, checkpoints: str, tensor: int, pipeline: int, persist: int) -> list:
+    """Three steps in one go; and two steps, a checkpoint, the third step."""
+    mesh = build_mesh(tensor, pipeline)
+    results = []
+    for dtype in DTYPES:
+        engine = build_engine(folder, mesh, dtype, persist)
+        steps = take_steps(engine, range(3))
+        whole = steps, fingerprint(engine)
+
+        engine = build_engine(folder, mesh, dtype, persist)
+        take_steps(engine, range(2))
+        engine.skipped_steps = 7
+        on_last = mesh.is_last_stage
+        state = STATE | {"here": "last"} if on_last else {"here": "an earlier stage"}
+        path = save_checkpoint(engine, Path(checkpoints) / dtype, 2, state, keep=2)
+        assert path == Path(checkpoints) / dtype / "step-2" and find_latest(path.parent) == path
+        steps = take_steps(engine, range(2, 3))
+        copies = tied_master(engine.roles["actor"])
+        results.append((whole, (steps, fingerprint(engine)), copies))
+    return results
+
+
+def second_run(folder: str, checkpoints: str, tensor: int, pipeline: int, persist: int) -> list:
+    """A new process that goes on from the checkpoint with the third step."""
+    mesh = build_mesh(tensor, pipeline)
+    results = []
+    for dtype in DTYPES:
+        engine = build_engine(folder, mesh, dtype, persist)
+        path = find_latest(Path(checkpoints) / dtype)
+        assert step_of(path) == 2
+        state = load_checkpoint(engine, path)
+        assert state == STATE | {"here": "last"} and engine.skipped_steps == 7
+        results.append((take_steps(engine, range(2, 3)), fingerprint(engine)))
+    return results
+
+
+@pytest.mark.parametrize(
+    ("tensor", "pipeline", "data", "persist"),
+    [(1, 1, 1, 0), (1, 1, 2, 0), (1, 1, 2, 100), (2, 2, 1, 0)],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    model, tmp_path, tensor, pipeline, data, persist
+):
+    world = tensor * pipeline * data
+    arguments = (model, str(tmp_path), tensor, pipeline, persist)
+    first = run_on(world, first_run, *arguments)
+    second = run_on(world, second_run, *arguments)
+    for index, dtype in enumerate(DTYPES):
+        for rank in range(world):
+            (steps, prints), saved, _ = first[rank][index]
+            assert saved[0] == steps[-2:] and saved[1] == prints, "saving changed the run"
+            assert second[rank][index][0] == steps[-2:], (dtype, rank)
+            resumed = second[rank][index][1]
+            assert [key for key in prints if prints[key] != resumed[key]] == [], (dtype, rank)
+        copies = {first[rank][index][2] for rank in range(world)} - {None}
+        assert len(copies) == (tensor if pipeline > 1 else 0), "tied copies drifted apart"
+    assert_every_element_is_saved_once(tmp_path / "float32" / "step-2", tensor, pipeline, data)
+
+
+def assert_every_element_is_saved_once(path: Path, tensor: int, pipeline: int, data: int) -> None:
+    """The slices of all DP ranks tile each shard; what a later resharding relies on."""
+    for role in ("actor", "critic"):
+        for place in range(tensor * pipeline):
+            tp, pp = place % tensor, place // tensor
+            ends: dict[str, int] = {}
+            for dp in range(data):
+                part = path / f"{role}-tp{tp:02d}-pp{pp:02d}-dp{dp:04d}.safetensors"
+                with safe_open(part, framework="pt") as file:
+                    slices = json.loads(file.metadata()["slices"])
+                    assert set(file.keys()) == {
+                        f"{name}.{kind}"
+                        for name in slices
+                        for kind in ("master", "exp_avg", "exp_avg_sq")
+                    }
+                    for name, here in slices.items():
+                        assert here["start"] == ends.get(name, 0)
+                        assert file.get_slice(f"{name}.master").get_shape() == [here["length"]]
+                        ends[name] = here["start"] + here["length"]
+            for name, here in slices.items():
+                assert ends[name] == torch.Size(here["shape"]).numel()
+    assert not list(path.glob("reference-*"))
+    assert json.loads((path / "state.json").read_text())["layout"] == {
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "data": data,
+    }
+
+
+@contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """The kernel refuses longer files, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def trouble(folder: str, root: str) -> dict:
+    """On two DP ranks: all that can go wrong. Returns messages and what is on the disk."""
+    mesh = build_mesh(1, 1)
+    engine = build_engine(folder, mesh, "float32")
+    checkpoints, seen = Path(root) / "checkpoints", {}
+    fresh = save_checkpoint(engine, checkpoints, 0, {}, keep=2)
+    before = fingerprint(engine)
+    take_steps(engine, range(1))
+    if mesh.is_main:
+        (checkpoints / "tmp-step-9").mkdir()  # as a killed save leaves it
+        (checkpoints / "tmp-step-9" / "manifest.json").write_text("{}")
+    for step in (1, 2, 3, 3):
+        save_checkpoint(engine, checkpoints, step, {"step": step}, keep=2)
+    seen["kept"] = sorted(path.name for path in checkpoints.iterdir())
+    after = fingerprint(engine)
+
+    with file_size_limit(4096 if mesh.rank == 1 else resource.RLIM_INFINITY):
+        seen["full"] = error_of(save_checkpoint, engine, checkpoints, 4, {}, 2)
+    seen["after full"] = sorted(path.name for path in checkpoints.iterdir())
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(store, "BYTES_PER_ELEMENT", 1 << 50)
+    seen["no room"] = error_of(save_checkpoint, engine, checkpoints, 4, {}, 2)
+    monkey.undo()
+    seen["after no room"] = sorted(path.name for path in checkpoints.iterdir())
+
+    seen |= damaged(engine, checkpoints, Path(root) / "damaged")
+    assert fingerprint(engine) == after, "a refused checkpoint changed the engine"
+    assert load_checkpoint(engine, checkpoints / "step-3") == {"step": 3}
+    assert fresh.name == "step-0" and not fresh.exists()
+
+    early = save_checkpoint(build_engine(folder, mesh, "float32"), Path(root) / "early", 0, {}, 1)
+    load_checkpoint(engine, early)  # from before Adam's first step
+    assert fingerprint(engine) == before
+
+    seen["dtype"] = error_of(load_checkpoint, build_engine(folder, mesh, "bfloat16"), early)
+    seen["layout"] = error_of(
+        load_checkpoint, build_engine(folder, build_mesh(2, 1), "float32"), early
+    )
+    return seen
+
+
+def damaged(engine: Zero3Engine, checkpoints: Path, root: Path) -> dict[str, str]:
+    """What is said about a checkpoint (and an older, whole one) with one file spoiled."""
+    part = "actor-tp00-pp00-dp0001.safetensors"
+
+    def flip(file: Path) -> None:
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    spoilers = {
+        "missing": (part, Path.unlink),
+        "truncated": (part, lambda file: file.write_bytes(file.read_bytes()[:-100])),
+        "flipped": (part, flip),
+        "state flipped": ("state.json", flip),
+        "manifest": ("manifest.json", Path.unlink),
+    }
+    seen = {}
+    for name, (file, spoil) in spoilers.items():
+        if engine.mesh.is_main:
+            shutil.copytree(checkpoints, root / name)
+            spoil(root / name / "step-3" / file)
+        dist.barrier()
+        seen[name] = error_of(load_checkpoint, engine, root / name / "step-3")
+        seen[f"{name} latest"] = find_latest(root / name).name
+    if engine.mesh.is_main:
+        shutil.rmtree(root / "flipped" / "step-2")
+    dist.barrier()
+    seen["no older"] = error_of(load_checkpoint, engine, root / "flipped" / "step-3")
+    return seen
+
+
+def test_a_damaged_or_unfinished_checkpoint_is_refused_and_older_ones_stay(model, tmp_path):
+    ranks = run_on(2, trouble, model, str(tmp_path))
+    assert ranks[0] == ranks[1], "all ranks say the same"
+    seen = ranks[0]
+    kept = ["latest", "step-2", "step-3"]
+    assert seen["kept"] == seen["after full"] == seen["after no room"] == kept
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-3\n"
+    assert "cannot write the checkpoint" in seen["full"] and "rank 1" in seen["full"]
+    assert "File too large" in seen["full"]
+    assert "no room" in seen["no room"]
+
+    part = "step-3/actor-tp00-pp00-dp0001.safetensors"
+    for name, words in (
+        ("missing", f"{part} is missing"),
+        ("truncated", f"{part} has "),
+        ("flipped", f"{part} is damaged"),
+        ("state flipped", "step-3/state.json is damaged"),
+        ("manifest", "step-3/manifest.json is missing"),
+    ):
+        assert words in seen[name]
+        assert str(tmp_path / "damaged" / name / "step-2") in seen[name], "names the older one"
+    for name in ("missing", "truncated", "manifest"):
+        assert seen[f"{name} latest"] == "step-2"
+    assert seen["flipped latest"] == "step-3"  # only its hash tells
+    assert "no older complete checkpoint" in seen["no older"]
+    assert "taken at TP 1 x PP 1 x DP 2, this run has TP 2 x PP 1 x DP 1" in seen["layout"]
+    assert "actor (float32)" in seen["dtype"] and "actor (bfloat16)" in seen["dtype"]
+
+
+def test_find_latest_of_no_checkpoints_is_none(tmp_path):
+    assert find_latest(tmp_path / "absent") is None
+    (tmp_path / "step-1").mkdir()
+    assert find_latest(tmp_path) is None

@@ -1,0 +1,115 @@
+"""Whole runs: the same numbers on every layout, everything left behind, resumed runs."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from megatron_amrlhf.report.samples import read_samples
+from tests.distributed.processes import run_on
+from tests.distributed.runs import make_models, read_metrics, run_config, write_config
+
+pytestmark = pytest.mark.distributed
+
+LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))  # TP, PP, DP
+TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
+SAMPLES = "samples.jsonl"
+CLOCK = ("time", "throughput/", "memory/")
+KINDS = ("prm", "ppo", "dpo", "rejection_sampling")
+
+
+def numbers(folder) -> list[dict]:
+    return [
+        {key: value for key, value in line.items() if not key.startswith(CLOCK)}
+        for line in read_metrics(folder)
+    ]
+
+
+def start(folder, config, tp: int, pp: int, dp: int, *overrides: str):
+    name = f"run.name={config.stem}-{tp}{pp}{dp}"
+    layout = [f"parallel.tensor={tp}", f"parallel.pipeline={pp}"]
+    run_on(tp * pp * dp, run_config, str(config), [name, *layout, *overrides])
+    return folder / "runs" / f"{config.stem}-{tp}{pp}{dp}"
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process of every algorithm."""
+    folder = tmp_path_factory.mktemp("runs")
+    make_models(folder)
+    configs = {kind: write_config(folder, kind) for kind in KINDS}
+    return folder, configs, {kind: start(folder, configs[kind], 1, 1, 1) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_run_is_invariant_to_layout(reference, kind, layout):
+    folder, configs, runs = reference
+    other = start(folder, configs[kind], *layout)
+    expected, found = numbers(runs[kind]), numbers(other)
+    assert len(found) == len(expected) == 2
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            if value is None:
+                assert after[key] is None, key
+            else:
+                assert math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE), (
+                    key,
+                    value,
+                    after[key],
+                )
+    if kind != "prm" and layout[2] == 1:
+        first, second = (
+            (r / "samples.jsonl").read_text().splitlines() for r in (runs[kind], other)
+        )
+        for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
+            assert a["token_ids"] == b["token_ids"] and a["mask"] == b["mask"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_run_leaves_all_it_promises(reference, kind):
+    folder = reference[2][kind]
+    assert json.loads((folder / "status.json").read_text())["state"] == "finished"
+    for name in ("config.resolved.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export"):
+        assert (folder / name).exists(), name
+    line = read_metrics(folder)[-1]
+    expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds"}
+    expected |= {"memory/peak_gib", "throughput/update_tokens_per_second"}
+    if kind != "prm":
+        expected |= {"reward/mean", "reward/chosen", "reward/rejected", "loss/policy"}
+        expected |= {"mask/kept_fraction", "mask/num_messages", "mask/mean_message_tokens"}
+        expected |= {"kl/ref_nats", "policy/entropy_nats", "time/rollout_seconds"}
+        expected |= {"time/score_seconds", "time/mask_seconds", "eval/reward_mean"}
+        expected |= {"throughput/rollout_tokens_per_second"}
+        sample = read_samples(folder / SAMPLES)[0]
+        assert {"prompt", "answer", "token_rewards", "mask", "messages"} <= sample.keys()
+        assert len(sample["mask"]) == len(sample["token_ids"]) == len(sample["tokens"])
+        assert sample["messages"][-1]["end"] == len(sample["mask"])
+        AutoModelForCausalLM.from_pretrained(folder / "export")
+    else:
+        expected |= {"prm/auc", "prm/accuracy", "loss/prm"}
+    if kind == "ppo":
+        expected |= {"policy/approx_kl", "policy/clipfrac", "loss/value"}
+    assert expected <= line.keys(), expected - line.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_equals_an_uninterrupted_one(reference, kind):
+    """Stopped after step 1 and started again: the same lines, bit for bit."""
+    folder, configs, runs = reference
+    config = configs[kind]
+    name = f"run.name={kind}-resumed"
+    run_on(1, run_config, str(config), [name, "run.steps=1"])
+    run_on(1, run_config, str(config), [name])
+    assert numbers(folder / "runs" / f"{kind}-resumed")[1] == numbers(runs[kind])[1]
+
+
+def test_no_mask_keeps_every_token(reference):
+    folder, configs, _ = reference
+    start(folder, configs["ppo"], 1, 1, 1, "mask.kind=none", "run.name=ppo-none")
+    lines = numbers(folder / "runs" / "ppo-none")
+    assert lines and all(line["mask/kept_fraction"] == 1 for line in lines)
