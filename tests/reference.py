@@ -45,7 +45,7 @@ class Row:
 class Hyper:
     """The numbers that losses and optimizer need."""
 
-    temperature: float = 0.95
+    temperature: float = 1.0
     clip_eps: float = 0.2
     value_clip_eps: float = 0.2
     beta: float = 0.3
@@ -90,6 +90,9 @@ class ReferenceModel:
         self.model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float64, attn_implementation="eager"
         )
+        # Hugging Face gives the padding token's embedding no gradient; here padding is the end
+        # token too, which an answer holds and which learns.
+        self.model.get_input_embeddings().padding_idx = None
         self.head = None
         self.parameters: dict[str, nn.Parameter] = dict(self.model.named_parameters())
         for module in self.model.modules():

@@ -27,6 +27,7 @@ from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
 from megatron_amrlhf.types import TrainBatch
 from tests.reference import Hyper, Row
 
+SAMPLING_TEMPERATURE = 0.7
 # loss -> (algorithm of the config, role, outputs of the linear head or None)
 LOSSES: dict[str, tuple[dict, str, int | None]] = {
     "prm_bce": ({"kind": "prm", "num_attributes": 5, "loss": "bce"}, "prm", 5),
@@ -64,7 +65,9 @@ class Case:
 
     @property
     def hyper(self) -> Hyper:
-        return Hyper(denominator=self.denominator)
+        # PPO's policy is the softmax at the sampling temperature, the others' the plain one.
+        temperature = SAMPLING_TEMPERATURE if self.loss == "ppo_actor" else 1.0
+        return Hyper(denominator=self.denominator, temperature=temperature)
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def config_of(case: Case, folder: str, layout: tuple[int, int, int]) -> Config:
             "algorithm": algorithm,
             "parallel": {"tensor": layout[0], "pipeline": layout[1]},
             "engine": {"reduce": case.reduce, "micro_batch_size": 2},
-            "rollout": {"temperature": hyper.temperature},
+            "rollout": {"temperature": SAMPLING_TEMPERATURE},
             "loss": {"denominator": case.denominator},
             "optimizer": {
                 key: value

@@ -1,4 +1,4 @@
-"""An interrupted run goes on bit for bit, and a damaged checkpoint is never taken for a whole one."""
+"""An interrupted run goes on bit for bit; a damaged checkpoint is never taken for a whole one."""
 
 from __future__ import annotations
 
@@ -267,11 +267,13 @@ def trouble(folder: str, root: str) -> dict:
 
     with file_size_limit(4096 if mesh.rank == 1 else resource.RLIM_INFINITY):
         seen["full"] = error_of(save_checkpoint, engine, checkpoints, 4, {}, 2)
+    dist.barrier()  # rank 0 has cleaned up
     seen["after full"] = sorted(path.name for path in checkpoints.iterdir())
     monkey = pytest.MonkeyPatch()
     monkey.setattr(store, "BYTES_PER_ELEMENT", 1 << 50)
     seen["no room"] = error_of(save_checkpoint, engine, checkpoints, 4, {}, 2)
     monkey.undo()
+    dist.barrier()  # rank 0 has cleaned up
     seen["after no room"] = sorted(path.name for path in checkpoints.iterdir())
 
     seen |= damaged(engine, checkpoints, Path(root) / "damaged")
