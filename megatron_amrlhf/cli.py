@@ -24,7 +24,7 @@ EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 TRAINER = "megatron_amrlhf.algorithms.train"
 # A mistake met while running may be seen by every rank or by one. Rank 0 speaks at once; the
 # others wait this long, in which the launcher ends them if rank 0 has already failed.
-OTHER_RANK_DELAY_SECONDS = 3.0
+OTHER_RANK_DELAY_SECONDS = 10.0
 
 MAIN_EPILOG = """\
 examples:

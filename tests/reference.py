@@ -72,7 +72,8 @@ def add_head(folder: Path, hidden: int, outputs: int, seed: int) -> None:
     weights = load_file(folder / HEAD_FILE)
     generator = torch.Generator().manual_seed(seed)
     weights["head.weight"] = 0.2 * torch.randn(outputs, hidden, generator=generator)
-    weights["head.bias"] = 0.5 * torch.randn(outputs, generator=generator)
+    # Outputs lean to one side, so that the bias gradient is no sum of terms that cancel.
+    weights["head.bias"] = 2.0 + 0.5 * torch.randn(outputs, generator=generator)
     save_file(weights, folder / HEAD_FILE, metadata={"format": "pt"})
 
 
@@ -136,7 +137,7 @@ class ReferenceModel:
             for parameter in self.parameters.values():
                 parameter.grad.mul_(self.hyper.max_grad_norm / (norm + 1e-6))
         self.optimizer.step()
-        return StepRecord(float(loss), norm, gradients)
+        return StepRecord(loss.item(), norm, gradients)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -308,7 +309,7 @@ def random_rows(
                 behaviour_logprobs=logprobs + 0.2 * noise[1],
                 reference_logprobs=logprobs + 0.5 * noise[2],
                 old_values=values + 0.3 * noise[3],
-                returns=values + noise[4],
+                returns=values + 0.5 + noise[4],
                 labels=torch.rand(answer, 5, generator=random),
             )
             batch.append(row)

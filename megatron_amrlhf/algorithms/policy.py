@@ -8,17 +8,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.algorithms.heldout import evaluate_policy
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
 from megatron_amrlhf.algorithms.sample_log import log_samples
+from megatron_amrlhf.config.checks import check_model
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.data.prompts import load_prompts
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.losses.reduce import Metrics
-from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 from megatron_amrlhf.types import MaskedBatch
 
 
@@ -31,48 +34,31 @@ class PolicyAlgorithm(ABC):
     trained_role = "actor"
     has_critic = False
 
-    def __init__(self, context: Context):
-        config, self.context = context.config, context
-        self.train_prompts = load_prompts(config.data.train, context.tokenizer, config.data)
+    context: Context  # set by build()
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
+        """Reads and checks the prompts and the PRM's folder; no process group is needed.
+
+        Raises:
+            UserError: the data or the PRM are wrong.
+        """
+        self.train_prompts = load_prompts(config.data.train, tokenizer, config.data)
         self.heldout_prompts = []
         if config.data.heldout is not None:
-            self.heldout_prompts = load_prompts(config.data.heldout, context.tokenizer, config.data)
+            self.heldout_prompts = load_prompts(config.data.heldout, tokenizer, config.data)
         self.prm_folder = Path(config.reward_model.path).expanduser()
-        self.num_attributes = self._check_prm()
+        self.num_attributes = check_prm(config, self.prm_folder, tokenizer)
         per_step = config.rollout.prompts_per_step
         self.total_steps = config.run.steps or -(-len(self.train_prompts) // per_step)
-
-    def _check_prm(self) -> int:
-        """Attributes of the PRM; its tokens must be the policy's."""
-        weights = ShardedWeights(self.prm_folder)
-        if "head.weight" not in weights:
-            raise UserError(
-                f"reward_model.path: {self.prm_folder} has no reward head (head.weight): give the "
-                "export folder of a run with algorithm.kind prm"
-            )
-        theirs = load_tokenizer(self.prm_folder).get_vocab()
-        if theirs != self.context.tokenizer.get_vocab():
-            raise UserError(
-                f"reward_model.path: the tokenizer of {self.prm_folder} is not that of "
-                f"{self.context.config.model.path}: train the PRM on the same model family"
-            )
-        attributes = weights.get("head.weight").shape[0]
-        given = self.context.config.reward_model.attribute_weights
-        if given is not None and len(given) != attributes:
-            raise UserError(
-                f"reward_model.attribute_weights: {len(given)} weights, but the PRM has "
-                f"{attributes} attributes"
-            )
-        return attributes
 
     @property
     def updates_per_step(self) -> int:
         """Optimizer steps of a role in one step."""
         return self.context.config.algorithm.minibatches
 
-    def build(self) -> None:
+    def build(self, context: Context) -> None:
         """Adds the roles. Entered by every rank."""
-        context, optim = self.context, self.context.config.optimizer
+        self.context, optim = context, context.config.optimizer
         updates = self.total_steps * self.updates_per_step
         folder = context.model_folder
         context.role("actor", folder, learning_rate=optim.lr, total_steps=updates)
@@ -141,3 +127,31 @@ class PolicyAlgorithm(ABC):
 def all_rows(judged: Judged) -> Tensor:
     """Indices of all answers."""
     return torch.arange(len(judged.rollout.rows))
+
+
+def check_prm(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Attributes of the PRM in ``folder``, whose tokens and sizes must fit this run.
+
+    Raises:
+        UserError: it has no reward head, other tokens, or does not divide by the layout.
+    """
+    check_model(config, read_hf_config(folder))
+    weights = ShardedWeights(folder)
+    if "head.weight" not in weights:
+        raise UserError(
+            f"reward_model.path: {folder} has no reward head (head.weight): give the export "
+            "folder of a run with algorithm.kind prm"
+        )
+    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"reward_model.path: the tokenizer of {folder} is not that of {config.model.path}: "
+            "train the PRM on the same model family"
+        )
+    attributes = weights.get("head.weight").shape[0]
+    given = config.reward_model.attribute_weights
+    if given is not None and len(given) != attributes:
+        raise UserError(
+            f"reward_model.attribute_weights: {len(given)} weights, but the PRM has "
+            f"{attributes} attributes"
+        )
+    return attributes

@@ -7,9 +7,11 @@ import time
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.update import run_updates, update
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, shard, take
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan
@@ -30,28 +32,30 @@ class Prm:
 
     trained_role = "prm"
 
-    def __init__(self, context: Context):
-        config, self.context = context.config, context
+    context: Context  # set by build()
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
+        """Reads and checks the step-labelled data; no process group is needed.
+
+        Raises:
+            UserError: the data are wrong.
+        """
         attributes = config.algorithm.num_attributes
-        self.examples = load_prm_examples(
-            config.data.train, context.tokenizer, config.data, attributes
-        )
+        self.examples = load_prm_examples(config.data.train, tokenizer, config.data, attributes)
         self.heldout: list[PrmExample] = []
         if config.data.heldout is not None:
             self.heldout = load_prm_examples(
-                config.data.heldout, context.tokenizer, config.data, attributes
+                config.data.heldout, tokenizer, config.data, attributes
             )
-        size = config.algorithm.batch_size
-        self.total_steps = config.run.steps or -(
-            -len(self.examples) * config.algorithm.epochs // size
-        )
+        rows, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
+        self.total_steps = config.run.steps or -(-rows // size)
 
-    def build(self) -> None:
+    def build(self, context: Context) -> None:
         """Adds the one role. Entered by every rank."""
-        config = self.context.config
-        self.context.role(
+        self.context, config = context, context.config
+        context.role(
             "prm",
-            self.context.model_folder,
+            context.model_folder,
             config.algorithm.num_attributes,
             learning_rate=config.optimizer.lr,
             total_steps=self.total_steps,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.dpo import Dpo
@@ -47,14 +48,13 @@ def run(config: Config) -> None:
     hf_config = read_hf_config(model_folder)
     check_model(config, hf_config)
     read_shape(hf_config)
+    tokenizer = load_tokenizer(model_folder)
+    algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
     start_processes()
     try:
-        context = _context(config, model_folder)
-        algorithm = ALGORITHMS[config.algorithm.kind](context)  # reads and checks the data
-        context = _open_folder(context)
-        algorithm.context = context
+        context = _context(config, model_folder, tokenizer)
         try:
-            algorithm.build()
+            algorithm.build(context)
             _train(algorithm, context)
         except BaseException as error:
             context.folder.status("failed", -1, _one_line(error))
@@ -63,10 +63,11 @@ def run(config: Config) -> None:
         stop_processes()
 
 
-def _context(config: Config, model_folder: Path) -> Context:
-    """Mesh, engine and tokenizer; no folder yet."""
+def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Context:
+    """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
-    tokenizer = load_tokenizer(model_folder)
+    folder = RunFolder.create(config, mesh.rank)
+    dist.barrier()
     return Context(
         config=config,
         mesh=mesh,
@@ -75,15 +76,8 @@ def _context(config: Config, model_folder: Path) -> Context:
         end_ids=tuple(end_token_ids(tokenizer, model_folder)),
         model_folder=model_folder,
         console=RunConsole(mesh.rank),
-        folder=RunFolder(Path(config.run.folder) / config.run.name, 0, False),
+        folder=folder,
     )
-
-
-def _open_folder(context: Context) -> Context:
-    """Makes the run folder once everything that can be wrong has been checked."""
-    folder = RunFolder.create(context.config, context.mesh.rank)
-    dist.barrier()
-    return Context(**{**vars(context), "folder": folder})
 
 
 def _train(algorithm, context: Context) -> None:

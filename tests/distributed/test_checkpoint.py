@@ -40,7 +40,7 @@ STATE = {"consumed": 24, "running_baseline": {"mean": 0.1 + 0.2, "count": 3}, "n
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    make_tiny_model(folder, tied=True, seed=1, vocab_size=VOCAB, hidden=HIDDEN)
+    make_tiny_model(folder, tied=True, seed=1, vocab_size=VOCAB, hidden=HIDDEN, layers=2)
     return str(folder)
 
 
@@ -144,11 +144,15 @@ def tied_master(role: Role) -> bytes | None:
     return states[f"{name}.master"].numpy().tobytes()
 
 
+def dtypes_of(persist: int) -> tuple[str, ...]:
+    return DTYPES[1:] if persist else DTYPES
+
+
 def first_run(folder: str, checkpoints: str, tensor: int, pipeline: int, persist: int) -> list:
     """Three steps in one go; and two steps, a checkpoint, the third step."""
     mesh = build_mesh(tensor, pipeline)
     results = []
-    for dtype in DTYPES:
+    for dtype in dtypes_of(persist):
         engine = build_engine(folder, mesh, dtype, persist)
         steps = take_steps(engine, range(3))
         whole = steps, fingerprint(engine)
@@ -170,7 +174,7 @@ def second_run(folder: str, checkpoints: str, tensor: int, pipeline: int, persis
     """A new process that goes on from the checkpoint with the third step."""
     mesh = build_mesh(tensor, pipeline)
     results = []
-    for dtype in DTYPES:
+    for dtype in dtypes_of(persist):
         engine = build_engine(folder, mesh, dtype, persist)
         path = find_latest(Path(checkpoints) / dtype)
         assert step_of(path) == 2
@@ -191,7 +195,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
     arguments = (model, str(tmp_path), tensor, pipeline, persist)
     first = run_on(world, first_run, *arguments)
     second = run_on(world, second_run, *arguments)
-    for index, dtype in enumerate(DTYPES):
+    dtypes = dtypes_of(persist)
+    for index, dtype in enumerate(dtypes):
         for rank in range(world):
             (steps, prints), saved, _ = first[rank][index]
             assert saved[0] == steps[-2:] and saved[1] == prints, "saving changed the run"
@@ -200,7 +205,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
             assert [key for key in prints if prints[key] != resumed[key]] == [], (dtype, rank)
         copies = {first[rank][index][2] for rank in range(world)} - {None}
         assert len(copies) == (tensor if pipeline > 1 else 0), "tied copies drifted apart"
-    assert_every_element_is_saved_once(tmp_path / "float32" / "step-2", tensor, pipeline, data)
+    assert_every_element_is_saved_once(tmp_path / dtypes[-1] / "step-2", tensor, pipeline, data)
 
 
 def assert_every_element_is_saved_once(path: Path, tensor: int, pipeline: int, data: int) -> None:

@@ -1,0 +1,126 @@
+"""A user's mistake: one line on stderr, exit code 2, nothing written, nobody left running."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_amrlhf.cli import main
+from tests.distributed.processes import free_port, run_on
+from tests.distributed.runs import make_models, write_config
+from tests.helpers import make_tiny_tokenizer
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bad")
+    make_models(folder)
+    return folder
+
+
+def train(config: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """One rank, forked with everything imported."""
+    arguments = ["train", str(config), *(["--set", *overrides] if overrides else [])]
+    (code, stderr) = run_on(1, call_main, arguments)[0]
+    return subprocess.CompletedProcess(arguments, code, stderr=stderr)
+
+
+def call_main(arguments: list[str]) -> tuple[int, str]:
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
+        code = main(arguments)
+    return code, stderr.getvalue()
+
+
+def launch(config: Path, *overrides: str) -> subprocess.CompletedProcess:
+    """Two ranks through the deepspeed launcher."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical"]
+    launcher += ["--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank"]
+    command = [*launcher, "--module", "megatron_amrlhf", "train", str(config), "--set", *overrides]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def assert_refused(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None:
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in lines[0], lines[0]
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor=3"], ["1 processes", "3"]),
+        (["run.stepz=1"], ["run.stepz", "did you mean run.steps"]),
+        (["engine.micro_batch_size=0"], ["engine.micro_batch_size"]),
+        (["model.path=/no/such/folder"], ["/no/such/folder"]),
+        (["data.train=/no/such.jsonl"], ["/no/such.jsonl"]),
+        (["data.max_prompt_tokens=20"], ["prompts.jsonl:1", "20"]),
+        (["reward_model.path=POLICY"], ["reward head"]),
+    ],
+)
+def test_wrong_key_value_or_file_is_one_line(folder, overrides, words):
+    overrides = [text.replace("POLICY", str(folder / "policy")) for text in overrides]
+    done = train(write_config(folder, "ppo"), *overrides)
+    assert_refused(done, folder, *words)
+
+
+def test_missing_key_is_named(folder):
+    path = write_config(folder, "ppo")
+    config = json.loads(path.read_text())
+    del config["data"]["train"]
+    path.write_text(json.dumps(config))
+    assert_refused(train(path), folder, "data.train")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', ["broken.jsonl:2"]),
+        ('{"prompt": "a"}\n{"promt": "b"}\n', ["broken.jsonl:2", "prompt"]),
+        ("", ["broken.jsonl"]),
+    ],
+)
+def test_broken_data_names_file_and_line(folder, text, words):
+    (folder / "broken.jsonl").write_text(text)
+    done = train(write_config(folder, "ppo"), f"data.train={folder / 'broken.jsonl'}")
+    assert_refused(done, folder, *words)
+
+
+def test_prm_with_other_tokens_is_refused(folder, tmp_path):
+    prm = tmp_path / "prm"
+    make_models(tmp_path)
+    make_tiny_tokenizer(prm)
+    done = train(write_config(folder, "ppo"), f"reward_model.path={prm}")
+    assert_refused(done, folder, "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.pipeline=2", "parallel.tensor=2"], ["2 processes"]),
+        (["parallel.tensor=2", "model.path=ODD"], ["parallel.tensor", "heads"]),
+        (["parallel.pipeline=2", "model.path=ODD"], ["parallel.pipeline", "layers"]),
+    ],
+)
+def test_wrong_layout_ends_all_ranks(folder, overrides, words, tmp_path):
+    odd = tmp_path / "odd"
+    make_models(tmp_path)
+    config = json.loads((tmp_path / "policy" / "config.json").read_text())
+    config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "policy").rename(odd)
+    done = launch(write_config(folder, "ppo"), *(o.replace("ODD", str(odd)) for o in overrides))
+    assert_refused(done, folder, *words)
