@@ -115,7 +115,7 @@ def _gather_shards(local: Tensor, entry: Entry, mesh: Mesh) -> list[Tensor] | No
         shards = [torch.empty_like(local) for _ in range(mesh.tp_size)]
     target = dist.get_process_group_ranks(mesh.tp_group)[0]
     dist.gather(local.contiguous(), shards, dst=target, group=mesh.tp_group)
-    return shards and shards[::-1]
+    return shards
 
 
 def _write_weights(folder: Path, tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, tuple]:

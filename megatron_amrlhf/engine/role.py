@@ -62,7 +62,7 @@ class Role:
         self.hf_config = AutoConfig.from_pretrained(spec.folder)
         self.shape: ModelShape = read_shape(read_hf_config(spec.folder))
         build = (self.shape, self.hf_config, mesh, spec.dtype, spec.head_outputs)
-        self.module = StageModel(*build)
+        self.module = StageModel(*build).to(mesh.device)
         load_stage(self.module, ShardedWeights(spec.folder), mesh)
         self.entries = stage_entries(self.shape, mesh.pp_rank, mesh.pp_size, spec.head_outputs)
         self._mark_tensor_parallel()
@@ -80,7 +80,7 @@ class Role:
             dist_init_required=False,
         )
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
-        self.plain = StageModel(*build).eval().requires_grad_(False)
+        self.plain = StageModel(*build).to(mesh.device).eval().requires_grad_(False)
         self._release_plain()
 
     def _optimizer(self, optim: OptimizerSection):

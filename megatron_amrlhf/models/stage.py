@@ -130,12 +130,14 @@ class StageModel(GPTModel):
             )
         for index, layer in enumerate(self.decoder.layers):
             layer.self_attention.cache_index = index
-        self.rotary = LlamaRotaryEmbedding(hf_config).to(mesh.device)
+        # In a tuple, so that casting the module (DeepSpeed does, to bfloat16) leaves the
+        # frequencies in float32.
+        self._rotary = (LlamaRotaryEmbedding(hf_config).to(mesh.device),)
 
     def rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[2, B or 1, T, head_dim]`` cos and sin of ``[B or 1, T]`` positions."""
         probe = torch.empty(0, dtype=dtype, device=positions.device)
-        return torch.stack(self.rotary(probe, positions))
+        return torch.stack(self._rotary[0](probe, positions))
 
     def forward(
         self,

@@ -1,0 +1,125 @@
+"""``mask.kind: none`` is the plain algorithm, bit for bit: loss terms and gradients.
+
+The plain losses are written here once more without any mask, each over the unpadded tokens.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.dense import DenseRewards
+from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.losses.dpo import dpo_loss
+from megatron_amrlhf.losses.ppo import ppo_actor_loss
+from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from megatron_amrlhf.types import ScoredBatch
+
+LENGTHS = torch.tensor([5, 1, 9, 3])
+WIDTH = 9
+VALID = torch.arange(WIDTH)[None] < LENGTHS[:, None]
+CLIP_EPS, BETA, KL_COEF = 0.2, 0.3, 0.05
+
+
+def random_tensors(count: int) -> list[torch.Tensor]:
+    """``[B, R]`` float32; nobody may read the huge entries past a response's end."""
+    random = torch.Generator().manual_seed(11)
+    drawn = [torch.randn(len(LENGTHS), WIDTH, generator=random) for _ in range(count)]
+    return [torch.where(VALID, x, 1e30) for x in drawn]
+
+
+def terms_and_gradient(loss, logprobs):
+    leaf = logprobs.clone().requires_grad_()
+    terms = loss(leaf)
+    terms.sum().backward()
+    return terms.detach(), leaf.grad
+
+
+def plain_ppo(logprobs, behaviour, advantages):
+    ratio = torch.exp(logprobs - behaviour)
+    clipped = torch.clamp(ratio, 1 - CLIP_EPS, 1 + CLIP_EPS)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def plain_rejection_sampling(logprobs, reference):
+    return -logprobs + KL_COEF * (0.5 * (logprobs - reference) ** 2)
+
+
+def test_ppo_on_all_tokens_is_plain_ppo_bit_for_bit():
+    behaviour, noise, advantages = random_tensors(3)
+    logprobs = behaviour + 0.3 * noise
+
+    def loss(leaf):
+        return ppo_actor_loss(leaf, behaviour, advantages, VALID, CLIP_EPS).terms
+
+    found, gradient = terms_and_gradient(loss, logprobs)
+    expected, plain_gradient = terms_and_gradient(
+        lambda leaf: plain_ppo(leaf, behaviour[VALID], advantages[VALID]), logprobs[VALID]
+    )
+    assert torch.equal(found[VALID], expected) and torch.equal(gradient[VALID], plain_gradient)
+    assert not found[~VALID].any() and not gradient[~VALID].any()
+
+
+def test_rejection_sampling_on_all_tokens_is_plain_bit_for_bit():
+    logprobs, reference = random_tensors(2)
+
+    def loss(leaf):
+        return rejection_sampling_loss(leaf, reference, VALID, VALID, KL_COEF, "k2").terms
+
+    found, gradient = terms_and_gradient(loss, logprobs)
+    expected, plain_gradient = terms_and_gradient(
+        lambda leaf: plain_rejection_sampling(leaf, reference[VALID]), logprobs[VALID]
+    )
+    assert torch.equal(found[VALID], expected) and torch.equal(gradient[VALID], plain_gradient)
+    assert not found[~VALID].any() and not gradient[~VALID].any()
+
+
+@pytest.mark.parametrize("form", ["inside", "pair"])
+def test_both_dpo_forms_on_all_tokens_are_plain_dpo_bit_for_bit(form):
+    logprobs, reference = random_tensors(2)
+    chosen, rejected = VALID[0::2], VALID[1::2]
+
+    def loss(leaf):
+        sides = (leaf[0::2], leaf[1::2], reference[0::2], reference[1::2])
+        return dpo_loss(*sides, chosen, rejected, BETA, form, chosen, rejected).terms[:, 0]
+
+    def plain(leaf):
+        # padded with zeros, because the bits of a sum depend on how many terms it has
+        difference = (leaf - torch.where(VALID, reference, 0.0)).sum(dim=1)
+        return -F.logsigmoid(BETA * difference[0::2] - BETA * difference[1::2])
+
+    found, gradient = terms_and_gradient(loss, logprobs)
+    expected, plain_gradient = terms_and_gradient(plain, torch.where(VALID, logprobs, 0.0))
+    assert torch.equal(found, expected)
+    assert torch.equal(gradient[VALID], plain_gradient[VALID]) and not gradient[~VALID].any()
+
+
+def test_kind_none_keeps_all_response_tokens_of_both_labels():
+    config = Config.model_validate(
+        {
+            "run": {"name": "x"},
+            "model": {"path": "x"},
+            "data": {"train": "x"},
+            "algorithm": {"kind": "ppo"},
+            "mask": {"kind": "none"},
+        }
+    )
+    maker = object.__new__(ExperienceMaker)
+    maker.context = Context(config, None, None, None, (), None, None, None)
+    zeros, rewards = torch.zeros(VALID.shape), torch.arange(4.0)
+    dense = DenseRewards(
+        signs=zeros.to(torch.int8),  # neutral everywhere: eq. 13 would keep nothing
+        messages=zeros.long(),
+        message_rewards=zeros,
+        shaped=zeros,
+        sequence_rewards=rewards,
+    )
+    judged = Judged(None, ScoredBatch(zeros, zeros, zeros, zeros, VALID), dense)
+    rows, chosen = torch.tensor([2, 0, 3]), torch.tensor([True, False, False])
+    mask, metrics = maker.mask(judged, rows, chosen)
+    assert torch.equal(mask, VALID[rows])
+    total, count = metrics["mask/kept_fraction"]
+    assert total == count == LENGTHS[rows].sum()
