@@ -1,5 +1,7 @@
 """The command line: ``amrlhf COMMAND CONFIG.yaml [--set section.key=value ...]``.
 
+``show-masks`` takes a run instead of a configuration.
+
 Configuration mistakes are answered before torch, Megatron or DeepSpeed are imported, so every
 rank of a wrong start is gone within a second.
 """
@@ -12,13 +14,21 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+from rich.console import Console
 
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.describe import list_keys
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.report.masks import print_records, select
+from megatron_amrlhf.report.masks_html import page
+from megatron_amrlhf.report.samples import load_samples
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 TRAINER = "megatron_amrlhf.algorithms.train"
@@ -33,6 +43,7 @@ examples:
   deepspeed --num_gpus 8 --module megatron_amrlhf train configs/ppo_demo.yaml \\
       --set parallel.tensor=2 parallel.pipeline=2          8 processes: TP 2, PP 2, DP 2
   amrlhf config configs/ppo_demo.yaml                      every key with its value
+  amrlhf show-masks runs/ppo-demo --html masks.html        answers, their messages and masks
   amrlhf train --help                                      every key with its meaning
 
 exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted, 1 anything
@@ -44,6 +55,19 @@ The YAML's algorithm.kind picks what is trained. Processes (WORLD_SIZE) = TP x P
 parallel.tensor and parallel.pipeline are given, what is left is data parallel.
 
 keys of CONFIG.yaml, each also for --set:
+"""
+
+
+SHOW_MASKS_EPILOG = """\
+examples:
+  amrlhf show-masks runs/ppo-demo                          answers of the newest logged step
+  amrlhf show-masks runs/ppo-demo --step 4 --limit 1
+  amrlhf show-masks runs/ppo-demo/samples.jsonl --html masks.html
+  amrlhf show-masks configs/ppo_demo.yaml                  the run that this file describes
+
+Colours: orange above the threshold, green below, stronger the farther away. Bars stand between
+messages; what the mask keeps is bold and underlined. How many answers a step are logged is
+run.log_samples.
 """
 
 
@@ -66,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             arguments = _parser().parse_args(_without_local_rank(argv))
+            if arguments.command in VIEWERS:
+                VIEWERS[arguments.command](arguments)
+                return EXIT_OK
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command == "train":
                 check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -96,7 +123,27 @@ def show_config(config: Config) -> None:
         print(dump_config(config), end="")
 
 
+def show_masks(arguments: argparse.Namespace) -> None:
+    """Prints logged answers with their messages and masks, or writes them as an HTML page."""
+    source = Path(arguments.source).expanduser()
+    if source.suffix in (".yaml", ".yml"):
+        run = load_config(source, []).run
+        source = Path(run.folder).expanduser() / run.name
+    records = select(load_samples(source), arguments.step, arguments.limit)
+    if arguments.html is None:
+        width = None if sys.stdout.isatty() else PLAIN_WIDTH
+        print_records(Console(width=width), records)
+        return
+    target = Path(arguments.html).expanduser()
+    try:
+        write_atomic(target, page(records, f"{arguments.source}, step {records[0].step}"))
+    except OSError as error:
+        raise UserError(f"--html {target}: cannot be written ({error.strerror})") from None
+    print(f"{target}: {len(records)} answers of step {records[0].step}")
+
+
 COMMANDS = {"train": train, "config": show_config}
+VIEWERS = {"show-masks": show_masks}
 
 
 def describe_keys() -> str:
@@ -142,7 +189,38 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="override keys, such as rollout.top_p=0.9 (after CONFIG.yaml; values are YAML)",
         )
+    _add_show_masks(commands)
     return parser
+
+
+def _add_show_masks(commands: argparse._SubParsersAction) -> None:
+    summary = "show a run's answers with token rewards, messages and mask"
+    command = commands.add_parser(
+        "show-masks",
+        help=summary,
+        description=summary,
+        epilog=SHOW_MASKS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument(
+        "source",
+        metavar="SAMPLES_OR_RUN",
+        help="a run's folder, its samples.jsonl or its configuration",
+    )
+    command.add_argument(
+        "--step", type=int, metavar="N", help="step of the rollout; else the newest"
+    )
+    command.add_argument(
+        "--limit", type=_at_least_one, default=4, metavar="N", help="answers at most (default 4)"
+    )
+    command.add_argument("--html", metavar="FILE", help="write a page instead, in one file")
+
+
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, found {number}")
+    return number
 
 
 def _without_local_rank(argv: Sequence[str] | None) -> list[str]:

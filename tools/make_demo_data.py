@@ -15,9 +15,12 @@ Write the demonstration data into FOLDER. Nothing is downloaded; the same seed g
       {"prompt", "steps", "labels", "answer"}: arithmetic word problems with a solution in steps.
       About half of the solutions carry a planted error; a step's label is 1 if it and all steps
       before it are right, else 0. Train a reward model on them (algorithm kind: prm).
+  pairs_train.jsonl, pairs_heldout.jsonl
+      {"prompt", "chosen", "rejected"}: a right and a wrong solution of each of these problems.
+      Train an outcome reward model on them (kind: orm).
   prompts_train.jsonl, prompts_heldout.jsonl
       {"prompt", "answer" (problems only)}: the same problems mixed with general prompts in English
-      and Chinese. Train the policy on them (kind: ppo, dpo, rejection_sampling).
+      and Chinese. Train the policy on them (kind: ppo, grpo, dpo, kto, ...).
   demo.json
       the parameters and the sha256 of each file.
 

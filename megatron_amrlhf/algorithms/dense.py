@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.config.schema import DpoAlgorithm, PpoAlgorithm
+from megatron_amrlhf.config.schema import DpoAlgorithm, KtoAlgorithm, PpoAlgorithm
 from megatron_amrlhf.losses.gae import gae, td_errors
 from megatron_amrlhf.mask.messages import message_ids, unit_rewards
 from megatron_amrlhf.mask.schmitt import signs
@@ -27,6 +27,9 @@ class DenseRewards:
     """What the dense reward says. On last stages only.
 
     Attributes:
+        signal: ``[B, R]`` what the threshold cut.
+        baseline: ``[B, 1]`` threshold b, signal units.
+        delta: 0-dim, Schmitt offset, signal units.
         signs: ``[B, R]`` int8 of eq. 17/18.
         messages: ``[B, R]`` int64 message ids, -1 outside responses.
         message_rewards: ``[B, R]`` raw reward of the message that each token is in, eq. 12.
@@ -34,6 +37,9 @@ class DenseRewards:
         sequence_rewards: ``[B]`` raw reward of each answer.
     """
 
+    signal: Tensor
+    baseline: Tensor
+    delta: Tensor
     signs: Tensor
     messages: Tensor
     message_rewards: Tensor
@@ -73,6 +79,9 @@ def make_dense(
         shaped = place_on_last(shaped, units, valid)
     whole = torch.zeros_like(messages)
     return DenseRewards(
+        signal=signal,
+        baseline=baseline,
+        delta=delta,
         signs=sign,
         messages=messages,
         message_rewards=unit_rewards(scored.token_rewards, messages.clamp(min=0), valid, kind),
@@ -91,7 +100,7 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
     if kind == "reward":
         return rewards
     if kind == "implicit":
-        beta = algorithm.beta if isinstance(algorithm, DpoAlgorithm) else 1.0
+        beta = algorithm.beta if isinstance(algorithm, DpoAlgorithm | KtoAlgorithm) else 1.0
         return beta * (scored.logprobs - scored.reference_logprobs)
     assert isinstance(algorithm, PpoAlgorithm), kind
     if kind == "td_error":

@@ -42,8 +42,7 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
         rollout = generate(
             context.engine, batch, 1, 0, maker.settings(), seed, EVALUATION_STEP, size, bar.advance
         )
-    read = read_reward(config.reward_model.attribute_weights)
-    rewards = score_tokens(context, "prm", rollout, "at", read)
+    rewards = score_tokens(context, "prm", rollout, "at", read_reward(context))
     metrics = {}
     if rewards is not None:
         valid = rollout.response_mask.to(rewards.device)

@@ -11,6 +11,7 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.engine.microbatch import MicroBatch, Outputs, response_outputs
 from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
+from megatron_amrlhf.rewards.kinds import OUTCOME, reward_kind
 from megatron_amrlhf.types import RolloutBatch
 
 # ([n, ...] outputs, micro-batch) -> [n, ...] values
@@ -79,12 +80,25 @@ def read_value(outputs: Tensor, block: MicroBatch) -> Tensor:
     return outputs[:, 0].float()
 
 
-def read_reward(weights: tuple[float, ...] | None) -> ReadFunction:
-    """The scalar reward: attributes weighted, or their mean."""
+def read_reward(context: Context) -> ReadFunction:
+    """The scalar reward by role ``prm``: attributes weighted, or their mean.
+
+    The reward of an outcome model stands at an answer's last token; all tokens of the answer get
+    it, so that it is the answer's reward whatever the granularity.
+    """
+    weights = context.config.reward_model.attribute_weights
+    is_outcome = reward_kind(context.engine.roles["prm"].hf_config.to_dict()) == OUTCOME
 
     def read(outputs: Tensor, block: MicroBatch) -> Tensor:
         if weights is None:
-            return outputs.float().mean(dim=-1)
-        return outputs.float() @ torch.tensor(weights, device=outputs.device)
+            rewards = outputs.float().mean(dim=-1)
+        else:
+            rewards = outputs.float() @ torch.tensor(weights, device=outputs.device)
+        return rewards[last_output_of_row(block.output_rows)] if is_outcome else rewards
 
     return read
+
+
+def last_output_of_row(rows: Tensor) -> Tensor:
+    """``[n]``: for each output the index of its row's last one; ``rows`` ascend."""
+    return torch.searchsorted(rows, rows, right=True) - 1

@@ -9,6 +9,9 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.dpo import Dpo
+from megatron_amrlhf.algorithms.grpo import Grpo
+from megatron_amrlhf.algorithms.kto import Kto
+from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
@@ -32,8 +35,11 @@ from megatron_amrlhf.report.run_folder import RunFolder
 
 ALGORITHMS = {
     "prm": Prm,
+    "orm": Orm,
     "ppo": Ppo,
+    "grpo": Grpo,
     "dpo": Dpo,
+    "kto": Kto,
     "rejection_sampling": RejectionSampling,
 }
 

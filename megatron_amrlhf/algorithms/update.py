@@ -115,3 +115,17 @@ def split_rows(count: int, parts: int, seed: int | None) -> list[Tensor]:
     if seed is not None:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return list(order.tensor_split(parts))
+
+
+def epoch_parts(
+    train: TrainBatch, epochs: int, minibatches: int, seed: int, step: int
+) -> list[TrainBatch]:
+    """The rows of each optimizer step on one rollout: ``minibatches`` parts in each epoch.
+
+    Rows are shuffled by (seed, step, epoch) where there are several minibatches.
+    """
+    parts = []
+    for epoch in range(epochs):
+        shuffle = (seed * 1_000_003 + step) * 1_009 + epoch if minibatches > 1 else None
+        parts += [train.select(i) for i in split_rows(len(train.rows), minibatches, shuffle)]
+    return parts

@@ -29,6 +29,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
 from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.rewards.kinds import KEY, KIND_OF_ROLE
 
 HEAD_FILE = "head.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -151,6 +152,9 @@ def _write_config(folder: Path, role: Role) -> None:
     config = read_hf_config(role.spec.folder)
     config.pop("torch_dtype", None)
     config["dtype"] = str(role.spec.dtype).removeprefix("torch.")
+    config.pop(KEY, None)
+    if role.spec.name in KIND_OF_ROLE:
+        config[KEY] = KIND_OF_ROLE[role.spec.name]
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     source = role.spec.folder / GENERATION_FILE
     if source.is_file():

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.config.deepspeed import read_deepspeed
-from megatron_amrlhf.config.schema import Config, PpoAlgorithm, PrmAlgorithm
+from megatron_amrlhf.config.schema import (
+    Config,
+    GrpoAlgorithm,
+    OrmAlgorithm,
+    PpoAlgorithm,
+    PrmAlgorithm,
+)
 from megatron_amrlhf.errors import UserError
 
 MODEL_TYPES = ("qwen2", "llama")
 CRITIC_SIGNALS = ("td_error", "advantage")
-COMPARING_KINDS = ("dpo", "rejection_sampling")  # they need several answers to a prompt
+COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
+DATA_FORMATS = {"prm": "steps", "orm": "pairs"}  # of the kinds that train a reward model
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -22,10 +29,11 @@ def check_run(config: Config, world_size: int) -> None:
         UserError: names every broken rule on one line, each with its fix.
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
-    if config.algorithm.kind != "prm":
+    problems += _pair_problems(config)
+    if config.algorithm.kind not in DATA_FORMATS:
         problems += [
             *_rollout_problems(config),
-            *_pair_problems(config),
+            *_label_problems(config),
             *_mask_problems(config),
         ]
     _raise_if(problems)
@@ -42,7 +50,8 @@ def check_files(config: Config) -> None:
         if name is not None and not Path(name).expanduser().is_file():
             problems.append(f"{key}: {name}: no such file")
     folder = config.reward_model.path
-    if config.algorithm.kind != "prm" and folder and not Path(folder).expanduser().is_dir():
+    needs_rewards = config.algorithm.kind not in DATA_FORMATS
+    if needs_rewards and folder and not Path(folder).expanduser().is_dir():
         problems.append(f"reward_model.path: {folder}: no such folder, train a prm first")
     try:
         read_deepspeed(config.engine.deepspeed)
@@ -99,14 +108,13 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of the run's "
             f"{steps} optimizer steps: use at most {steps - 1}"
         )
-    is_prm = config.algorithm.kind == "prm"
-    wanted = "steps" if is_prm else "prompts"
+    wanted = DATA_FORMATS.get(config.algorithm.kind, "prompts")
     if config.data.format != wanted:
         yield (
             f"data.format: algorithm.kind {config.algorithm.kind} needs {wanted} "
             f"(got {config.data.format})"
         )
-    if not is_prm and config.reward_model.path is None:
+    if wanted == "prompts" and config.reward_model.path is None:
         yield (
             "reward_model.path: is required, train one with algorithm.kind prm and give its "
             "runs/NAME/export folder"
@@ -126,7 +134,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         return
     replicas = world_size // model_parallel
     algorithm, rollout = config.algorithm, config.rollout
-    if isinstance(algorithm, PrmAlgorithm):
+    if isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
         if algorithm.batch_size % replicas:
             yield _not_divided("algorithm.batch_size", algorithm.batch_size, replicas)
         return
@@ -134,7 +142,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         yield _not_divided("rollout.prompts_per_step", rollout.prompts_per_step, replicas)
         return
     rows, unit = rollout.prompts_per_step // replicas, "prompts"
-    if isinstance(algorithm, PpoAlgorithm):
+    if algorithm.kind in ("ppo", "grpo", "kto"):
         rows, unit = rows * rollout.samples_per_prompt, "answers"
     if algorithm.minibatches > rows:
         yield (
@@ -156,6 +164,11 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.samples_per_prompt: {config.algorithm.kind} compares answers to one prompt, "
             f"use at least 2 (got {rollout.samples_per_prompt})"
         )
+    if config.algorithm.kind == "kto" and rollout.prompts_per_step < 2:
+        yield (
+            "rollout.prompts_per_step: kto's reference point pairs a prompt with an answer to "
+            f"another one, use at least 2 (got {rollout.prompts_per_step})"
+        )
     longest = data.max_prompt_tokens + rollout.max_new_tokens
     if longest > data.max_row_tokens:
         yield (
@@ -165,9 +178,30 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 
 def _pair_problems(config: Config) -> Iterator[str]:
-    size = config.engine.micro_batch_size
-    if config.algorithm.kind == "dpo" and size % 2:
-        yield f"engine.micro_batch_size: dpo keeps pairs together, use an even number (got {size})"
+    kind, size = config.algorithm.kind, config.engine.micro_batch_size
+    if kind in ("dpo", "orm") and size % 2:
+        yield (
+            f"engine.micro_batch_size: {kind} keeps pairs together, use an even number (got {size})"
+        )
+
+
+def _label_problems(config: Config) -> Iterator[str]:
+    """What makes an answer chosen, where the loss reads it even without a mask."""
+    kind, label = config.algorithm.kind, config.mask.label
+    if kind == "grpo" and label != "group":
+        yield (
+            f"mask.label: {label} is not for grpo, where the group-relative advantage decides: "
+            "use group"
+        )
+    if kind != "kto":
+        return
+    if label == "value":
+        yield "mask.label: value needs a critic, which kto has not: use group or batch"
+    if label == "group" and config.rollout.samples_per_prompt < 2:
+        yield (
+            "mask.label: group compares answers to one prompt: use rollout.samples_per_prompt of "
+            "at least 2, or label batch"
+        )
 
 
 def _mask_problems(config: Config) -> Iterator[str]:
@@ -180,7 +214,7 @@ def _mask_problems(config: Config) -> Iterator[str]:
             f"mask.signal: {mask.signal} needs a critic, which {kind} has not: "
             "use reward or implicit"
         )
-    if mask.label == "value" and kind != "ppo":
+    if mask.label == "value" and kind not in ("ppo", "grpo", "kto"):  # these: _label_problems
         yield f"mask.label: value needs a critic, which {kind} has not: use group or batch"
     if mask.label == "group" and kind == "ppo" and config.rollout.samples_per_prompt < 2:
         yield (
@@ -192,9 +226,9 @@ def _mask_problems(config: Config) -> Iterator[str]:
 def _optimizer_steps(config: Config) -> int | None:
     """Optimizer steps of the run, or None where the data decide."""
     algorithm, steps = config.algorithm, config.run.steps
-    if steps is None or isinstance(algorithm, PrmAlgorithm):
+    if steps is None or isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
         return steps
-    epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm) else 1
+    epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm | GrpoAlgorithm) else 1
     return steps * epochs * algorithm.minibatches
 
 

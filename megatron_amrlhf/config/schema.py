@@ -26,7 +26,8 @@ class RunSection(Section):
     folder: str = Field("runs", description="folder that holds the run folders")
     seed: NonNegative = Field(0, description="seed of data order, sampling and head initialisation")
     steps: Positive | None = Field(
-        None, description="optimizer (prm) or rollout (others) steps; null: all epochs of the data"
+        None,
+        description="optimizer (prm, orm) or rollout (others) steps; null: all epochs of the data",
     )
     log_samples: NonNegative = Field(
         8, description="samples a step written to samples.jsonl (count a data-parallel rank)"
@@ -47,7 +48,9 @@ class ModelSection(Section):
 
 class RewardModelSection(Section):
     path: str | None = Field(
-        None, description="folder that a prm run exported (runs/NAME/export); required but for prm"
+        None,
+        description="folder that a prm or orm run exported (runs/NAME/export); required but for "
+        "these two",
     )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
         None,
@@ -92,10 +95,14 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    train: str = Field(description="JSONL file: step-labelled problems (prm) or prompts (others)")
+    train: str = Field(
+        description="JSONL file: step-labelled problems (prm), pairs (orm) or prompts (others)"
+    )
     heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
-    format: Literal["steps", "prompts"] = Field(
-        "prompts", description="steps: {prompt, steps, labels}; prompts: {prompt}"
+    format: Literal["steps", "pairs", "prompts"] = Field(
+        "prompts",
+        description="steps: {prompt, steps, labels}; pairs: {prompt, chosen, rejected}; "
+        "prompts: {prompt}",
     )
     system_prompt: str | None = Field(None, description="system message put before each prompt")
     max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")
@@ -183,6 +190,12 @@ class PrmAlgorithm(Section):
     )
 
 
+class OrmAlgorithm(Section):
+    kind: Literal["orm"] = "orm"
+    epochs: Positive = Field(1, description="passes over the data")
+    batch_size: Positive = Field(16, description="pairs an optimizer step, over all DP ranks")
+
+
 class PpoAlgorithm(Section):
     kind: Literal["ppo"] = "ppo"
     clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
@@ -195,12 +208,38 @@ class PpoAlgorithm(Section):
     whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
 
 
+class GrpoAlgorithm(Section):
+    kind: Literal["grpo"] = "grpo"
+    clip_eps: PositiveFloat = Field(0.2, description="the ratio's clip range below 1")
+    clip_eps_high: PositiveFloat | None = Field(
+        None, description="clip range above 1; null: as clip_eps"
+    )
+    kl_coef: NonNegativeFloat = Field(0.04, description="weight of KL(pi, pi_ref) in the loss")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="KL estimator in the loss")
+    scale_rewards: bool = Field(
+        True, description="divide advantages by the group's standard deviation"
+    )
+    length_normalise: Literal["token", "sequence"] = Field(
+        "token", description="mean over all tokens, or over answers of their tokens' means"
+    )
+    epochs: Positive = Field(1, description="passes over a rollout")
+    minibatches: Positive = Field(1, description="optimizer steps a pass")
+
+
 class DpoAlgorithm(Section):
     kind: Literal["dpo"] = "dpo"
     beta: PositiveFloat = Field(0.1, description="temperature of eq. 6 and 15")
     form: Literal["inside", "pair"] = Field(
         "inside", description="mask inside the log-ratio sums, or eq. 15 as printed"
     )
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+class KtoAlgorithm(Section):
+    kind: Literal["kto"] = "kto"
+    beta: PositiveFloat = Field(0.1, description="how fast the value saturates, 1 / nats")
+    desirable_weight: NonNegativeFloat = Field(1.0, description="lambda_D, of chosen answers")
+    undesirable_weight: NonNegativeFloat = Field(1.0, description="lambda_U, of rejected answers")
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 
@@ -212,7 +251,13 @@ class RejectionSamplingAlgorithm(Section):
 
 
 Algorithm = Annotated[
-    PrmAlgorithm | PpoAlgorithm | DpoAlgorithm | RejectionSamplingAlgorithm,
+    PrmAlgorithm
+    | OrmAlgorithm
+    | PpoAlgorithm
+    | GrpoAlgorithm
+    | DpoAlgorithm
+    | KtoAlgorithm
+    | RejectionSamplingAlgorithm,
     Field(discriminator="kind"),
 ]
 

@@ -1,7 +1,7 @@
 """The project's own step-labelled data: arithmetic word problems with planted errors.
 
-About half of the solutions carry one planted error: a wrong result (``3 x 4 = 13``), a wrong
-operation (``3 + 4 = 7`` where 3 x 4 is due) or a mis-copied number (``3 x 5 = 15``). The last two
+About half of the solutions carry one planted error: a wrong result (``3 * 4 = 13``), a wrong
+operation (``3 + 4 = 7`` where 3 * 4 is due) or a mis-copied number (``3 * 5 = 15``). The last two
 are true equations that do not follow from the problem. A step is labelled 1 if and only if it and
 all steps before it are right. Steps after the error go on from the wrong number and are labelled 0
 (as Math-Shepherd does), or the solution ends with its first wrong step (as PRM800K does).
@@ -204,7 +204,7 @@ def _make_wrong(truth: Equation, kind: str, rng: Random) -> Equation | None:
         return Equation(truth.left, truth.operation, truth.right, result)
     left, operation, right = truth.left, truth.operation, truth.right
     if kind == "operation":
-        operation = rng.choice([other for other in "+-x/" if other != operation])
+        operation = rng.choice([other for other in "+-*/" if other != operation])
     elif rng.random() < 0.5:
         left = left + _slip(left, rng)
     else:
@@ -215,17 +215,25 @@ def _make_wrong(truth: Equation, kind: str, rng: Random) -> Equation | None:
 
 
 def _slip(value: Fraction, rng: Random) -> Fraction:
-    """The difference a slip of the pen makes: off by a little, by ten, or two digits swapped."""
-    kind = rng.choice(("little", "ten", "swap"))
+    """The difference a slip makes: a zero too many, off by tens, two digits swapped, any number.
+
+    Slips are coarse on purpose: a model of 135M parameters is to see them after minutes of
+    training.
+    """
+    kind = rng.choice(("zero", "tens", "swap", "any"))
     if kind == "swap" and value.denominator == 1 and value >= 10:
         digits = list(str(value))
         place = rng.randrange(len(digits) - 1)
         digits[place], digits[place + 1] = digits[place + 1], digits[place]
         if digits[0] != "0" and int("".join(digits)) != value:
             return int("".join(digits)) - value
-    if kind == "ten" and value > 10:
-        return Fraction(rng.choice((-10, 10)))
-    return Fraction(rng.choice((-3, -2, -1, 1, 2, 3)))
+    if kind == "zero":
+        return 9 * value
+    if kind == "tens":
+        tens = rng.randrange(1, 6) * 10
+        return Fraction(-tens if value > tens and rng.random() < 0.5 else tens)
+    other = Fraction(rng.randrange(2, 100))
+    return other - value if other != value else Fraction(10)
 
 
 def _value(operand: Operand, equations: list[Equation]) -> Fraction:
@@ -239,7 +247,7 @@ def _apply(operation: str, left: Fraction, right: Fraction) -> Fraction:
         return left + right
     if operation == "-":
         return left - right
-    return left * right if operation == "x" else left / right
+    return left * right if operation == "*" else left / right
 
 
 def _is_printable(value: Fraction) -> bool:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 from random import Random
+from typing import Literal
 
 from megatron_amrlhf.data.arithmetic import generate_problems
 from megatron_amrlhf.data.general_prompts import general_prompts
@@ -14,13 +15,15 @@ from megatron_amrlhf.errors import UserError
 
 PRM_TRAIN = "prm_train.jsonl"
 PRM_HELDOUT = "prm_heldout.jsonl"
+PAIRS_TRAIN = "pairs_train.jsonl"
+PAIRS_HELDOUT = "pairs_heldout.jsonl"
 PROMPTS_TRAIN = "prompts_train.jsonl"
 PROMPTS_HELDOUT = "prompts_heldout.jsonl"
 MANIFEST = "demo.json"
 
 NUM_PROBLEMS = 600
 NUM_HELDOUT = 120
-_VERSION = 1  # raise it when the same parameters give other data
+_VERSION = 2  # raise it when the same parameters give other data
 
 
 def write_demo_data(
@@ -31,9 +34,11 @@ def write_demo_data(
 ) -> bool:
     """Write step-labelled problems and prompts, or leave the folder alone if they are there.
 
-    Files: ``prm_{train,heldout}.jsonl`` (``prompt, steps, labels, answer``), and
-    ``prompts_{train,heldout}.jsonl``, which mix those problems (``prompt, answer``) with general
-    prompts in English and Chinese (``prompt``), and ``demo.json`` (parameters, sha256 of each).
+    Files: ``prm_{train,heldout}.jsonl`` (``prompt, steps, labels, answer``);
+    ``pairs_{train,heldout}.jsonl`` (``prompt, chosen, rejected``), a right and a wrong solution of
+    each of those problems; ``prompts_{train,heldout}.jsonl``, which mix the problems (``prompt,
+    answer``) with general prompts in English and Chinese (``prompt``); and ``demo.json``
+    (parameters, sha256 of each).
     No prompt of a train file is in a held-out file. Each file is renamed into place whole,
     ``demo.json`` last.
 
@@ -77,7 +82,7 @@ def write_demo_data(
 
 
 def _names() -> tuple[str, ...]:
-    return (PRM_TRAIN, PRM_HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT)
+    return (PRM_TRAIN, PRM_HELDOUT, PAIRS_TRAIN, PAIRS_HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT)
 
 
 def _make_contents(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
@@ -86,10 +91,22 @@ def _make_contents(seed: int, num_problems: int, num_heldout: int) -> dict[str, 
     records = (
         train,
         heldout,
+        _make_pairs(num_problems, seed, "train"),
+        _make_pairs(num_heldout, seed, "heldout"),
         _mix_prompts(train, general_prompts("train"), seed),
         _mix_prompts(heldout, general_prompts("heldout"), seed),
     )
     return {name: dump_jsonl(rows) for name, rows in zip(_names(), records, strict=True)}
+
+
+def _make_pairs(count: int, seed: int, split: Literal["train", "heldout"]) -> list[dict]:
+    """A right solution of each problem against one with an error in it."""
+    right = generate_problems(count, seed, split, error_rate=0.0)
+    wrong = generate_problems(count, seed, split, error_rate=1.0)
+    return [
+        {"prompt": a["prompt"], "chosen": "\n".join(a["steps"]), "rejected": "\n".join(b["steps"])}
+        for a, b in zip(right, wrong, strict=True)
+    ]
 
 
 def _mix_prompts(problems: list[dict], general: list[str], seed: int) -> list[dict]:

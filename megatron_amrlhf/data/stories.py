@@ -33,7 +33,7 @@ class Plan:
     Attributes:
         text: a clause with ``{eq}`` where the equation stands, without the full stop.
         left: first operand.
-        operation: one of ``+ - x /``.
+        operation: one of ``+ - * /``.
         right: second operand.
     """
 
@@ -75,7 +75,7 @@ def _shopping(rng: Random) -> Story:
         f"{goods} to a friend. How many {goods} does {name} have left?"
     )
     plans = (
-        Plan(f"{name} buys {{eq}} {goods}", boxes, "x", each),
+        Plan(f"{name} buys {{eq}} {goods}", boxes, "*", each),
         Plan(f"{name} has {{eq}} {goods} left", Earlier(0), "-", given),
     )
     return _story("shopping", (boxes, each, given), question, plans, boxes * each - given)
@@ -91,8 +91,8 @@ def _change(rng: Random) -> Story:
         f"dollars each, and pays with {paid} dollars. How many dollars does {name} get back?"
     )
     plans = (
-        Plan("the shirts cost {eq} dollars", shirts, "x", price),
-        Plan("the caps cost {eq} dollars", caps, "x", cap_price),
+        Plan("the shirts cost {eq} dollars", shirts, "*", price),
+        Plan("the caps cost {eq} dollars", caps, "*", cap_price),
         Plan("together they cost {eq} dollars", Earlier(0), "+", Earlier(1)),
         Plan(f"{name} gets back {{eq}} dollars", paid, "-", Earlier(2)),
     )
@@ -109,8 +109,8 @@ def _travel(rng: Random) -> Story:
         f"at {slow} km per hour. How many km does {name} travel in all?"
     )
     plans = (
-        Plan(f"{name} drives {{eq}} km", hours, "x", speed),
-        Plan(f"{name} cycles {{eq}} km", later, "x", slow),
+        Plan(f"{name} drives {{eq}} km", hours, "*", speed),
+        Plan(f"{name} cycles {{eq}} km", later, "*", slow),
         Plan("the whole way is {eq} km", Earlier(0), "+", Earlier(1)),
     )
     numbers = (hours, speed, later, slow)
@@ -129,7 +129,7 @@ def _sharing(rng: Random) -> Story:
         f"shares the rest equally among {friends} friends. How many sweets does each friend get?"
     )
     plans = (
-        Plan("the bags hold {eq} sweets", bags, "x", int(each)),
+        Plan("the bags hold {eq} sweets", bags, "*", int(each)),
         Plan("{eq} sweets are shared", Earlier(0), "-", kept),
         Plan("each friend gets {eq} sweets", Earlier(1), "/", friends),
     )
@@ -147,7 +147,7 @@ def _recipe(rng: Random) -> Story:
     )
     plans = (
         Plan("one person needs {eq} grams", total, "/", people),
-        Plan(f"{guests} people need {{eq}} grams", Earlier(0), "x", guests),
+        Plan(f"{guests} people need {{eq}} grams", Earlier(0), "*", guests),
         Plan(f"with the flour for the table {name} needs {{eq}} grams", Earlier(1), "+", spare),
     )
     numbers = (people, total, guests, spare)
@@ -162,7 +162,7 @@ def _saving(rng: Random) -> Story:
         f"A bicycle costs {goal} dollars. How many dollars are still missing?"
     )
     plans = (
-        Plan(f"{name} saves {{eq}} dollars", weekly, "x", weeks),
+        Plan(f"{name} saves {{eq}} dollars", weekly, "*", weeks),
         Plan(f"{name} has {{eq}} dollars by then", start, "+", Earlier(0)),
         Plan("there are {eq} dollars missing", goal, "-", Earlier(1)),
     )
@@ -178,8 +178,8 @@ def _work(rng: Random) -> Story:
         f"Afterwards {name} pays {fee} dollars for the train. How many dollars are left?"
     )
     plans = (
-        Plan(f"{name} works {{eq}} hours", hours, "x", days),
-        Plan(f"{name} earns {{eq}} dollars", Earlier(0), "x", wage),
+        Plan(f"{name} works {{eq}} hours", hours, "*", days),
+        Plan(f"{name} earns {{eq}} dollars", Earlier(0), "*", wage),
         Plan("after the train {eq} dollars are left", Earlier(1), "-", fee),
     )
     numbers = (hours, days, wage, fee)
@@ -195,10 +195,10 @@ def _area(rng: Random) -> Story:
         "How many dollars does the grass cost?"
     )
     plans = (
-        Plan("the garden has {eq} square meters", length, "x", width),
-        Plan("the pond has {eq} square meters", side, "x", side),
+        Plan("the garden has {eq} square meters", length, "*", width),
+        Plan("the pond has {eq} square meters", side, "*", side),
         Plan("the grass covers {eq} square meters", Earlier(0), "-", Earlier(1)),
-        Plan("the grass costs {eq} dollars", Earlier(2), "x", price),
+        Plan("the grass costs {eq} dollars", Earlier(2), "*", price),
     )
     numbers = (length, width, side, price)
     return _story("area", numbers, question, plans, (length * width - side**2) * price)
@@ -213,9 +213,9 @@ def _discount(rng: Random) -> Story:
     )
     plans = (
         Plan("one percent of the price is {eq} dollars", price, "/", 100),
-        Plan(f"{percent} percent off is {{eq}} dollars", Earlier(0), "x", percent),
+        Plan(f"{percent} percent off is {{eq}} dollars", Earlier(0), "*", percent),
         Plan("each lamp costs {eq} dollars", price, "-", Earlier(1)),
-        Plan(f"{name} pays {{eq}} dollars", Earlier(2), "x", pieces),
+        Plan(f"{name} pays {{eq}} dollars", Earlier(2), "*", pieces),
     )
     answer = Fraction(price * (100 - percent) * pieces, 100)
     return _story("discount", (price, percent, pieces), question, plans, answer)
@@ -230,7 +230,7 @@ def _ages(rng: Random) -> Story:
     )
     plans = (
         Plan(f"{second} is {{eq}} years old", age, "+", older),
-        Plan("the teacher is {eq} years old", Earlier(0), "x", times),
+        Plan("the teacher is {eq} years old", Earlier(0), "*", times),
         Plan("the two children are {eq} years old together", age, "+", Earlier(0)),
         Plan("the three are {eq} years old together", Earlier(2), "+", Earlier(1)),
     )
@@ -247,7 +247,7 @@ def _reading(rng: Random) -> Story:
         f"that {faster} pages a day. How many more days does {name} need to finish the book?"
     )
     plans = (
-        Plan(f"{name} reads {{eq}} pages at first", daily, "x", days),
+        Plan(f"{name} reads {{eq}} pages at first", daily, "*", days),
         Plan("there are {eq} pages left", pages, "-", Earlier(0)),
         Plan(f"{name} needs {{eq}} more days", Earlier(1), "/", faster),
     )
@@ -264,9 +264,9 @@ def _fence(rng: Random) -> Story:
     )
     plans = (
         Plan("one long and one short side are {eq} meters", length, "+", width),
-        Plan("all around it is {eq} meters", Earlier(0), "x", 2),
+        Plan("all around it is {eq} meters", Earlier(0), "*", 2),
         Plan("the fence is {eq} meters long", Earlier(1), "-", gate),
-        Plan("the fence costs {eq} dollars", Earlier(2), "x", price),
+        Plan("the fence costs {eq} dollars", Earlier(2), "*", price),
     )
     numbers = (length, width, gate, price)
     return _story("fence", numbers, question, plans, (2 * length + 2 * width - gate) * price)
@@ -283,8 +283,8 @@ def _harvest(rng: Random) -> Story:
         f"tree. A crate holds {per_crate} apples. How many crates does {name} fill?"
     )
     plans = (
-        Plan("there are {eq} trees", rows, "x", trees),
-        Plan(f"{name} picks {{eq}} apples", Earlier(0), "x", int(apples)),
+        Plan("there are {eq} trees", rows, "*", trees),
+        Plan(f"{name} picks {{eq}} apples", Earlier(0), "*", int(apples)),
         Plan(f"{name} fills {{eq}} crates", Earlier(1), "/", per_crate),
     )
     return _story("harvest", (rows, trees, int(apples), per_crate), question, plans, crates)
@@ -331,7 +331,7 @@ def _tank(rng: Random) -> Story:
     )
     plans = (
         Plan("the tank gains {eq} liters a minute", inflow, "-", outflow),
-        Plan(f"in {minutes} minutes it gains {{eq}} liters", Earlier(0), "x", minutes),
+        Plan(f"in {minutes} minutes it gains {{eq}} liters", Earlier(0), "*", minutes),
         Plan("the tank holds {eq} liters in the end", start, "+", Earlier(1)),
     )
     numbers = (inflow, outflow, minutes, start)

@@ -75,6 +75,32 @@ def global_count(mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return count.clamp(min=1.0).float()
 
 
+def row_weights(counted: Tensor) -> Tensor:
+    """``[B, 1]`` float32: 1 / number of counted tokens of each row, 0 for a row without any.
+
+    Times a loss's terms it makes a row's sum its mean, so that a mean over rows can follow.
+
+    Args:
+        counted: ``[B, R]`` bool, of ``denominator_mask``.
+    """
+    counts_B1 = counted.sum(dim=1, keepdim=True)
+    return torch.where(counts_B1 > 0, 1.0 / counts_B1.clamp(min=1), 0.0)
+
+
+def global_mean(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """Mean of all entries over all ranks of ``group``, in the dtype of ``x``; 0 of no entries.
+
+    Args:
+        x: detached, any shape, empty too.
+        group: data-parallel group; None: this process only. Enters one all-reduce.
+    """
+    sums = torch.zeros(2, dtype=torch.float64, device=x.device)
+    sums[0], sums[1] = x.double().sum(), x.numel()
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    return (sums[0] / sums[1].clamp(min=1.0)).to(x.dtype)
+
+
 def scale_for_engine(terms_sum: Tensor, global_count: Tensor, data_parallel_size: int) -> Tensor:
     """The scalar to call backward on: sum / global count * DP.
 

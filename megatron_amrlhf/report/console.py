@@ -30,6 +30,8 @@ SHOWN = (
     "loss/",
     "reward/",
     "prm/",
+    "orm/",
+    "eval/pair_accuracy",
     "mask/kept_fraction",
     "mask/num_messages",
     "mask/mean_message_tokens",

@@ -18,7 +18,7 @@ PANEL_INCHES = (4.2, 2.8)
 PANELS = (
     ("reward", ("reward/mean", "reward/chosen", "reward/rejected", "reward/heldout")),
     ("loss", ("loss/",)),
-    ("reward model", ("prm/accuracy", "prm/auc")),
+    ("reward model", ("prm/accuracy", "prm/auc", "orm/accuracy", "eval/pair_accuracy")),
     ("kept tokens", ("mask/kept_fraction",)),
     ("messages an answer", ("mask/num_messages",)),
     ("KL to the reference, nats", ("kl/ref_nats",)),

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.files import append_jsonl, read_jsonl
 
 REWARD_DIGITS = 4
+SAMPLES_NAME = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,11 @@ class SampleRecord:
         answer: the answer's text.
         token_ids: ids of the response tokens, or None to leave them out.
         tokens: text of each response token.
-        token_rewards: dense reward of each token.
+        token_rewards: dense reward of each token, as the reward model gives it.
+        signal: the dense signal that the threshold cut: whitened rewards, TD errors, ...; None, as
+            baseline and delta, in files that were written before they were kept.
+        baseline: threshold b of this answer, signal units.
+        delta: Schmitt offset of eq. 17, signal units.
         mask: 1 where the loss reads the token.
         messages: the messages, in order.
         sequence_reward: reward of the whole answer.
@@ -54,6 +62,9 @@ class SampleRecord:
     token_ids: list[int] | None
     tokens: list[str]
     token_rewards: list[float]
+    signal: list[float] | None
+    baseline: float | None
+    delta: float | None
     mask: list[int]
     messages: list[Message]
     sequence_reward: float
@@ -63,14 +74,12 @@ class SampleRecord:
 
     def __post_init__(self):
         count = len(self.tokens)
-        assert len(self.token_rewards) == len(self.mask) == count, (
-            len(self.token_rewards),
-            len(self.mask),
-            count,
-        )
-        assert self.token_ids is None or len(self.token_ids) == count
-        assert all(bit in (0, 1) for bit in self.mask)
-        assert all(0 <= message.start < message.end <= count for message in self.messages)
+        lists = [self.token_rewards, self.mask, self.signal, self.token_ids]
+        lengths = [len(entries) for entries in lists if entries is not None]
+        assert set(lengths) <= {count}, f"{count} tokens, but lists of {lengths}"
+        assert all(bit in (0, 1) for bit in self.mask), "mask holds more than 0 and 1"
+        inside = all(0 <= message.start < message.end <= count for message in self.messages)
+        assert inside, f"a message reaches outside the {count} tokens"
 
 
 def write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
@@ -93,9 +102,86 @@ def _as_json(record: SampleRecord) -> dict[str, Any]:
     if record.token_ids is None:
         del fields["token_ids"]
     fields["token_rewards"] = [round(float(r), REWARD_DIGITS) for r in record.token_rewards]
+    if record.signal is not None:
+        fields["signal"] = [round(float(x), REWARD_DIGITS) for x in record.signal]
     fields["mask"] = [int(bit) for bit in record.mask]
     for message in fields["messages"]:
         message["reward"] = round(float(message["reward"]), REWARD_DIGITS)
     fields["sequence_reward"] = round(float(record.sequence_reward), REWARD_DIGITS)
     fields["truncated"] = not record.ended
     return fields
+
+
+def load_samples(path: str | Path) -> list[SampleRecord]:
+    """Reads and checks the samples of a run, for the tools that show them.
+
+    Args:
+        path: a ``samples.jsonl`` or a run's folder.
+
+    Returns:
+        One record a line; null rewards become NaN. A last line that a kill cut short is left out.
+
+    Raises:
+        UserError: no such file, nothing in it, or a line that is no sample (with its number).
+    """
+    file = Path(path) / SAMPLES_NAME if Path(path).is_dir() else Path(path)
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give a run's folder or samples.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{file}:{number}: not valid JSON ({error})") from None
+        try:
+            records.append(_as_record(fields))
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
+            detail = f"{type(error).__name__}: {error}"
+            raise UserError(f"{file}:{number}: not a sample of a run ({detail})") from None
+    if not records:
+        raise UserError(f"{file}: no samples in it yet (run.log_samples answers a step are kept)")
+    return records
+
+
+def _as_record(fields: dict[str, Any]) -> SampleRecord:
+    """Undoes ``_as_json``; raises what a wrong type or a missing key raises."""
+    signal = fields.get("signal")
+    baseline, delta = fields.get("baseline"), fields.get("delta")
+    return SampleRecord(
+        step=int(fields["step"]),
+        prompt=_text(fields["prompt"]),
+        answer=_text(fields["answer"]),
+        token_ids=fields.get("token_ids"),
+        tokens=[_text(token) for token in fields["tokens"]],
+        token_rewards=[_number(reward) for reward in fields["token_rewards"]],
+        signal=None if signal is None else [_number(x) for x in signal],
+        baseline=None if baseline is None else float(baseline),
+        delta=None if delta is None else float(delta),
+        mask=[int(bit) for bit in fields["mask"]],
+        messages=[
+            Message(int(m["start"]), int(m["end"]), int(m["sign"]), _number(m["reward"]))
+            for m in fields["messages"]
+        ],
+        sequence_reward=_number(fields["sequence_reward"]),
+        chosen=bool(fields["chosen"]),
+        ended=bool(fields["ended"]),
+        from_reference=bool(fields["from_reference"]),
+    )
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

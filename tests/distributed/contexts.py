@@ -18,7 +18,9 @@ FROZEN_LEARNING_RATE = 1e-30
 SILENT_RANK = 1
 
 
-def make_config(folder: str, mesh: Mesh, algorithm: dict, dtype: str = "float32", **sections):
+def make_config(
+    folder: str, mesh: Mesh, algorithm: dict, dtype: str = "float32", **sections: dict
+) -> Config:
     """A config of this mesh with micro-batches of 2 rows; ``sections`` replace whole sections."""
     return Config.model_validate(
         {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prm_data import PrmExample
 from megatron_amrlhf.engine import zero3
 from megatron_amrlhf.engine.gradients import gradient_partitions
-from megatron_amrlhf.engine.zero3 import Zero3Engine, nothing
+from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
 from megatron_amrlhf.types import TrainBatch
+from tests.distributed.contexts import make_config, make_context
 from tests.reference import Hyper, Row
 
 SAMPLING_TEMPERATURE = 0.7
@@ -82,7 +84,7 @@ class RankResult:
     weights: dict[str, Tensor]
 
 
-def config_of(case: Case, folder: str, layout: tuple[int, int, int]) -> Config:
+def config_of(case: Case, folder: str, mesh: Mesh) -> Config:
     hyper = case.hyper
     algorithm = dict(LOSSES[case.loss][0])
     if algorithm["kind"] == "ppo":
@@ -91,22 +93,15 @@ def config_of(case: Case, folder: str, layout: tuple[int, int, int]) -> Config:
         algorithm |= {"beta": hyper.beta}
     if algorithm["kind"] == "rejection_sampling":
         algorithm |= {"kl_coef": hyper.kl_coef}
-    return Config.model_validate(
-        {
-            "run": {"name": "parity"},
-            "model": {"path": folder, "dtype": "float32"},
-            "data": {"train": "unused"},
-            "algorithm": algorithm,
-            "parallel": {"tensor": layout[0], "pipeline": layout[1]},
-            "engine": {"reduce": case.reduce, "micro_batch_size": 2},
-            "rollout": {"temperature": SAMPLING_TEMPERATURE},
-            "loss": {"denominator": case.denominator},
-            "optimizer": {
-                key: value
-                for key, value in asdict(hyper).items()
-                if key in ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
-            },
-        }
+    optimizer = ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
+    return make_config(
+        folder,
+        mesh,
+        algorithm,
+        engine={"reduce": case.reduce, "micro_batch_size": 2},
+        rollout={"temperature": SAMPLING_TEMPERATURE},
+        loss={"denominator": case.denominator},
+        optimizer={name: getattr(hyper, name) for name in optimizer},
     )
 
 
@@ -187,9 +182,9 @@ def gather_gradients(optimizer, module, mesh: Mesh) -> dict[str, Tensor]:
 
 
 def train_case(case: Case, folder: str, steps: list[list[Row]], mesh: Mesh) -> RankResult:
-    config = config_of(case, folder, (mesh.tp_size, mesh.pp_size, mesh.dp_size))
-    engine = Zero3Engine(config, mesh)
-    context = Context(config, mesh, engine, None, (), Path(folder), None, None)
+    config = config_of(case, folder, mesh)
+    context = make_context(config, mesh)
+    engine = context.engine
     _, role, head = LOSSES[case.loss]
     context.role(role, Path(folder), head, learning_rate=case.hyper.lr, total_steps=len(steps))
     gradients, losses, norms = [], [], []
@@ -232,7 +227,10 @@ def train_cases(
 
 
 def merge(
-    results: list[RankResult], folder: str, head: int | None, pick
+    results: list[RankResult],
+    folder: str,
+    head: int | None,
+    pick: Callable[[RankResult], dict[str, Tensor]],
 ) -> list[tuple[str, Tensor]]:
     """Hugging Face names and whole tensors of what ``pick`` takes from each rank's result.
 

@@ -37,6 +37,22 @@ def step_lines() -> list[dict]:
     return lines
 
 
+def pair_lines() -> list[dict]:
+    """A right and a wrong answer to each of nine sums, in both shapes that are read."""
+    lines = []
+    for a in (1, 2, 3):
+        for b in (4, 5, 30):
+            question, right, wrong = f"What is {a} plus {b}?", f"It is {a + b}.", "I say 7!"
+            if b == 5:
+                turns = [{"from": "human", "value": question}]
+                answers = {"chosen": right, "rejected": wrong}
+                answers = {key: {"from": "gpt", "value": text} for key, text in answers.items()}
+                lines.append({"conversations": turns, **answers})
+            else:
+                lines.append({"prompt": question, "chosen": right, "rejected": wrong})
+    return lines
+
+
 def write_lines(path: Path, lines: list[dict]) -> Path:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -85,6 +101,10 @@ def write_config(folder: Path, kind: str, **sections: dict) -> Path:
     if kind == "prm":
         data = write_lines(folder / "steps.jsonl", step_lines())
         config["data"] |= {"format": "steps"}
+        config["algorithm"] |= {"batch_size": 4}
+    elif kind == "orm":
+        data = write_lines(folder / "pairs.jsonl", pair_lines())
+        config["data"] |= {"format": "pairs"}
         config["algorithm"] |= {"batch_size": 4}
     else:
         data = write_lines(folder / "prompts.jsonl", PROMPT_LINES)

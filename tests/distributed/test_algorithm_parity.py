@@ -21,19 +21,21 @@ from tests.reference import Hyper, Row
 
 pytestmark = pytest.mark.distributed
 
-# float32 against float64, relative to the largest entry of a tensor; of a weight also relative to
-# how far it moved, which a float32 weight of ten times the size resolves less finely
-TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-5, "weight": 1e-5, "change": 1e-3}
+# float32 against float64, relative to the largest entry of a tensor. A weight also relative to how
+# far it moved in the three steps, but for the rounding of a stored float32 at each step.
+TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-5, "weight": 1e-5, "change": 1e-4}
+ROUNDING = 2.0**-24
 
 VOCAB_SIZE, HIDDEN = 131, 48
-# 5 pairs at DP 2: one rank runs three full micro-batches, the other two and an empty one
-ROWS_A_STEP = [12, 10, 12]
-FIRST_ROW_OF_RANK_1 = 6  # in the step of 10 rows at DP 2
+# At DP 2 three pairs give one rank two full micro-batches, the other a full and an empty one.
+ROWS_A_STEP = [12, 6, 6]
+FIRST_ROW_OF_RANK_1 = 4  # in the second step at DP 2
+
 MODELS = {
     "qwen2-bias-untied": {"family": "qwen2", "tied": False, "layers": 2},
     "llama-tied": {"family": "llama", "tied": True, "layers": 4},
 }
-VARIANTS = ("prm_mse", "rejection_sampling_k3")  # not at the full layout, for time
+VARIANTS = ("prm_mse", "rejection_sampling_k3")  # at TP 2 only, for time
 FULL_LAYOUT = "tp2-pp2-dp2"
 LAYOUTS = {  # (TP, PP, DP)
     "tp2-pp2-dp2": (2, 2, 2),
@@ -54,7 +56,7 @@ def cases(layout: str) -> list[Case]:
     for model, loss, masked in itertools.product(MODELS, LOSSES, (True, False)):
         alternating = ("step", "microbatch")[masked ^ (model == "llama-tied")]
         modes = ("step", "microbatch") if layout == FULL_LAYOUT else (alternating,)
-        if layout == FULL_LAYOUT and loss in VARIANTS:
+        if layout != "tp2" and loss in VARIANTS:
             continue
         for reduce in modes:
             kept = masked and model == "llama-tied"
@@ -115,9 +117,10 @@ def world(tmp_path_factory) -> World:
     return World(tmp_path_factory.mktemp("parity"))
 
 
-def error(found: Tensor, expected: Tensor, scale: Tensor) -> float:
-    """Largest difference, relative to the largest entry of ``scale``; nan counts as wrong."""
-    return float((found.double() - expected).abs().max() / scale.abs().max())
+def error(found: Tensor, expected: Tensor, scale: Tensor, rounding: float = 0.0) -> float:
+    """Largest difference beyond rounding, relative to the largest entry of ``scale``."""
+    difference = (found.double() - expected).abs() - rounding * expected.abs()
+    return float(difference.max().clamp(min=0.0) / scale.abs().max())
 
 
 ALL = [
@@ -150,8 +153,10 @@ def test_loss_norm_gradients_and_weights_equal_the_reference(world, layout, case
     for name, weight in merge(found, folder, head, lambda rank: rank.weights):
         wanted, change = final[name], final[name] - initial[name]
         checks.append(("weight", name, error(weight, wanted, scale=wanted)))
-        checks.append(("change", name, error(weight, wanted, scale=change)))
+        rounding = 2 * len(records) * ROUNDING  # by weight decay, then by the update
+        checks.append(("change", name, error(weight, wanted, change, rounding)))
     for kind in TOLERANCES:
         record_property(kind, max(off for its, _, off in checks if its == kind))
+    # nan is wrong too
     wrong = [check for check in checks if not check[2] <= TOLERANCES[check[0]]]
     assert not wrong, "\n".join(f"{kind}, {what}: off by {off:.1e}" for kind, what, off in wrong)

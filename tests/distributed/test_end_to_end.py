@@ -18,7 +18,18 @@ LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))  # TP, PP, DP
 TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
 SAMPLES = "samples.jsonl"
 CLOCK = ("time", "throughput/", "memory/")
-KINDS = ("prm", "ppo", "dpo", "rejection_sampling")
+REWARD_KINDS = ("prm", "orm")  # they train a reward model, on no answers of their own
+KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
+
+OWN_METRICS = {
+    "prm": {"prm/auc", "prm/accuracy", "loss/prm"},
+    "orm": {"orm/accuracy", "orm/margin", "eval/pair_accuracy", "loss/orm"},
+    "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value"},
+    "grpo": {"policy/clipfrac", "loss/kl", "grpo/advantage", "grpo/flat_groups"},
+    "dpo": {"dpo/accuracy", "dpo/margin"},
+    "kto": {"kto/z0", "kto/slope", "reward/implicit_chosen"},
+    "rejection_sampling": {"loss/nll", "loss/kl"},
+}
 
 
 def numbers(folder) -> list[dict]:
@@ -62,7 +73,7 @@ def test_run_is_invariant_to_layout(reference, kind, layout):
                     value,
                     after[key],
                 )
-    if kind != "prm" and layout[2] == 1:
+    if kind not in REWARD_KINDS and layout[2] == 1:
         first, second = (
             (r / "samples.jsonl").read_text().splitlines() for r in (runs[kind], other)
         )
@@ -79,7 +90,7 @@ def test_run_leaves_all_it_promises(reference, kind):
     line = read_metrics(folder)[-1]
     expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds"}
     expected |= {"memory/peak_gib", "throughput/update_tokens_per_second"}
-    if kind != "prm":
+    if kind not in REWARD_KINDS:
         expected |= {"reward/mean", "reward/chosen", "reward/rejected", "loss/policy"}
         expected |= {"mask/kept_fraction", "mask/num_messages", "mask/mean_message_tokens"}
         expected |= {"kl/ref_nats", "policy/entropy_nats", "time/rollout_seconds"}
@@ -90,10 +101,7 @@ def test_run_leaves_all_it_promises(reference, kind):
         assert len(sample["mask"]) == len(sample["token_ids"]) == len(sample["tokens"])
         assert sample["messages"][-1]["end"] == len(sample["mask"])
         AutoModelForCausalLM.from_pretrained(folder / "export")
-    else:
-        expected |= {"prm/auc", "prm/accuracy", "loss/prm"}
-    if kind == "ppo":
-        expected |= {"policy/approx_kl", "policy/clipfrac", "loss/value"}
+    expected |= OWN_METRICS[kind]
     assert expected <= line.keys(), expected - line.keys()
 
 
@@ -106,6 +114,19 @@ def test_resumed_run_equals_an_uninterrupted_one(reference, kind):
     run_on(1, run_config, str(config), [name, "run.steps=1"])
     run_on(1, run_config, str(config), [name])
     assert numbers(folder / "runs" / f"{kind}-resumed")[1] == numbers(runs[kind])[1]
+
+
+def test_an_exported_orm_gives_one_reward_to_a_whole_answer(reference):
+    folder, configs, runs = reference
+    export = runs["orm"] / "export"
+    assert json.loads((export / "config.json").read_text())["reward_kind"] == "outcome"
+    kind = json.loads((runs["prm"] / "export" / "config.json").read_text())["reward_kind"]
+    assert kind == "process"
+    model = f"reward_model.path={export}"
+    start(folder, configs["grpo"], 1, 1, 1, model, "run.name=grpo-orm", "run.steps=1")
+    for sample in read_samples(folder / "runs" / "grpo-orm" / SAMPLES):
+        assert len(set(sample["token_rewards"])) == 1
+        assert math.isclose(sample["token_rewards"][0], sample["sequence_reward"], abs_tol=1e-3)
 
 
 def test_no_mask_keeps_every_token(reference):

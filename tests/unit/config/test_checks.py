@@ -4,7 +4,7 @@ import pytest
 
 from megatron_amrlhf.config.checks import check_files, check_model, check_run
 from megatron_amrlhf.errors import UserError
-from tests.unit.config.samples import PPO, PRM, make_config
+from tests.unit.config.samples import ORM, PPO, PRM, make_config
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -25,6 +25,10 @@ def message_of(check, *arguments) -> str:
 def test_right_runs_pass():
     check_run(make_config(PPO), 8)
     check_run(make_config(PRM), 16)
+    check_run(make_config(ORM), 16)
+    for kind in ("grpo", "kto"):
+        check_run(make_config(PPO, algorithm={"kind": kind}), 8)
+        check_run(make_config(PPO, algorithm={"kind": kind, "minibatches": 16}), 4)
     check_run(make_config(PPO, parallel={"tensor": 2, "pipeline": 3}), 12)
 
 
@@ -87,6 +91,61 @@ def test_right_runs_pass():
             1,
             "mask.label: value needs a critic",
         ),
+        (ORM, {"data": {"format": "steps"}}, 1, "data.format: algorithm.kind orm needs pairs"),
+        (ORM, {}, 3, "algorithm.batch_size = 16 does not divide by the 3"),
+        (ORM, {"engine": {"micro_batch_size": 3}}, 1, "orm keeps pairs together, use an even"),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "engine": {"micro_batch_size": 3}},
+            1,
+            "dpo keeps pairs together, use an even number (got 3)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "grpo"}, "rollout": {"samples_per_prompt": 1}},
+            1,
+            "grpo compares answers to one prompt, use at least 2",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "grpo"}, "mask": {"label": "batch"}},
+            1,
+            "mask.label: batch is not for grpo, where the group-relative advantage decides",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "grpo"}, "mask": {"signal": "td_error"}},
+            1,
+            "td_error needs a critic, which grpo has not",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "grpo", "minibatches": 65}},
+            1,
+            "more than the 64 answers a step",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "kto"}, "rollout": {"prompts_per_step": 1}},
+            1,
+            "kto's reference point pairs a prompt with an answer to another one, use at least 2",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "kto"}, "mask": {"kind": "none", "label": "value"}},
+            1,
+            "mask.label: value needs a critic, which kto has not: use group or batch",
+        ),
+        (
+            PPO,
+            {
+                "algorithm": {"kind": "kto"},
+                "mask": {"kind": "none"},
+                "rollout": {"samples_per_prompt": 1},
+            },
+            1,
+            "mask.label: group compares answers to one prompt",
+        ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),
         (PPO, {"data": {"max_row_tokens": 1000}}, 1, "raise it to 1536"),
@@ -100,6 +159,9 @@ def test_a_broken_rule_is_named_with_its_fix(base, sections, world_size, expecte
 def test_warm_up_counts_optimizer_steps_not_rollouts():
     sections = {"run": {"steps": 5}, "algorithm": {"epochs": 2, "minibatches": 2}}
     check_run(make_config(PPO, **sections, optimizer={"warmup_steps": 19}), 1)
+    config = make_config(PPO, **sections, optimizer={"warmup_steps": 20})
+    assert "use at most 19" in message_of(check_run, config, 1)
+    sections["algorithm"]["kind"] = "grpo"
     config = make_config(PPO, **sections, optimizer={"warmup_steps": 20})
     assert "use at most 19" in message_of(check_run, config, 1)
 

@@ -77,7 +77,14 @@ def test_the_resolved_config_loads_back_to_itself(write):
             "run.sed: unknown key, did you mean run.seed?",
         ),
         (("data:", "dta: {}\ndata:"), "dta: unknown key, did you mean data?"),
-        (("clip_eps: 0.1", "beta: 0.1"), "algorithm.beta: a key of algorithm.kind dpo, not of ppo"),
+        (
+            ("clip_eps: 0.1", "form: pair"),
+            "algorithm.form: a key of algorithm.kind dpo, not of ppo",
+        ),
+        (
+            ("clip_eps: 0.1", "beta: 0.1"),
+            "algorithm.beta: a key of algorithm.kind dpo or kto, not of ppo",
+        ),
         (
             ("clip_eps: 0.1", "clip_ep: 1"),
             "algorithm.clip_ep: unknown key, did you mean algorithm.clip_eps?",
@@ -85,11 +92,12 @@ def test_the_resolved_config_loads_back_to_itself(write):
         (("clip_eps: 0.1", "clip_eps: -1"), "algorithm.clip_eps: must be > 0 (got -1)"),
         (
             ("kind: ppo", "kind: ppoo"),
-            "must be one of prm, ppo, dpo, rejection_sampling (got 'ppoo'), did you mean ppo?",
+            "must be one of prm, orm, ppo, grpo, dpo, kto, rejection_sampling (got 'ppoo'), "
+            "did you mean ppo?",
         ),
         (
             ("kind: ppo, ", ""),
-            "algorithm.kind: is required, one of prm, ppo, dpo, rejection_sampling",
+            "algorithm.kind: is required, one of prm, orm, ppo, grpo, dpo, kto, rejection_sampling",
         ),
         (("data: {train: prompts.jsonl}", ""), "data: is required"),
         (("train: prompts.jsonl", ""), "data.train: is required"),

@@ -13,7 +13,7 @@ from megatron_amrlhf.data.arithmetic import generate_problems, plant_error, solv
 from megatron_amrlhf.data.stories import FAMILIES, Earlier, Plan, Story
 
 NUMBER = r"(\d+(?:\.\d+)?)"
-EQUATION = re.compile(rf"{NUMBER} ([-+x/]) {NUMBER} = {NUMBER}")
+EQUATION = re.compile(rf"{NUMBER} ([-+*/]) {NUMBER} = {NUMBER}")
 ANSWER = re.compile(rf"The answer is {NUMBER}\.$")
 CONSTANTS = {Fraction(2), Fraction(100)}  # two sides of a rectangle, percent
 COUNT = 800
@@ -31,7 +31,7 @@ def pairs(request):
 def evaluate(operation, left, right):
     if operation == "/":
         return left / right
-    return {"+": left + right, "-": left - right, "x": left * right}[operation]
+    return {"+": left + right, "-": left - right, "*": left * right}[operation]
 
 
 def parse(step):
@@ -153,8 +153,8 @@ def test_every_family_is_right_and_used():
 
 
 def test_an_error_never_has_the_right_result():
-    # 2 + 2 = 2 x 2: a wrong operation that happens to be right must not be planted.
-    plans = (Plan("there are {eq} tiles", 2, "x", 2), Plan("then {eq} tiles", Earlier(0), "+", 3))
+    # 2 + 2 = 2 * 2: a wrong operation that happens to be right must not be planted.
+    plans = (Plan("there are {eq} tiles", 2, "*", 2), Plan("then {eq} tiles", Earlier(0), "+", 3))
     story = Story("tiles", (2, 3), "How many tiles?", plans, Fraction(7))
     truth = solve(story)
     for seed in range(300):

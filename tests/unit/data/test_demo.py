@@ -14,7 +14,11 @@ from megatron_amrlhf.data.general_prompts import general_prompts
 from megatron_amrlhf.data.jsonl import read_jsonl
 from megatron_amrlhf.errors import UserError
 
-FILES = ["prm_train.jsonl", "prm_heldout.jsonl", "prompts_train.jsonl", "prompts_heldout.jsonl"]
+FILES = [
+    f"{kind}_{split}.jsonl"
+    for kind in ("prm", "pairs", "prompts")
+    for split in ("train", "heldout")
+]
 ROOT = Path(__file__).parents[3]
 
 
@@ -28,13 +32,25 @@ def test_files_are_whole_and_train_and_heldout_are_disjoint(tmp_path):
     rows = {name: read_jsonl(tmp_path / "d" / name, {"prompt": str}) for name in FILES}
     prompts = {name: {row["prompt"] for row in rows[name]} for name in FILES}
     assert [len(rows[name]) for name in FILES[:2]] == [60, 20]
-    for kind in ("prm", "prompts"):
+    for kind in ("prm", "pairs", "prompts"):
         assert not prompts[f"{kind}_train.jsonl"] & prompts[f"{kind}_heldout.jsonl"]
     for split in ("train", "heldout"):
+        assert prompts[f"pairs_{split}.jsonl"] == prompts[f"prm_{split}.jsonl"]
         general = set(general_prompts(split))
         assert prompts[f"prompts_{split}.jsonl"] == prompts[f"prm_{split}.jsonl"] | general
         kinds = ["answer" in row for row in rows[f"prompts_{split}.jsonl"][:40]]
         assert True in kinds and False in kinds  # mixed, not one after the other
+
+
+def test_a_pair_is_a_right_and_a_wrong_solution_of_the_same_problem(tmp_path):
+    write_demo_data(tmp_path, 0, 60, 20)
+    problems = read_jsonl(tmp_path / "prm_train.jsonl", {"steps": list})
+    for pair, problem in zip(read_jsonl(tmp_path / "pairs_train.jsonl", {}), problems, strict=True):
+        assert pair["prompt"] == problem["prompt"] and pair["chosen"] != pair["rejected"]
+        answer = f"The answer is {problem['answer']}."
+        assert pair["chosen"].endswith(answer)
+        if all(problem["labels"]):
+            assert pair["chosen"] == "\n".join(problem["steps"])
 
 
 def test_a_second_call_changes_nothing(tmp_path):

@@ -12,8 +12,10 @@ from megatron_amrlhf.losses.reduce import (
     denominator_mask,
     finish_metrics,
     global_count,
+    global_mean,
     masked,
     merge_metrics,
+    row_weights,
     scale_for_engine,
 )
 
@@ -67,6 +69,18 @@ def test_denominator_names():
     assert denominator_mask(valid, mask, "kept") is mask
     with pytest.raises(ValueError, match="rows"):
         denominator_mask(valid, mask, "rows")
+
+
+def test_row_weights_make_sums_of_rows_means():
+    counted = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
+    assert row_weights(counted).tolist() == [[0.5], [0.0], [1.0]]
+    assert row_weights(counted[:0]).shape == (0, 1)
+
+
+def test_global_mean_of_all_entries():
+    assert global_mean(torch.tensor([1.0, 2.0, 6.0])) == 3.0
+    assert global_mean(torch.zeros(0)) == 0.0
+    assert global_mean(torch.ones(2).double()).dtype == torch.float64
 
 
 def test_masked_stops_values_and_gradients():

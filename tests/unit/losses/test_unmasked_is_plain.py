@@ -111,6 +111,9 @@ def test_kind_none_keeps_all_response_tokens_of_both_labels():
     maker.context = Context(config, None, None, None, (), None, None, None)
     zeros, rewards = torch.zeros(VALID.shape), torch.arange(4.0)
     dense = DenseRewards(
+        signal=zeros,
+        baseline=zeros[:, :1],
+        delta=torch.tensor(0.0),
         signs=zeros.to(torch.int8),  # neutral everywhere: eq. 13 would keep nothing
         messages=zeros.long(),
         message_rewards=zeros,

@@ -1,0 +1,144 @@
+"""AKTO: Kahneman-Tversky optimization on the kept tokens of every answer, without pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
+from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
+from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
+from megatron_amrlhf.losses.kto import kto_loss, reference_point
+from megatron_amrlhf.losses.reduce import LossOutput, Metrics
+from megatron_amrlhf.mask.adaptive import chosen_labels
+from megatron_amrlhf.parallel.collectives import gather_objects
+from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
+
+
+@dataclass(frozen=True)
+class KtoBatch(TrainBatch):
+    """A TrainBatch whose rows have a mismatched pair each, for the reference point z0.
+
+    Attributes:
+        mismatched: each row's prompt with an answer to another prompt, known to every rank; on
+            last stages ``targets`` has its ``mismatched_mask`` and ``mismatched_reference``.
+    """
+
+    mismatched: RolloutBatch
+
+    def select(self, index: Tensor) -> KtoBatch:
+        """The rows at ``index`` (1-D int64), in that order, with their mismatched pairs."""
+        part = super().select(index)
+        pairs = self.mismatched.select(index)
+        return KtoBatch(part.rows, part.prompt_lengths, part.targets, pairs)
+
+
+class Kto(PolicyAlgorithm):
+    """Learns from every answer; the chosen ones are desirable, the others undesirable."""
+
+    def num_chosen(self, judged: Judged) -> int:
+        return len(judged.rollout.rows)
+
+    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+        rewards = judged.dense.sequence_rewards
+        labels = chosen_labels(
+            rewards,
+            self.context.config.mask.label,
+            judged.rollout.group_ids.to(rewards.device),
+            group=self.context.mesh.dp_group,
+        )
+        return all_rows(judged), labels
+
+    def learn(
+        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
+    ) -> tuple[Metrics, dict]:
+        samples = self.context.config.rollout.samples_per_prompt
+        mismatched, kept = mismatched_pairs(batch, samples, self.context.mesh)
+        read = read_logprobs(self.context, self.logprob_temperature())
+        reference = score_tokens(self.context, "reference", mismatched, "before", read)
+        targets = {}
+        if judged.scored is not None:
+            targets = {
+                "mask": batch.mask,
+                "valid": judged.scored.response_mask,
+                "chosen": batch.chosen,
+                "reference_logprobs": judged.scored.reference_logprobs,
+                "mismatched_mask": kept.to(batch.mask.device),
+                "mismatched_reference": reference,
+                "denominator": torch.ones_like(batch.chosen)[:, None],  # one an answer
+            }
+        rollout = batch.rollout
+        train = KtoBatch(rollout.rows, rollout.prompt_lengths, targets, mismatched)
+        return self.update(train)
+
+    def update(self, train: KtoBatch) -> tuple[Metrics, dict]:
+        """All optimizer steps on one rollout. Entered by every rank."""
+        minibatches = self.context.config.algorithm.minibatches
+        parts = [train.select(i) for i in split_rows(len(train.rows), minibatches, None)]
+        return run_updates(self.context, parts, {"actor": self.update_actor})
+
+    def reference_point(self, part: KtoBatch) -> Tensor | None:
+        """z0 of the policy as it is now, None but on last stages. Entered by every rank."""
+        read = read_logprobs(self.context, self.logprob_temperature())
+        logprobs = score_tokens(self.context, "actor", part.mismatched, "before", read)
+        if logprobs is None:
+            return None
+        width = logprobs.shape[1]  # the targets are as wide as the whole rollout
+        reference = part.targets["mismatched_reference"][:, :width]
+        mask = part.targets["mismatched_mask"][:, :width]
+        return reference_point(logprobs, reference, mask, self.context.mesh.dp_group)
+
+    def update_actor(self, part: KtoBatch, on_block):
+        """One optimizer step of the policy."""
+        algorithm = self.context.config.algorithm
+        z0 = self.reference_point(part)
+
+        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
+            present = targets["denominator"][:, 0]
+            return kto_loss(
+                logprobs[present],
+                targets["reference_logprobs"][present],
+                targets["chosen"][present],
+                targets["mask"][present],
+                z0,
+                algorithm.beta,
+                algorithm.desirable_weight,
+                algorithm.undesirable_weight,
+            )
+
+        read = read_logprobs(self.context, self.logprob_temperature())
+        plan = response_plan(part)
+        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+
+
+def mismatched_pairs(batch: MaskedBatch, samples: int, mesh: Mesh) -> tuple[RolloutBatch, Tensor]:
+    """Each prompt with the answer of the same number to the step's next prompt.
+
+    Prompts go round over all replicas in their global order, so that the pairs do not depend on
+    the layout. An answer takes its mask with it. Entered by every rank.
+
+    Args:
+        batch: this replica's answers, ``samples`` to a prompt one after the other.
+        samples: answers a prompt.
+        mesh: the mesh.
+
+    Returns:
+        The pairs in the batch's order (fields but rows are those of the batch's answers) and
+        their kept tokens, ``[B, R']`` bool on the CPU.
+    """
+    rollout = batch.rollout
+    lengths, counts = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
+    answers = [row[length:] for row, length in zip(rollout.rows, lengths, strict=True)]
+    kept = [mask[:count] for mask, count in zip(batch.mask.cpu(), counts, strict=True)]
+    firsts = gather_objects((answers[:samples], kept[:samples]), mesh.dp_group)
+    next_answers, next_kept = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
+    answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept
+    parts = zip(rollout.rows, lengths, answers, strict=True)
+    rows = tuple(torch.cat([row[:length], answer]) for row, length, answer in parts)
+    mismatched = replace(rollout, rows=rows)
+    valid = mismatched.response_mask
+    return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept))

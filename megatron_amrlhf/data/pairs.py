@@ -1,0 +1,191 @@
+"""Preference pairs: two answers to a prompt, the chosen and the rejected one.
+
+A JSONL file, or one JSON list, of either of these objects (all of a file alike or mixed):
+
+* ``{"prompt": str, "chosen": str, "rejected": str}``
+* ``{"conversations": [{"from": "human", "value": str}, ...], "chosen": {"from": "gpt", "value":
+  str}, "rejected": {...}}``: turns of ``system`` (first only), ``human`` and ``gpt``, the last of
+  ``human``. More than one turn needs a tokenizer with a chat template.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.prompts import check_text, encode_limited_prompt
+from megatron_amrlhf.errors import UserError
+
+ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A prompt with its chosen and its rejected answer.
+
+    Attributes:
+        chosen: token ids of prompt, answer and end-of-turn token, 1-D int64 on CPU.
+        rejected: as this.
+        prompt_length: tokens of the prompt, the same in both.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    prompt_length: int
+
+    def __post_init__(self):
+        assert 0 < self.prompt_length < min(self.chosen.numel(), self.rejected.numel())
+
+
+def load_pairs(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, data_section: DataSection
+) -> list[EncodedPair]:
+    """Read and encode a file of preference pairs (formats: see the module).
+
+    Raises:
+        UserError: a file that cannot be read, wrong or missing keys, answers that are equal, rows
+            or prompts over the limits; with ``path:line:`` (in a list, the line that the object
+            starts on).
+    """
+    pairs = []
+    for number, record in _numbered_records(path):
+        where = f"{path}:{number}"
+        if "conversations" in record:
+            prompt_ids = _encode_turns(record["conversations"], tokenizer, data_section, where)
+        else:
+            prompt = _text(record, "prompt", where)
+            prompt_ids = encode_limited_prompt(prompt, tokenizer, data_section, where)
+        chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
+        if chosen == rejected:
+            raise UserError(f"{where}: 'chosen' and 'rejected' are equal; drop this line")
+        rows = [
+            _encode_row(tokenizer, prompt_ids, answer, data_section.max_row_tokens, where)
+            for answer in (chosen, rejected)
+        ]
+        pairs.append(EncodedPair(*rows, prompt_length=len(prompt_ids)))
+    return pairs
+
+
+def _numbered_records(path: str | Path) -> list[tuple[int, dict]]:
+    """Each object with the line that it stands (starts) on."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError):
+        text = ""  # read_numbered_jsonl has an error message for each case
+    if text.lstrip()[:1] == "[":
+        return list(_list_items(text, path))
+    return read_numbered_jsonl(path, {})
+
+
+def _list_items(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a JSON list, each with the line that it starts on."""
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    count = 0
+    while True:
+        place = _skip(text, place, " \t\r\n")
+        if text[place : place + 1] == "]":
+            break
+        number = text.count("\n", 0, place) + 1
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            message = f"{path}:{number}: not valid JSON ({error}); correct this object"
+            raise UserError(message) from error
+        if not isinstance(record, dict):
+            raise UserError(f"{path}:{number}: a list of JSON objects is needed; correct this")
+        yield number, record
+        count += 1
+        place = _skip(text, place, " \t\r\n,")
+    if not count:
+        raise UserError(f"{path}:1: the list is empty; put at least one pair in it")
+
+
+def _skip(text: str, place: int, characters: str) -> int:
+    while text[place : place + 1] and text[place] in characters:
+        place += 1
+    return place
+
+
+def _text(record: dict, key: str, where: str) -> str:
+    if key not in record:
+        found = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"{where}: key '{key}' is missing (keys here: {found}); add it")
+    if problem := check_text(record[key]):
+        raise UserError(f"{where}: '{key}' {problem}; correct this line")
+    return record[key]
+
+
+def _answer(record: dict, key: str, where: str) -> str:
+    """An answer's text, given as a string or as a turn of ``gpt``."""
+    turn = record.get(key)
+    if isinstance(turn, dict):
+        if turn.get("from") != "gpt":
+            raise UserError(f"{where}: '{key}' must be a turn from gpt; correct this line")
+        return _text(turn, "value", where)
+    return _text(record, key, where)
+
+
+def _encode_turns(
+    turns: Any, tokenizer: PreTrainedTokenizerBase, data_section: DataSection, where: str
+) -> list[int]:
+    """Token ids of a conversation up to where the next answer starts."""
+    messages = _messages(turns, where)
+    system = data_section.system_prompt
+    if messages[0]["role"] == "system":
+        system = messages.pop(0)["content"]
+    section = data_section.model_copy(update={"system_prompt": system})
+    roles = [message["role"] for message in messages]
+    if roles != ["user", "assistant"] * (len(messages) // 2) + ["user"]:
+        raise UserError(f"{where}: turns must go human, gpt, ..., human; correct this line")
+    if len(messages) == 1:
+        return encode_limited_prompt(messages[0]["content"], tokenizer, section, where)
+    if not tokenizer.chat_template:
+        advice = "use a model with a template or single questions"
+        raise UserError(f"{where}: several turns need a chat template; {advice}")
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+    except TemplateError as error:
+        raise UserError(f"{where}: the chat template refuses the turns ({error})") from error
+    limit = data_section.max_prompt_tokens
+    if len(ids) > limit:
+        message = f"{where}: the prompt has {len(ids)} tokens, over data.max_prompt_tokens"
+        raise UserError(f"{message} = {limit}; raise the limit or drop this line")
+    return list(ids)
+
+
+def _messages(turns: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: 'conversations' must be a list of turns; correct this line")
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, dict) or turn.get("from") not in ROLES:
+            known = ", ".join(ROLES)
+            raise UserError(f"{where}: each turn must be 'from' one of {known}; correct this line")
+        messages.append({"role": ROLES[turn["from"]], "content": _text(turn, "value", where)})
+    return messages
+
+
+def _encode_row(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], text: str, limit: int, where: str
+) -> Tensor:
+    """Prompt, answer and end-of-turn token."""
+    answer = tokenizer.encode(text, add_special_tokens=False)
+    ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
+    if len(ids) > limit:
+        message = f"{where}: a row has {len(ids)} tokens, over data.max_row_tokens = {limit}"
+        raise UserError(f"{message}; raise the limit or drop this line")
+    return torch.tensor(ids, dtype=torch.int64)

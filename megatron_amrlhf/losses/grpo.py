@@ -1,0 +1,108 @@
+"""Adaptive GRPO: the clipped surrogate on kept tokens with group-relative advantages, no critic.
+
+Shao et al., "DeepSeekMath" (2024), eq. 3 and 4, with the mask M of eq. 13 on the surrogate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.losses.kl import KL_ESTIMATORS
+from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.mask.statistics import group_means
+
+STD_OFFSET = 1e-4  # added to a group's standard deviation, as TRL does
+# A spread below this share of the rewards' size is the rounding noise of equal answers.
+RELATIVE_ZERO_SPREAD = 1e-6
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, scale_rewards: bool
+) -> tuple[Tensor, Tensor]:
+    """``(r - mean) / (std + 1e-4)`` of each answer within its group.
+
+    The standard deviation is the unbiased one (n - 1). A group without spread (all rewards equal
+    up to rounding, or one answer) has advantages of exactly 0.
+
+    Args:
+        rewards: ``[B]`` reward of each answer.
+        group_ids: ``[B]`` int64, which prompt it answers; a group lies on one rank.
+        scale_rewards: False leaves the division out (Liu et al., "Dr. GRPO", 2025).
+
+    Returns:
+        Advantages and the standard deviation of each answer's group, ``[B]``, detached, float32
+        (float64 if given that); the deviation is exactly 0 where the group has no spread.
+    """
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    rewards_B1, ids_B = rewards.detach().double()[:, None], group_ids.to(rewards.device)
+    all_B1 = torch.ones_like(rewards_B1, dtype=torch.bool)
+    centred_B1 = rewards_B1 - group_means(rewards_B1, all_B1, ids_B)[:, None]
+    _, index_B, counts = torch.unique(ids_B, return_inverse=True, return_counts=True)
+    size_B = counts[index_B]
+    mean_square_B = group_means(centred_B1.square(), all_B1, ids_B)
+    std_B = (mean_square_B * size_B / (size_B - 1).clamp(min=1)).sqrt()
+    scale_B = group_means(rewards_B1.square(), all_B1, ids_B).sqrt()
+    is_flat_B = std_B <= RELATIVE_ZERO_SPREAD * scale_B
+    std_B = torch.where(is_flat_B, 0.0, std_B)
+    advantages_B = torch.where(is_flat_B, 0.0, centred_B1[:, 0])
+    if scale_rewards:
+        advantages_B = advantages_B / (std_B + STD_OFFSET)
+    return advantages_B.to(dtype), std_B.to(dtype)
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    reference_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    valid: Tensor,
+    clip_eps: float,
+    clip_eps_high: float,
+    kl_coef: float,
+    estimator: str,
+) -> LossOutput:
+    """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A) M + kl_coef KL`` of each token.
+
+    The mask chooses what the surrogate reads; the KL holds the whole answer near the reference and
+    is not masked (as in ``rejection_sampling_loss``). With ``kl_coef == 0`` tokens outside the
+    mask have no term and no gradient.
+
+    Metrics over kept tokens: ``policy/ratio``; ``policy/approx_kl``, (ratio - 1) - log ratio;
+    ``policy/clipfrac``, share of ratios outside the clip range. ``loss/kl``: the estimator's mean
+    over valid tokens.
+
+    Args:
+        logprobs: ``[B, R]`` of the policy now, differentiable, nats.
+        behaviour_logprobs: ``[B, R]`` of the policy that sampled.
+        reference_logprobs: ``[B, R]`` of the reference.
+        advantages: ``[B]``, one an answer, the same for all its tokens.
+        mask: ``[B, R]`` bool M of eq. 13, a subset of ``valid``; ``valid`` gives plain GRPO.
+        valid: ``[B, R]`` bool, response tokens.
+        clip_eps, clip_eps_high: how far below and above 1 the ratio may go.
+        kl_coef: weight of the KL.
+        estimator: ``k2`` or ``k3`` (that of the GRPO paper), see ``kl.py``.
+
+    Returns:
+        Terms ``[B, R]``; the caller weighs rows and divides.
+
+    Raises:
+        ValueError: an estimator that is not meant for a loss.
+    """
+    if estimator not in ("k2", "k3"):
+        raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
+    logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
+    ratio = logratio.exp()
+    advantages = masked(advantages.detach()[:, None].expand_as(mask), mask)
+    low, high = 1 - clip_eps, 1 + clip_eps_high
+    terms = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
+    reference_logprobs = masked(reference_logprobs.detach(), valid)
+    kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
+    metrics = {
+        "policy/approx_kl": metric(torch.expm1(logratio) - logratio, mask),
+        "policy/clipfrac": metric(((ratio < low) | (ratio > high)).float(), mask),
+        "policy/ratio": metric(ratio, mask),
+        "loss/kl": metric(kl, valid),
+    }
+    return LossOutput(terms + kl_coef * kl if kl_coef else terms, metrics)

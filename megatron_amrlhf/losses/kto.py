@@ -1,0 +1,83 @@
+"""Adaptive KTO: Kahneman-Tversky optimization on kept tokens.
+
+Ethayarajh et al., "KTO: Model Alignment as Prospect Theoretic Optimization" (2024), eq. 8, with the
+log-ratios summed over the tokens that the mask of eq. 13 keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_amrlhf.losses.reduce import LossOutput, global_mean, masked, metric
+
+
+def reference_point(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    mask: Tensor,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """z0: the mean log-ratio of mismatched pairs (a prompt, an answer to another one), at least 0.
+
+    It estimates KL(pi, pi_ref); answers that fit the prompt would tell of the improvement too.
+
+    Args:
+        logprobs: ``[B, R]`` of the policy on the mismatched pairs, nats.
+        reference_logprobs: ``[B, R]`` of the reference.
+        mask: ``[B, R]`` bool, the tokens that are kept of each answer, so that z0 and the
+            log-ratios it is compared with are sums over the same tokens; all response tokens:
+            plain KTO.
+        group: data-parallel group; None: this process only. Enters one all-reduce.
+
+    Returns:
+        0-dim, nats, detached; the same on all ranks of the group.
+    """
+    logratio_B = (masked(logprobs, mask) - masked(reference_logprobs, mask)).sum(dim=1)
+    return global_mean(logratio_B.detach(), group).clamp(min=0.0)
+
+
+def kto_loss(
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    chosen: Tensor,
+    mask: Tensor,
+    z0: Tensor,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+) -> LossOutput:
+    """``w_D (1 - sigmoid(beta (r - z0)))`` if chosen, else ``w_U (1 - sigmoid(beta (z0 - r)))``.
+
+    ``r`` is the sum of log pi / pi_ref over the answer's kept tokens. An answer without any gives a
+    constant with exactly zero gradient (and it counts as an answer).
+
+    Metrics: ``reward/implicit_chosen`` and ``reward/implicit_rejected``, beta r over the answers
+    of either kind; ``kto/z0``, nats; ``kto/slope``, mean of 4 sigmoid (1 - sigmoid): 1 where the
+    gradient is largest, near 0 where the sigmoid is flat and nothing is learned any more.
+
+    Args:
+        logprobs: ``[B, R]`` of the policy, differentiable, nats.
+        reference_logprobs: ``[B, R]`` of the reference.
+        chosen: ``[B]`` bool, desirable answers.
+        mask: ``[B, R]`` bool, kept tokens; all response tokens gives plain KTO.
+        z0: 0-dim, of ``reference_point``, nats.
+        beta: how fast the value saturates, 1 / nats.
+        desirable_weight, undesirable_weight: lambda_D and lambda_U.
+
+    Returns:
+        Terms ``[B, 1]``; the caller divides by the global number of answers.
+    """
+    logratio_B = (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
+    gain_B = torch.where(chosen, logratio_B - z0, z0 - logratio_B)
+    loss_B = torch.sigmoid(-beta * gain_B)  # 1 - sigmoid(beta gain), exact for large gains too
+    weight_B = torch.full_like(loss_B, undesirable_weight).masked_fill(chosen, desirable_weight)
+    every_B = torch.ones_like(chosen)
+    metrics = {
+        "kto/slope": metric(4 * loss_B * (1 - loss_B), every_B),
+        "kto/z0": metric(z0.expand_as(loss_B), every_B),
+        "reward/implicit_chosen": metric(beta * logratio_B, chosen),
+        "reward/implicit_rejected": metric(beta * logratio_B, ~chosen),
+    }
+    return LossOutput((weight_B * loss_B)[:, None], metrics)

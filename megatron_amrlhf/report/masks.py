@@ -1,0 +1,290 @@
+"""What the mask made of an answer, as in figures 1, 3 and 6: on the terminal. HTML: masks_html.
+
+Prompts, answers and tokens are untrusted text: nothing of them reaches a terminal or a page before
+``printable``, and none of it is read as markup.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.report.samples import SampleRecord
+
+REPLACEMENT = "\ufffd"
+PART_OF_A_CHARACTER = "\u00b7"
+BORDER = "\u2502"
+# Figure 1: orange for high-reward tokens, green for low-reward ones.
+HIGH_RGB, LOW_RGB = (245, 130, 20), (40, 160, 80)
+SIGNS = {1: "+", 0: "0", -1: "-"}
+# Marks that turn the order of the text around them.
+DIRECTION_MARKS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
+MAX_EXCERPT_CHARACTERS = 60
+
+
+@dataclass(frozen=True)
+class TokenView:
+    """One token as it is shown.
+
+    Attributes:
+        text: printable text; a newline stays one.
+        reward: dense reward.
+        signal: what the threshold cut; the reward where the file does not say.
+        height: signal over the threshold in [-1, 1], scaled by the answer's largest; 0 for NaN.
+        kept: whether the loss reads it.
+        message: number of its message, or -1.
+        sign: its message's sign, 0 outside messages.
+    """
+
+    text: str
+    reward: float
+    signal: float
+    height: float
+    kept: bool
+    message: int
+    sign: int
+
+
+def select(records: Sequence[SampleRecord], step: int | None, limit: int) -> list[SampleRecord]:
+    """The first ``limit`` answers of a step.
+
+    Args:
+        records: all samples of a file, at least one.
+        step: which step; None: the newest.
+        limit: at most so many.
+
+    Raises:
+        UserError: no answer of that step was logged.
+    """
+    steps = sorted({record.step for record in records})
+    wanted = steps[-1] if step is None else step
+    if wanted not in steps:
+        raise UserError(f"--step {wanted}: no such step in the file, it has {_ranges(steps)}")
+    return [record for record in records if record.step == wanted][:limit]
+
+
+def printable(text: str) -> str:
+    """Text without what could steer a terminal or a page: such characters become ``\\xNN``.
+
+    Control characters but newline and tab, direction marks and lone surrogates.
+    """
+    return "".join(c if _harmless(c) else ascii(c)[1:-1] for c in text)
+
+
+def token_texts(tokens: Sequence[str], answer: str) -> list[str]:
+    """Text of each token such that the texts of all tokens together are readable.
+
+    Tokens decoded one by one lose the space before a word (SentencePiece), and parts of a character
+    (byte fallback) become replacement characters. Both are mended from the answer: a character
+    stands at its last token, the tokens before it show a dot. Tokens that are not in the answer,
+    such as the end token, keep their own text.
+
+    Args:
+        tokens: each token decoded alone.
+        answer: all tokens decoded together, without special tokens.
+
+    Returns:
+        One text a token; the tokens as they are where they do not fit the answer.
+    """
+    texts: list[str] = []
+    position = place = 0
+    while place < len(tokens):
+        end = place
+        while end < len(tokens) and REPLACEMENT in tokens[end]:
+            end += 1
+        if end > place:
+            stop = _next_clean(tokens[end:], answer, position)
+            texts += _spread(answer[position:stop], end - place)
+            position, place = stop, end
+            continue
+        found = _match(tokens[place], answer, position)
+        texts.append(tokens[place] if found is None else answer[position:found])
+        position = position if found is None else found
+        place += 1
+    return texts if not answer[position:].strip() else list(tokens)
+
+
+def token_views(record: SampleRecord) -> list[TokenView]:
+    """All tokens of an answer as they are shown."""
+    signal = cut_signal(record)
+    middle, largest = signal_scale(record)
+    message_of = {
+        place: number
+        for number, message in enumerate(record.messages)
+        for place in range(message.start, message.end)
+    }
+    views = []
+    for place, text in enumerate(token_texts(record.tokens, record.answer)):
+        number = message_of.get(place, -1)
+        value = signal[place]
+        views.append(
+            TokenView(
+                text=printable(text),
+                reward=record.token_rewards[place],
+                signal=value,
+                height=(value - middle) / largest if math.isfinite(value) else 0.0,
+                kept=bool(record.mask[place]),
+                message=number,
+                sign=record.messages[number].sign if number >= 0 else 0,
+            )
+        )
+    return views
+
+
+def cut_signal(record: SampleRecord) -> list[float]:
+    """What the threshold cut; the token rewards where the file does not say."""
+    return record.token_rewards if record.signal is None else record.signal
+
+
+def signal_scale(record: SampleRecord) -> tuple[float, float]:
+    """The threshold (else the mean) of an answer's signal and the largest distance from it."""
+    finite = [x for x in cut_signal(record) if math.isfinite(x)]
+    middle = threshold_of(record)
+    if middle is None:
+        middle = sum(finite) / max(len(finite), 1)
+    return middle, max((abs(x - middle) for x in finite), default=0.0) or 1.0
+
+
+def threshold_of(record: SampleRecord) -> float | None:
+    """The threshold b of an answer, None where the file has none."""
+    known = record.baseline is not None and math.isfinite(record.baseline)
+    return record.baseline if known else None
+
+
+def describe_threshold(record: SampleRecord) -> str:
+    """The threshold and its neutral band in one line."""
+    threshold, delta = threshold_of(record), record.delta
+    if threshold is None or delta is None:
+        return "threshold: not in this file; colours are relative to the answer's mean"
+    band = f"neutral from {threshold - delta:.4g} to {threshold + delta:.4g}"
+    units = "" if record.signal in (None, record.token_rewards) else " (units of the cut signal)"
+    return f"threshold b = {threshold:.4g}, delta = {delta:.4g}: {band}{units}"
+
+
+def describe_answer(record: SampleRecord) -> str:
+    """What an answer is, in one line."""
+    tokens, kept = len(record.tokens), sum(record.mask)
+    parts = [
+        f"step {record.step}",
+        "chosen (keeps +)" if record.chosen else "rejected (keeps -)",
+        f"reward {record.sequence_reward:.4g}",
+        f"{tokens} tokens, {len(record.messages)} messages, {kept} kept",
+        "ended" if record.ended else "cut at the length limit",
+    ]
+    return ", ".join(parts + (["by the reference"] if record.from_reference else []))
+
+
+def message_text(views: Sequence[TokenView], start: int, end: int) -> str:
+    """A message's text on one line, shortened."""
+    text = " ".join("".join(view.text for view in views[start:end]).split())
+    short = text[: MAX_EXCERPT_CHARACTERS - 3] + "..."
+    return text if len(text) <= MAX_EXCERPT_CHARACTERS else short
+
+
+def rgb_of(height: float) -> tuple[int, int, int]:
+    """Background of a token: white at the threshold, full colour at the answer's extreme."""
+    full = HIGH_RGB if height > 0 else LOW_RGB
+    share = min(abs(height), 1.0)
+    return tuple(round(255 + (channel - 255) * share) for channel in full)
+
+
+def print_records(console: Console, records: Sequence[SampleRecord]) -> None:
+    """Prints answers with colours, message borders and a table of their messages."""
+    console.print(_legend(), soft_wrap=True)
+    for record in records:
+        views = token_views(record)
+        console.print(Rule(Text(describe_answer(record)), align="left"))
+        console.print(Text(printable(record.prompt), style="italic"))
+        console.print(Text(describe_threshold(record), style="dim"))
+        console.print(Padding(_answer(views), (1, 0, 0, 2)))
+        console.print(_message_table(record, views))
+
+
+def _answer(views: Sequence[TokenView]) -> Text:
+    text = Text()
+    for place, view in enumerate(views):
+        if place and view.message != views[place - 1].message:
+            text.append(BORDER, style="bold")
+        colour = "rgb({},{},{})".format(*rgb_of(view.height))
+        kept = "black bold underline" if view.kept else "rgb(90,90,90)"
+        text.append(view.text, style=f"{kept} on {colour}")
+    return text
+
+
+def _message_table(record: SampleRecord, views: Sequence[TokenView]) -> Table:
+    table = Table(box=SIMPLE, safe_box=True)
+    for heading in ("message", "tokens", "sign", "reward", "kept"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("text")
+    for number, message in enumerate(record.messages):
+        kept = sum(record.mask[message.start : message.end])
+        table.add_row(
+            str(number),
+            f"{message.start}-{message.end - 1}",
+            SIGNS.get(message.sign, "?"),
+            f"{message.reward:.4g}",
+            f"{kept}/{message.end - message.start}",
+            Text(message_text(views, message.start, message.end)),
+        )
+    return table
+
+
+def _legend() -> Text:
+    text = Text("colour: ")
+    text.append(" above the threshold ", style="black on rgb({},{},{})".format(*HIGH_RGB))
+    text.append(" below it ", style="black on rgb({},{},{})".format(*LOW_RGB))
+    text.append(f"   {BORDER} message border   ")
+    text.append("kept by the mask", style="bold underline")
+    return text
+
+
+def _harmless(character: str) -> bool:
+    if character in "\n\t":
+        return True
+    category = unicodedata.category(character)
+    return category not in ("Cc", "Cs") and character not in DIRECTION_MARKS
+
+
+def _match(token: str, answer: str, position: int) -> int | None:
+    """Where ``token`` ends in the answer from ``position`` on; spaces before it may be lost."""
+    if answer.startswith(token, position):
+        return position + len(token)
+    spaces = len(answer[position:]) - len(answer[position:].lstrip(" "))
+    if token and answer.startswith(token, position + spaces):
+        return position + spaces + len(token)
+    return None
+
+
+def _next_clean(rest: Sequence[str], answer: str, position: int) -> int:
+    """Where the characters end that the tokens before ``rest`` are parts of."""
+    for token in rest:
+        if token and REPLACEMENT not in token:
+            found = answer.find(token, position + 1)
+            if found >= 0:
+                return found
+    return len(answer)
+
+
+def _spread(text: str, count: int) -> list[str]:
+    """Characters over ``count`` tokens, each at the last token of its share."""
+    texts = [""] * count
+    for place, character in enumerate(text):
+        texts[max((place + 1) * count // len(text), 1) - 1] += character
+    return [text or PART_OF_A_CHARACTER for text in texts]
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    shown = ", ".join(map(str, steps[:8]))
+    return shown if len(steps) <= 8 else f"{shown}, ... {steps[-1]}"

@@ -1,0 +1,251 @@
+"""show-masks: token texts, escaping, borders and colours, exit codes."""
+
+import dataclasses
+import io
+import json
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from megatron_amrlhf import cli
+from megatron_amrlhf.report.masks import (
+    HIGH_RGB,
+    LOW_RGB,
+    print_records,
+    printable,
+    rgb_of,
+    token_texts,
+    token_views,
+)
+from megatron_amrlhf.report.masks_html import page
+from megatron_amrlhf.report.samples import Message, SampleRecord, load_samples, write_samples
+
+BAD = "\ufffd"
+HOSTILE = "<script>alert(1)</script> \" ' & \x1b[31m \u202e [bold]"
+RECORD = SampleRecord(
+    step=3,
+    prompt="2 + 2? " + HOSTILE,
+    answer="it is 4",
+    token_ids=None,
+    tokens=["it", " is", " 4", "<|end|>"],
+    token_rewards=[-0.5, 0.1, 1.0, 0.4],
+    signal=[-1.0, 0.0, 2.0, 0.5],
+    baseline=0.25,
+    delta=0.5,
+    mask=[0, 0, 1, 1],
+    messages=[Message(0, 2, -1, -0.2), Message(2, 4, 1, 0.7)],
+    sequence_reward=0.25,
+    chosen=True,
+    ended=True,
+    from_reference=False,
+)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value) for name, value in attrs]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def printed(*records):
+    console = Console(file=io.StringIO(), width=100)
+    print_records(console, records)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "answer", "expected"),
+    [
+        (["it", " is"], "it is", ["it", " is"]),
+        (["it", "is"], "it is", ["it", " is"]),  # the decoder lost the space
+        ([BAD, BAD, BAD, "!"], "\u597d!", ["\u00b7", "\u00b7", "\u597d", "!"]),
+        (["a", BAD * 2, BAD, " b"], "a\U0001f389 b", ["a", "\u00b7", "\U0001f389", " b"]),
+        ([BAD] * 6, "\u4f60\u597d", ["\u00b7", "\u00b7", "\u4f60", "\u00b7", "\u00b7", "\u597d"]),
+        (["\u4f60\u597d", BAD], "\u4f60\u597d" + BAD, ["\u4f60\u597d", BAD]),
+        (["ok", "<|im_end|>"], "ok", ["ok", "<|im_end|>"]),
+        ([BAD, BAD, "<|im_end|>"], "\u00e9", ["\u00b7", "\u00e9", "<|im_end|>"]),
+        (["a", "b", "c"], "a b d", ["a", "b", "c"]),  # no fit: the tokens as they are
+        ([], "", []),
+    ],
+)
+def test_token_texts_are_mended_from_the_answer(tokens, answer, expected):
+    assert token_texts(tokens, answer) == expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=BAD), max_size=12))
+def test_one_token_a_byte_still_shows_every_character(answer):
+    tokens = [chr(byte) if byte < 128 else BAD for byte in answer.encode()]
+    texts = token_texts(tokens, answer)
+    assert len(texts) == len(tokens)
+    assert "".join(texts).replace("\u00b7", "") == answer.replace("\u00b7", "")
+
+
+@given(st.lists(st.text(max_size=4), max_size=6), st.text(max_size=20))
+def test_there_is_one_text_a_token_whatever_the_answer(tokens, answer):
+    assert len(token_texts(tokens, answer)) == len(tokens)
+
+
+def test_what_steers_a_terminal_is_shown_instead():
+    assert printable("a\x1b[2Jb\u202ec\x00\x9b\ud800\n\t") == (
+        "a\\x1b[2Jb\\u202ec\\x00\\x9b\\ud800\n\t"
+    )
+    assert printable("\u4f60\u597d \U0001f389 \u0645") == "\u4f60\u597d \U0001f389 \u0645"
+
+
+def test_colours_follow_the_distance_from_the_threshold():
+    views = token_views(RECORD)
+    assert [view.height for view in views] == pytest.approx([-1.25 / 1.75, -0.25 / 1.75, 1, 1 / 7])
+    assert (rgb_of(1.0), rgb_of(-1.0), rgb_of(0.0)) == (HIGH_RGB, LOW_RGB, (255, 255, 255))
+    assert [(v.message, v.sign, v.kept) for v in views] == [
+        (0, -1, False),
+        (0, -1, False),
+        (1, 1, True),
+        (1, 1, True),
+    ]
+
+
+def test_the_terminal_shows_borders_band_signs_and_mask():
+    text = printed(RECORD)
+    assert "it is\u2502 4<|end|>" in text
+    assert "threshold b = 0.25, delta = 0.5: neutral from -0.25 to 0.75" in text
+    rows = [line.split() for line in text.splitlines()]
+    assert ["0", "0-1", "-", "-0.2", "0/2", "it", "is"] in rows
+    assert ["1", "2-3", "+", "0.7", "2/2", "4<|end|>"] in rows
+    assert "\x1b" not in text and "[bold]" in text and "\\u202e" in text
+
+
+def test_the_page_escapes_everything():
+    record = dataclasses.replace(RECORD, answer=HOSTILE, tokens=[HOSTILE, "</span>", "&lt;", "x"])
+    text = page([record], "runs/<b>")
+    parsed = Page(text)
+    assert not parsed.open and not {"script", "b", "bold"} & set(parsed.tags)
+    assert HOSTILE.replace("\x1b", "\\x1b").replace("\u202e", "\\u202e") in parsed.text
+    assert "runs/<b>" in parsed.text and "\x1b" not in text and "\u202e" not in text
+    names = {name for _, name, _ in parsed.attributes}
+    assert names <= set(
+        "lang charset http-equiv content class style title width height role x y fill".split()
+    )
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in parsed.attributes
+
+
+def test_the_page_has_messages_masks_and_a_chart():
+    text = page([RECORD], "run")
+    parsed = Page(text)
+    kinds = [value for tag, name, value in parsed.attributes if name == "class"]
+    # Beside the legend's one of each: two messages, two kept tokens.
+    assert (kinds.count("message"), kinds.count("kept")) == (3, 3)
+    titles = [value for _, name, value in parsed.attributes if name == "title"]
+    assert titles[2] == "token 2: reward 1, signal 2, message 1 (+), kept"
+    assert parsed.tags.count("svg") == 1
+    assert parsed.tags.count("rect") == 1 + 4 + 1 + 2 + 1  # band, bars, border, kept, threshold
+    assert 'charset="utf-8"' in text
+
+
+def test_chinese_and_emoji_pass_unchanged():
+    record = dataclasses.replace(
+        RECORD, answer="\u4f60\u597d\U0001f389", tokens=["\u4f60\u597d", BAD, BAD, "<|end|>"]
+    )
+    assert "\u4f60\u597d" in Page(page([record], "run")).text
+    assert "\u4f60\u597d\u00b7\u2502\U0001f389" in printed(record)
+
+
+def test_nan_rewards_and_empty_answers_can_be_shown():
+    nan = float("nan")
+    odd = dataclasses.replace(RECORD, token_rewards=[nan] * 4, signal=[nan] * 4)
+    empty = dataclasses.replace(
+        RECORD, answer="", tokens=[], token_rewards=[], signal=[], mask=[], messages=[]
+    )
+    assert "nan" in page([odd, empty], "run") and printed(odd, empty)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    write_samples(tmp_path / "samples.jsonl", [RECORD, dataclasses.replace(RECORD, step=5)] * 3)
+    return tmp_path
+
+
+def test_show_masks_takes_a_run_a_file_or_a_config(run, capsys):
+    config = run.parent / "run.yaml"
+    config.write_text(
+        f"run: {{name: {run.name}, folder: {run.parent}}}\nmodel: {{path: x}}\n"
+        "algorithm: {kind: prm}\ndata: {train: x, format: steps}\n"
+    )
+    outputs = []
+    for source in (run, run / "samples.jsonl", config):
+        assert cli.main(["show-masks", str(source)]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0].count("step 5,") == 3  # the newest step
+
+
+def test_step_limit_and_html(run, capsys):
+    target = run / "masks.html"
+    arguments = ["show-masks", str(run), "--step", "3", "--limit", "2", "--html", str(target)]
+    assert cli.main(arguments) == 0
+    assert "2 answers of step 3" in capsys.readouterr().out
+    assert target.read_text(encoding="utf-8").count("<article>") == 2
+
+
+def test_samples_read_back_as_they_were(run):
+    assert load_samples(run)[0] == RECORD
+
+
+def test_files_from_before_the_threshold_was_kept_can_be_shown(run, capsys):
+    path = run / "samples.jsonl"
+    fields = json.loads(path.read_text().split("\n")[0])
+    for key in ("signal", "baseline", "delta"):
+        del fields[key]
+    path.write_text(json.dumps(fields) + "\n" + '{"step": 4, "cut sh')
+    assert cli.main(["show-masks", str(run)]) == 0
+    assert "threshold: not in this file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "expected"),
+    [
+        (None, ["nowhere"], "nowhere: no such file"),
+        ("", [], "no samples in it yet"),
+        ("{}\n", [], "samples.jsonl:1: not a sample of a run (KeyError: 'step')"),
+        ("[1]\n", [], "samples.jsonl:1: not a sample"),
+        ("nonsense\n{}\n", [], "samples.jsonl:1: not valid JSON"),
+        (None, ["--step", "9"], "--step 9: no such step in the file, it has 3, 5"),
+        (None, ["--limit", "0"], "--limit: must be 1 or more"),
+        (None, ["--html", "no/such/folder/x.html"], "--html no/such/folder/x.html: cannot be"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, capsys, content, arguments, expected):
+    if content is not None:
+        (run / "samples.jsonl").write_text(content)
+    source = [] if arguments == ["nowhere"] else [str(run)]
+    assert cli.main(["show-masks", *source, *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_lists_of_wrong_lengths_name_the_line(run, capsys):
+    path = run / "samples.jsonl"
+    lines = path.read_text().split("\n")
+    fields = json.loads(lines[1])
+    lines[1] = json.dumps(fields | {"mask": [1]})
+    path.write_text("\n".join(lines))
+    assert cli.main(["show-masks", str(run)]) == 2
+    assert "samples.jsonl:2: not a sample of a run" in capsys.readouterr().err
