@@ -15,7 +15,7 @@ Trains a small instruct model with Adaptive Message-wise RLHF, from nothing:
   4. samples answers, scores each token with the PRM, masks, and updates the model on what is kept
 Run again, it reuses what is there: the environment, the data, the PRM, and the run's checkpoints.
 
-  --algorithm A    ppo, dpo or rejection_sampling (default: ppo)
+  --algorithm A    ppo, dpo, rejection_sampling, grpo or kto (default: ppo)
   --model M        Hugging Face folder, hub id or .gguf file, of the Qwen2 or Llama family
                    (default: $DEFAULT_MODEL, SmolLM2-135M-Instruct)
   --steps N        steps of the algorithm; each is a rollout and an update (default: 4)
@@ -66,8 +66,8 @@ while [[ $# -gt 0 ]]; do
     shift 2
 done
 case "$ALGORITHM" in
-    ppo | dpo | rejection_sampling) ;;
-    *) fail "--algorithm must be ppo, dpo or rejection_sampling (got '$ALGORITHM')" ;;
+    ppo | dpo | rejection_sampling | grpo | kto) ;;
+    *) fail "--algorithm must be ppo, dpo, rejection_sampling, grpo or kto (got '$ALGORITHM')" ;;
 esac
 [[ ! -e "$MODEL" ]] || MODEL="$(cd "$(dirname "$MODEL")" && pwd)/$(basename "$MODEL")"
 
@@ -115,7 +115,7 @@ sys.exit(yaml.safe_load(open(sys.argv[1]))["model"]["path"] != sys.argv[2])' \
 else
     echo "[3/4] process reward model: runs/$PRM_NAME (TP $TP, PP $PP, DP $REPLICAS)"
     train configs/prm_demo.yaml --set \
-        "run.name=$PRM_NAME" "${COMMON[@]}" "algorithm.batch_size=$(round_up 16)"
+        "run.name=$PRM_NAME" "${COMMON[@]}" "algorithm.batch_size=$(round_up 8)"
 fi
 
 echo "[4/4] $ALGORITHM: runs/$NAME (TP $TP, PP $PP, DP $REPLICAS)"

@@ -9,7 +9,7 @@ from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
 from megatron_amrlhf.algorithms.scoring import read_logprobs, read_value
-from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
+from megatron_amrlhf.algorithms.update import epoch_parts, response_plan, run_updates, update
 from megatron_amrlhf.losses.gae import gae
 from megatron_amrlhf.losses.kl import k1
 from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
@@ -84,21 +84,10 @@ class Ppo(PolicyAlgorithm):
 
     def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""
-        algorithm = self.context.config.algorithm
-        parts = [
-            train.select(index)
-            for epoch in range(algorithm.epochs)
-            for index in split_rows(
-                len(train.rows), algorithm.minibatches, self._shuffle_seed(step, epoch)
-            )
-        ]
+        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
+        parts = epoch_parts(train, algorithm.epochs, algorithm.minibatches, seed, step)
         roles = {"actor": self.update_actor, "critic": self.update_critic}
         return run_updates(self.context, parts, roles)
-
-    def _shuffle_seed(self, step: int, epoch: int) -> int | None:
-        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
-        shuffles = algorithm.minibatches > 1
-        return (seed * 1_000_003 + step) * 1_009 + epoch if shuffles else None
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 14."""

@@ -103,7 +103,7 @@ def fingerprint(path: str | Path) -> str:
 
 def _read_text(path: str | Path) -> str:
     try:
-        content = Path(path).read_bytes()
+        content = Path(path).expanduser().read_bytes()
     except FileNotFoundError as error:
         message = f"{path}: no such file; check the path (relative to {os.getcwd()})"
         raise UserError(message) from error

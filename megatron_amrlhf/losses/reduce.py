@@ -140,18 +140,18 @@ def finish_metrics(
         group: data-parallel group; None: this process only.
         keys: all keys of the step, for ranks that ran no micro-batch: what ``merged`` lacks
             contributes zeros. None: those of ``merged``.
-        device: where to reduce when ``merged`` is empty; None: CPU.
+        device: where to reduce, that of ``group``'s backend; None: CPU.
 
     Returns:
         A float a key, sorted by key; nan where the global count is 0 (nothing was measured).
     """
     names = sorted(merged if keys is None else keys)
     assert set(merged) <= set(names), (sorted(merged), names)
-    devices = [total.device for total, _ in merged.values()]
-    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=devices[0] if devices else device)
+    sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
     for row, name in enumerate(names):
         if name in merged:
-            sums[row] = torch.stack(merged[name]).double()
+            total, count = merged[name]  # either may be a plain number's tensor on the CPU
+            sums[row, 0], sums[row, 1] = total, count
     if group is not None:
         dist.all_reduce(sums, group=group)
     return {
