@@ -2,7 +2,7 @@
 
 megatron-core 0.16.1 names ``device="cuda"`` in places that a CPU process reaches, and DeepSpeed
 0.19.8 compiles a shared-memory op at start on CPU and compares ZeRO-3 traces over the whole world.
-Each patch below is applied once, and ``tests/distributed/test_compat.py`` fails when an upstream
+Each patch below is applied once, and ``tests/unit/parallel/test_compat.py`` fails when an upstream
 release moves what it patches.
 """
 

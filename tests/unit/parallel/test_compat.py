@@ -1,0 +1,51 @@
+"""Every internal of the pinned libraries that is used or patched is still where it was."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.metadata import version
+
+import torch
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from megatron.core.pipeline_parallel import p2p_communication, schedules
+
+from megatron_amrlhf.parallel import compat
+
+
+def test_versions_are_the_pinned_ones():
+    assert version("megatron-core") == "0.16.1"
+    assert version("deepspeed") == "0.19.8"
+
+
+def test_patched_megatron_modules_still_name_cuda():
+    assert 'device="cuda"' in inspect.getsource(schedules)
+    assert "torch.cuda.current_device()" in inspect.getsource(p2p_communication)
+    for module in compat.MEGATRON_MODULES:
+        assert "torch" in vars(module), module.__name__
+
+
+def test_cpu_stand_in_sends_cuda_tensors_to_the_cpu():
+    stand_in = compat._CpuTorch()
+    assert stand_in.zeros([], dtype=torch.int, device="cuda").device.type == "cpu"
+    assert stand_in.cuda.current_device() == torch.device("cpu")
+    assert stand_in.float32 is torch.float32
+
+
+def test_trace_check_is_called_by_the_patched_name():
+    for module in compat.TRACE_CHECKERS:
+        assert "assert_ints_same_as_other_ranks(" in inspect.getsource(module), module.__name__
+
+
+def test_shared_memory_op_is_looked_up_where_it_is_switched_off():
+    assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
+    assert "__compatible_ops__.get(builder.NAME" in inspect.getsource(build_shm_op)
+
+
+def test_gradient_reduction_has_its_two_entry_points():
+    assert callable(DeepSpeedEngine.coalesce_grad_reduction)
+    assert callable(DeepSpeedZeroOptimizer_Stage3.clear_backward_seen_flag)
+    source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
+    assert "self.averaged_gradients" in source and "self.fp16_groups" in source
