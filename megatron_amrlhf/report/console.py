@@ -31,7 +31,7 @@ SHOWN = (
     "reward/",
     "prm/",
     "orm/",
-    "eval/pair_accuracy",
+    "eval/",
     "mask/kept_fraction",
     "mask/num_messages",
     "mask/mean_message_tokens",
