@@ -36,7 +36,6 @@ MODELS = {
     "llama-tied": {"family": "llama", "tied": True, "layers": 4},
 }
 VARIANTS = ("prm_mse", "rejection_sampling_k3")  # at TP 2 only, for time
-FULL_LAYOUT = "tp2-pp2-dp2"
 LAYOUTS = {  # (TP, PP, DP)
     "tp2-pp2-dp2": (2, 2, 2),
     "tp2": (2, 1, 1),
@@ -49,13 +48,13 @@ LAYOUTS = {  # (TP, PP, DP)
 def cases(layout: str) -> list[Case]:
     """All losses, masked and unmasked, on both models.
 
-    The full layout runs each of them by both reduce modes, the others by one: the mode
-    alternates, so that there too each mode meets each loss, each model and each masking.
+    Every layout of several processes runs each of them by both reduce modes; a single process,
+    where nothing is reduced, by one: the mode alternates.
     """
     found = []
     for model, loss, masked in itertools.product(MODELS, LOSSES, (True, False)):
         alternating = ("step", "microbatch")[masked ^ (model == "llama-tied")]
-        modes = ("step", "microbatch") if layout == FULL_LAYOUT else (alternating,)
+        modes = (alternating,) if layout == "single" else ("step", "microbatch")
         if layout != "tp2" and loss in VARIANTS:
             continue
         for reduce in modes:
