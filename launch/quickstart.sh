@@ -18,7 +18,8 @@ Run again, it reuses what is there: the environment, the data, the PRM, and the 
   --algorithm A    ppo, dpo, rejection_sampling, grpo or kto (default: ppo)
   --model M        Hugging Face folder, hub id or .gguf file, of the Qwen2 or Llama family
                    (default: $DEFAULT_MODEL, SmolLM2-135M-Instruct)
-  --steps N        steps of the algorithm; each is a rollout and an update (default: 4)
+  --steps N        steps of the algorithm; each is a rollout and an update (default: 3 for
+                   ppo, 4 for the others)
   --tp N           tensor-parallel size; divides the heads and KV heads (default: 1)
   --pp N           pipeline-parallel size; divides the layers (default: 2 where processes / tp is
                    even, else 1)

@@ -26,6 +26,7 @@ class Orm:
     """
 
     trained_role = "orm"
+    evaluates_at_start = False  # a new head is 0 for every answer: chance
 
     context: Context  # set by build()
 

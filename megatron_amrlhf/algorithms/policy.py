@@ -32,6 +32,7 @@ class PolicyAlgorithm(ABC):
     """
 
     trained_role = "actor"
+    evaluates_at_start = True
     has_critic = False
 
     context: Context  # set by build()

@@ -31,6 +31,7 @@ class Prm:
     """A backbone with a head H -> D, read at the last token of every labelled step."""
 
     trained_role = "prm"
+    evaluates_at_start = False  # a new head is 0 for every step: chance
 
     context: Context  # set by build()
 

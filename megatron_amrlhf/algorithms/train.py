@@ -94,7 +94,7 @@ def _train(algorithm, context: Context) -> None:
     writer = MetricsWriter(folder)
     writer.truncate_after(first - 1)
     console.line(_banner(context, algorithm))
-    before = algorithm.evaluate()
+    before = algorithm.evaluate() if algorithm.evaluates_at_start else {}
     if before:
         console.step_table(first - 1, total, before)
     after, saved = before, first - 1
