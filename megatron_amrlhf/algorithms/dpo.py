@@ -77,7 +77,9 @@ class Dpo(PolicyAlgorithm):
 
         read = read_logprobs(self.context, self.logprob_temperature())
         plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+        return update(
+            self.context, "actor", part, plan, read, terms, "policy", on_block, together=2
+        )
 
 
 def _num_groups(judged: Judged) -> int:

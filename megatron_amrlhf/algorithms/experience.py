@@ -101,8 +101,7 @@ class ExperienceMaker:
         """Log-probs, values and token rewards, on last stages. Entered by every rank."""
         context, start = self.context, time.perf_counter()
         roles = context.engine.roles
-        blocks = -(-len(rollout.rows) // context.config.engine.micro_batch_size)
-        with context.console.track("score", blocks * len(roles)) as bar:
+        with context.console.track("score", len(rollout.rows) * len(roles)) as bar:
 
             def run(role, where, read):
                 return score_tokens(context, role, rollout, where, read, bar.advance)
@@ -110,7 +109,7 @@ class ExperienceMaker:
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
             rewards = run("prm", "at", read_reward(context))
-            values = run("critic", "before", read_value) if "critic" in roles else None
+            values = run("critic", "before", read_value()) if "critic" in roles else None
         self.seconds["score"] = time.perf_counter() - start
         if not context.mesh.is_last_stage:
             return None, {}

@@ -9,11 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
+from megatron_amrlhf.algorithms.scoring import read_value
 from megatron_amrlhf.algorithms.update import run_updates, update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, shard, take
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
-from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.losses.orm import orm_loss, pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import TrainBatch
@@ -79,15 +80,13 @@ class Orm:
     def update(self, batch: TrainBatch, on_block):
         """One optimizer step on eq. 1."""
 
-        def read(outputs: Tensor, block: MicroBatch) -> Tensor:
-            return outputs[:, 0].float()
-
         def terms(rewards: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             present = targets["denominator"][0::2, 0]
             return orm_loss(rewards[0::2, 0][present], rewards[1::2, 0][present])
 
         plan = last_outputs(batch.rows)
-        return update(self.context, "orm", batch, plan, read, terms, "orm", on_block)
+        read = read_value()
+        return update(self.context, "orm", batch, plan, read, terms, "orm", on_block, together=2)
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy and margin on held-out pairs. Entered by every rank."""
@@ -96,19 +95,18 @@ class Orm:
             return {}
         mine = shard(list(range(len(self.heldout))), mesh.dp_rank, mesh.dp_size)
         rows = pair_rows([self.heldout[i] for i in mine if i != PADDING])
-        size = context.config.engine.micro_batch_size
-        with context.console.track("evaluate", -(-len(rows) // size)) as bar:
-            pieces = context.engine.score(
+        with context.console.track("evaluate", len(rows)) as bar:
+            rewards = context.engine.score(
                 "orm",
                 rows,
                 last_outputs(rows),
-                lambda outputs, block: outputs[:, 0].float().cpu(),
+                None,
+                lambda outputs, block: block.rectangle(outputs[:, 0].float(), 1)[:, 0],
                 bar.advance,
             )
         metrics = {}
         if mesh.is_last_stage:
-            rewards = torch.cat([torch.zeros(0), *pieces])
-            margins = (rewards[0::2] - rewards[1::2]).to(mesh.device)
+            margins = rewards[0::2] - rewards[1::2]
             metrics = {
                 "eval/pair_accuracy": count_metric(pair_accuracy(margins).sum(), margins.numel()),
                 "eval/pair_margin": count_metric(margins.sum(), margins.numel()),

@@ -120,4 +120,4 @@ class Ppo(PolicyAlgorithm):
             )
 
         plan = response_plan(part)
-        return update(self.context, "critic", part, plan, read_value, terms, "value", on_block)
+        return update(self.context, "critic", part, plan, read_value(), terms, "value", on_block)

@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.scoring import Reader
 from megatron_amrlhf.algorithms.update import run_updates, update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, shard, take
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
-from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.evaluation.steps import step_metrics
 from megatron_amrlhf.losses.prm import prm_loss
 from megatron_amrlhf.losses.reduce import LossOutput
@@ -108,8 +109,7 @@ class Prm:
         """One optimizer step on the step labels."""
         kind = self.context.config.algorithm.loss
 
-        def read(outputs: Tensor, block: MicroBatch) -> Tensor:
-            return outputs.float()
+        read = Reader(outputs=lambda outputs, block: outputs.float())
 
         def terms(outputs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             return prm_loss(outputs, targets["labels"], targets["denominator"], kind)
@@ -123,19 +123,21 @@ class Prm:
             return {}
         mine = shard(list(range(len(self.heldout))), mesh.dp_rank, mesh.dp_size)
         examples = [self.heldout[i] for i in mine if i != PADDING]
-        size = context.config.engine.micro_batch_size
-        with context.console.track("evaluate", -(-len(examples) // size)) as bar:
-            pieces = context.engine.score(
+        plan = label_outputs(examples)
+        with context.console.track("evaluate", len(examples)) as bar:
+            rewards = context.engine.score(
                 "prm",
                 tuple(example.row for example in examples),
-                label_outputs(examples),
-                lambda outputs, block: outputs.float().mean(dim=-1).cpu(),
+                plan,
+                None,
+                lambda outputs, block: block.rectangle(outputs.float().mean(-1), plan.width),
                 bar.advance,
             )
         found = None
         if mesh.is_last_stage:
             labels = [example.labels.mean(dim=-1) for example in examples]
-            pair = (torch.cat([torch.zeros(0), *pieces]), torch.cat([torch.zeros(0), *labels]))
+            scores = rewards.cpu()[plan.rows, plan.columns]
+            pair = (scores, torch.cat([torch.zeros(0), *labels]))
             everyone = gather_objects(tuple(x.numpy() for x in pair), mesh.dp_group)
             scores, truth = (np.concatenate(part) for part in zip(*everyone, strict=True))
             threshold = THRESHOLDS[context.config.algorithm.loss]

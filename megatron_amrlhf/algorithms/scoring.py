@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.engine.microbatch import MicroBatch, Outputs, response_outputs
-from megatron_amrlhf.engine.zero3 import nothing
+from megatron_amrlhf.engine.zero3 import OnBlock, nothing
+from megatron_amrlhf.models.stage import LogitsFunction
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
 from megatron_amrlhf.rewards.kinds import OUTCOME, reward_kind
 from megatron_amrlhf.types import RolloutBatch
 
-# ([n, ...] outputs, micro-batch) -> [n, ...] values
-ReadFunction = Callable[[Tensor, MicroBatch], Tensor]
+
+def as_they_are(outputs: Tensor, block: MicroBatch) -> Tensor:
+    """The outputs."""
+    return outputs
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How values are made of what a model says.
+
+    Attributes:
+        logits: reads a language model's logits inside its last stage, some positions at a time;
+            None for a linear head.
+        outputs: makes ``[n, ...]`` values of the ``[n, ...]`` outputs of a micro-batch.
+    """
+
+    logits: LogitsFunction | None = None
+    outputs: Callable[[Tensor, MicroBatch], Tensor] = as_they_are
 
 
 def score_tokens(
@@ -23,8 +41,8 @@ def score_tokens(
     role: str,
     rollout: RolloutBatch,
     where: Outputs,
-    read: ReadFunction,
-    on_block: Callable[[], None] = nothing,
+    read: Reader,
+    on_block: OnBlock = nothing,
 ) -> Tensor | None:
     """``[B, R, ...]`` float32 values of the response tokens on last stages, None on others.
 
@@ -34,53 +52,45 @@ def score_tokens(
         rollout: the answers.
         where: outputs are read ``before`` each token (log-prob, value) or ``at`` it (reward).
         read: makes values of the last stage's outputs.
-        on_block: called after each micro-batch.
+        on_block: called with the number of rows after each micro-batch.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     plan = response_outputs(lengths, rollout.prompt_lengths, where)
-    pieces = context.engine.score(
-        role,
-        rollout.rows,
-        plan,
-        lambda outputs, block: block.rectangle(read(outputs, block), plan.width),
-        on_block,
-    )
-    if not context.mesh.is_last_stage:
-        return None
-    return torch.cat(pieces)[: len(rollout.rows)].float()
+
+    def collect(outputs: Tensor, block: MicroBatch) -> Tensor:
+        return block.rectangle(read.outputs(outputs, block).float(), plan.width)
+
+    return context.engine.score(role, rollout.rows, plan, read.logits, collect, on_block)
 
 
-def read_logprobs(context: Context, temperature: float) -> ReadFunction:
+def read_logprobs(context: Context, temperature: float) -> Reader:
     """Log-prob of each token under the softmax at ``temperature``."""
     mesh, vocab_size = context.mesh, context.vocab_size
 
-    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
-        return token_logprobs(outputs, block.targets, vocab_size, mesh.tp_group, temperature)
+    def read(logits: Tensor, targets: Tensor) -> Tensor:
+        return token_logprobs(logits, targets, vocab_size, mesh.tp_group, temperature)
 
-    return read
+    return Reader(logits=read)
 
 
-def read_logprobs_and_entropy(context: Context, temperature: float) -> ReadFunction:
+def read_logprobs_and_entropy(context: Context, temperature: float) -> Reader:
     """``[n, 2]``: log-prob of each token, and entropy of the softmax it was drawn from."""
-    logprobs, mesh, vocab_size = (
-        read_logprobs(context, temperature),
-        context.mesh,
-        context.vocab_size,
-    )
+    mesh, vocab_size = context.mesh, context.vocab_size
+    logprobs = read_logprobs(context, temperature).logits
 
-    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
-        both = (logprobs(outputs, block), entropy(outputs, vocab_size, mesh.tp_group))
+    def read(logits: Tensor, targets: Tensor) -> Tensor:
+        both = (logprobs(logits, targets), entropy(logits, vocab_size, mesh.tp_group))
         return torch.stack(both, dim=-1)
 
-    return read
+    return Reader(logits=read)
 
 
-def read_value(outputs: Tensor, block: MicroBatch) -> Tensor:
+def read_value() -> Reader:
     """The value head's output."""
-    return outputs[:, 0].float()
+    return Reader(outputs=lambda outputs, block: outputs[:, 0].float())
 
 
-def read_reward(context: Context) -> ReadFunction:
+def read_reward(context: Context) -> Reader:
     """The scalar reward by role ``prm``: attributes weighted, or their mean.
 
     The reward of an outcome model stands at an answer's last token; all tokens of the answer get
@@ -96,7 +106,7 @@ def read_reward(context: Context) -> ReadFunction:
             rewards = outputs.float() @ torch.tensor(weights, device=outputs.device)
         return rewards[last_output_of_row(block.output_rows)] if is_outcome else rewards
 
-    return read
+    return Reader(outputs=read)
 
 
 def last_output_of_row(rows: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint
 from megatron_amrlhf.config.checks import check_model
+from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
@@ -71,7 +72,8 @@ def run(config: Config) -> None:
 
 def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Context:
     """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
-    mesh = build_mesh(config.parallel.tensor, config.parallel.pipeline)
+    parallel = config.parallel
+    mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
     folder = RunFolder.create(config, mesh.rank)
     dist.barrier()
     return Context(

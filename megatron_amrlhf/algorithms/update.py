@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
-from megatron_amrlhf.algorithms.scoring import ReadFunction
+from megatron_amrlhf.algorithms.scoring import Reader
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
-from megatron_amrlhf.engine.zero3 import StepResult, nothing
+from megatron_amrlhf.engine.zero3 import OnBlock, StepResult, nothing
 from megatron_amrlhf.losses.reduce import (
     LossOutput,
     Metrics,
@@ -30,10 +29,11 @@ def update(
     role: str,
     batch: TrainBatch,
     plan: OutputPlan,
-    read: ReadFunction,
+    read: Reader,
     terms: TermsFunction,
     name: str,
-    on_block: Callable[[], None] = nothing,
+    on_block: OnBlock = nothing,
+    together: int = 1,
 ) -> tuple[StepResult, Metrics]:
     """Trains ``role`` on ``batch``. Entered by every rank.
 
@@ -46,7 +46,8 @@ def update(
         terms: the loss; its terms are summed and divided by the global count of
             ``targets["denominator"]``.
         name: the loss is logged as ``loss/NAME``.
-        on_block: called after the forward of each micro-batch.
+        on_block: called with the number of rows after the forward of each micro-batch.
+        together: this many consecutive rows stay in one micro-batch (2 for pairs).
 
     Returns:
         What the engine did, and the merged (sum, count) metrics (empty but on last stages).
@@ -56,23 +57,19 @@ def update(
         count = global_count(batch.targets["denominator"], context.mesh.dp_group)
 
     def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
-        values = block.rectangle(read(outputs[: block.num_outputs], block), plan.width)
-        targets = {key: block_rows(x, block) for key, x in batch.targets.items()}
+        read_out = read.outputs(outputs[: block.num_outputs], block)
+        values = block.rectangle(read_out, plan.width)
+        targets = {key: x[block.row_index] for key, x in batch.targets.items()}
         out = terms(values, targets)
         total = out.terms.sum()
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
         logged = count_metric(total.detach(), targets["denominator"].sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
-    result = context.engine.train_step(role, batch.rows, plan, loss, on_block)
+    result = context.engine.train_step(
+        role, batch.rows, plan, read.logits, loss, together, on_block
+    )
     return result, merge_metrics(result.extras)
-
-
-def block_rows(x: Tensor, block: MicroBatch) -> Tensor:
-    """The rows of a micro-batch out of ``[B, ...]``; missing rows are 0 (False)."""
-    present = block.row_index[block.row_index >= 0]
-    missing = block.row_index.numel() - present.numel()
-    return F.pad(x[present], (0, 0) * (x.dim() - 1) + (0, missing))
 
 
 def response_plan(part: TrainBatch) -> OutputPlan:
@@ -83,7 +80,7 @@ def response_plan(part: TrainBatch) -> OutputPlan:
 
 
 # (rows of an optimizer step, callback of a micro-batch) -> what update() returns
-UpdateFunction = Callable[[TrainBatch, Callable[[], None]], tuple[StepResult, Metrics]]
+UpdateFunction = Callable[[TrainBatch, OnBlock], tuple[StepResult, Metrics]]
 
 
 def run_updates(
@@ -95,10 +92,9 @@ def run_updates(
         Merged metrics of the last stage, and ``engine/*`` numbers of the last optimizer steps
         (``engine/grad_norm`` is the first role's).
     """
-    size = context.config.engine.micro_batch_size
-    blocks = len(roles) * sum(-(-len(part.rows) // size) for part in parts)
+    rows = len(roles) * sum(len(part.rows) for part in parts)
     collected, engine = [], {}
-    with context.console.track("update", blocks) as bar:
+    with context.console.track("update", rows) as bar:
         for part in parts:
             for place, (role, run) in enumerate(roles.items()):
                 result, metrics = run(part, bar.advance)

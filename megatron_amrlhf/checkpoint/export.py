@@ -103,8 +103,7 @@ def _full_tensors(role: Role, mesh: Mesh) -> dict[str, Tensor]:
 
 def _is_second_copy(entry: Entry, role: Role, mesh: Mesh) -> bool:
     """Whether this is the last stage's copy of an embedding that the first stage writes."""
-    tied_here = role.tied is not None and not mesh.is_first_stage
-    return tied_here and entry.local == "output_layer.weight"
+    return entry.local == role.tied and not mesh.is_first_stage
 
 
 def _gather_shards(local: Tensor, entry: Entry, mesh: Mesh) -> list[Tensor] | None:

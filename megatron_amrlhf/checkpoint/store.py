@@ -38,15 +38,6 @@ from megatron_amrlhf.checkpoint.folders import (
     step_folders,
     step_of,
 )
-from megatron_amrlhf.engine.optimizer_state import (
-    engine_counters,
-    local_slices,
-    read_states,
-    refuse_nvme,
-    role_counters,
-    set_engine_counters,
-    write_states,
-)
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -131,8 +122,8 @@ def load_checkpoint(engine: Zero3Engine, path: Path) -> dict:
     for name, role in _trainable(engine).items():
         with safe_open(path / part_name(name, engine.mesh), framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-        write_states(role, tensors, header["roles"][name])
-    set_engine_counters(engine, header["engine"])
+        role.weights.write_states(tensors, header["roles"][name])
+    engine.set_counters(header["engine"])
     return header["state"]
 
 
@@ -146,6 +137,14 @@ def _trainable(engine: Zero3Engine) -> dict[str, Role]:
     return {name: role for name, role in engine.roles.items() if role.spec.trainable}
 
 
+def _dtype(role: Role) -> str:
+    return str(role.spec.dtype).removeprefix("torch.")
+
+
+def _role_header(role: Role) -> dict:
+    return {"dtype": _dtype(role)} | role.weights.counters()
+
+
 def _layout(mesh: Mesh) -> dict[str, int]:
     return {"tensor": mesh.tp_size, "pipeline": mesh.pp_size, "data": mesh.dp_size}
 
@@ -155,8 +154,8 @@ def _state_text(engine: Zero3Engine, step: int, state: dict) -> str:
         "format": FORMAT,
         "step": step,
         "layout": _layout(engine.mesh),
-        "roles": {name: role_counters(role) for name, role in _trainable(engine).items()},
-        "engine": engine_counters(engine),
+        "roles": {name: _role_header(role) for name, role in _trainable(engine).items()},
+        "engine": engine.counters(),
         "state": state,
     }
     return json.dumps(header, indent=2) + "\n"
@@ -164,15 +163,14 @@ def _state_text(engine: Zero3Engine, step: int, state: dict) -> str:
 
 def _slices_text(role: Role) -> str:
     """Which slice of which parameter a part holds."""
-    return json.dumps({name: asdict(place) for name, place in local_slices(role).items()})
+    return json.dumps({name: asdict(place) for name, place in role.weights.slices().items()})
 
 
 def _part_bytes(engine: Zero3Engine) -> int:
     """Bytes that this rank will write, about."""
     total = 0
     for role in _trainable(engine).values():
-        refuse_nvme(role)
-        total += sum(place.length for place in local_slices(role).values())
+        total += sum(place.length for place in role.weights.slices().values())
     return total * BYTES_PER_ELEMENT
 
 
@@ -185,7 +183,7 @@ def _write_parts(engine: Zero3Engine, folder: Path) -> list[FileRecord]:
             "slices": _slices_text(role),
         }
         path = folder / part_name(name, engine.mesh)
-        records.append(write_tensors(path, read_states(role), metadata))
+        records.append(write_tensors(path, role.weights.read_states(), metadata))
     return records
 
 
@@ -298,7 +296,7 @@ class _Reader:
             return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(roles.items()))
 
         then = {name: role["dtype"] for name, role in header["roles"].items()}
-        now = {name: role_counters(role)["dtype"] for name, role in _trainable(engine).items()}
+        now = {name: _dtype(role) for name, role in _trainable(engine).items()}
         if then != now:
             raise UserError(
                 f"{self.path} holds the trained roles {describe(then)}, this run trains "

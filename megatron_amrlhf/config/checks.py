@@ -6,19 +6,23 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import read_deepspeed
 from megatron_amrlhf.config.schema import (
     Config,
     GrpoAlgorithm,
     OrmAlgorithm,
+    ParallelSection,
     PpoAlgorithm,
     PrmAlgorithm,
+    RolesSection,
 )
 from megatron_amrlhf.errors import UserError
 
 MODEL_TYPES = ("qwen2", "llama")
 CRITIC_SIGNALS = ("td_error", "advantage")
 COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
+PAIR_KINDS = ("dpo", "orm")  # their loss reads two rows at once
 DATA_FORMATS = {"prm": "steps", "orm": "pairs"}  # of the kinds that train a reward model
 
 
@@ -29,7 +33,7 @@ def check_run(config: Config, world_size: int) -> None:
         UserError: names every broken rule on one line, each with its fix.
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
-    problems += _pair_problems(config)
+    problems += [*_engine_problems(config), *_pair_problems(config)]
     if config.algorithm.kind not in DATA_FORMATS:
         problems += [
             *_rollout_problems(config),
@@ -77,23 +81,26 @@ def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:
             f"use one of {', '.join(MODEL_TYPES)}"
         )
     heads = hf_config["num_attention_heads"]
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    tensor = config.parallel.tensor
     split = (
-        ("tensor", tensor, heads, "attention heads"),
-        ("tensor", tensor, hf_config.get("num_key_value_heads") or heads, "key-value heads"),
-        ("tensor", tensor, hf_config["intermediate_size"], "feed-forward units"),
-        ("pipeline", pipeline, hf_config["num_hidden_layers"], "layers"),
+        (heads, "attention heads"),
+        (hf_config.get("num_key_value_heads") or heads, "key-value heads"),
+        (hf_config["intermediate_size"], "feed-forward units"),
     )
-    sizes = {
-        "tensor": [count for axis, _, count, _ in split if axis == "tensor"],
-        "pipeline": [count for axis, _, count, _ in split if axis == "pipeline"],
-    }
-    _raise_if(
-        f"parallel.{axis} = {size} does not divide the model's {count} {unit}: "
-        f"use {_choices(sizes[axis])}"
-        for axis, size, count, unit in split
-        if count % size
-    )
+    problems = [
+        f"parallel.tensor = {tensor} does not divide the model's {count} {unit}: "
+        f"use {_choices([count for count, _ in split])}"
+        for count, unit in split
+        if count % tensor
+    ]
+    _raise_if([*problems, *_cut_problems(config.parallel, hf_config["num_hidden_layers"])])
+
+
+def _cut_problems(parallel: ParallelSection, num_layers: int) -> Iterator[str]:
+    try:
+        pipeline_cut(parallel).chunks(num_layers, 0)
+    except ValueError as error:
+        yield str(error)
 
 
 def _run_problems(config: Config) -> Iterator[str]:
@@ -123,7 +130,24 @@ def _run_problems(config: Config) -> Iterator[str]:
 
 def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
     """Processes, data-parallel size and what must divide by it."""
-    tensor, pipeline = config.parallel.tensor, config.parallel.pipeline
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    if parallel.context > 1:
+        yield (
+            f"parallel.context = {parallel.context}: context parallelism is not supported (our "
+            "attention keeps whole rows on a rank): use parallel.tensor with parallel.sequence, "
+            "or engine.recompute"
+        )
+    if parallel.sequence and tensor == 1:
+        yield "parallel.sequence: splits positions over the tensor axis, use parallel.tensor >= 2"
+    if parallel.virtual_stages > 1 and pipeline == 1:
+        yield "parallel.virtual_stages: interleaves pipeline stages, use parallel.pipeline >= 2"
+    uneven = parallel.first_stage_layers or parallel.last_stage_layers
+    if uneven and (pipeline == 1 or parallel.virtual_stages > 1):
+        yield (
+            "parallel.first_stage_layers, parallel.last_stage_layers: need parallel.pipeline >= 2 "
+            "and parallel.virtual_stages 1"
+        )
     model_parallel = tensor * pipeline
     if world_size % model_parallel:
         yield (
@@ -177,9 +201,31 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         )
 
 
+def _engine_problems(config: Config) -> Iterator[str]:
+    """Roles that ask for what their ZeRO stage has not."""
+    engine = config.engine
+    for name in RolesSection.model_fields:
+        section = engine.of_role(name)
+        for key in ("offload_parameters", "offload_optimizer"):
+            device = getattr(section, key)
+            if device != "none" and section.zero_stage < 3:
+                yield (
+                    f"engine.roles.{name}.{key}: {device} needs zero_stage 3, this role has "
+                    f"{section.zero_stage}"
+                )
+    tokens, longest = engine.micro_batch_tokens, config.data.max_row_tokens
+    together = 2 if config.algorithm.kind in PAIR_KINDS else 1
+    if tokens is not None and tokens < longest * together:
+        unit = "a pair of rows" if together > 1 else "a row"
+        yield (
+            f"engine.micro_batch_tokens = {tokens} does not hold {unit} of data.max_row_tokens = "
+            f"{longest}: use at least {longest * together}"
+        )
+
+
 def _pair_problems(config: Config) -> Iterator[str]:
     kind, size = config.algorithm.kind, config.engine.micro_batch_size
-    if kind in ("dpo", "orm") and size % 2:
+    if kind in PAIR_KINDS and size % 2:
         yield (
             f"engine.micro_batch_size: {kind} keeps pairs together, use an even number (got {size})"
         )

@@ -27,13 +27,16 @@ _OURS = {
 }
 
 
-def resolve_deepspeed(config: Config, data_parallel_size: int, trainable: bool) -> dict[str, Any]:
+def resolve_deepspeed(
+    config: Config, data_parallel_size: int, role: str, trainable: bool
+) -> dict[str, Any]:
     """Fills in a role's DeepSpeed configuration.
 
     Args:
         config: the run; ``config.engine.deepspeed`` names the JSON file, relative to the working
             directory or else to the repository.
         data_parallel_size: number of replicas of a stage (DP).
+        role: the role's name, whose offloading ``config.engine.roles`` gives.
         trainable: False for a frozen role (reference, reward model), which gets no optimizer
             settings: no gradient clipping and no optimizer offload.
 
@@ -58,9 +61,19 @@ def resolve_deepspeed(config: Config, data_parallel_size: int, trainable: bool) 
     bf16["enabled"] = config.model.dtype == "bfloat16"
     for key in _OURS:
         resolved.pop(key, None)  # only a disabled section gets here
+    zero, section = resolved["zero_optimization"], config.engine.of_role(role)
+    for key, device in (
+        ("offload_param", section.offload_parameters),
+        ("offload_optimizer", section.offload_optimizer),
+    ):
+        if device != "none":
+            zero[key] = zero.get(key, {}) | {"device": device}
+    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        # torch's AdamW steps on the CPU too, without a compiled op.
+        resolved["zero_force_ds_cpu_optimizer"] = False
     if not trainable:
         del resolved["gradient_clipping"]
-        resolved["zero_optimization"].pop("offload_optimizer", None)
+        zero.pop("offload_optimizer", None)
     _refuse_left_auto(resolved, path)
     return resolved
 
@@ -112,9 +125,15 @@ def _problems(template: dict[str, Any], config: Config, data_parallel_size: int)
         if section is not None and not disabled:
             problems.append(f"remove {key}: {reason}")
     zero = template.get("zero_optimization")
-    stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage != ZERO_STAGE:
-        problems.append(f"zero_optimization.stage must be {ZERO_STAGE} (got {stage!r})")
+    zero = zero if isinstance(zero, dict) else {}
+    if zero.get("stage") != ZERO_STAGE:
+        problems.append(
+            f"zero_optimization.stage must be {ZERO_STAGE} (got {zero.get('stage')!r}): other "
+            "stages are engine.zero_stage in the run's YAML and need no JSON"
+        )
+    for key in ("offload_param", "offload_optimizer"):
+        if zero.get(key, {}).get("device") == "nvme":
+            problems.append(f"zero_optimization.{key}: nvme is out of checkpoints' reach, use cpu")
     return problems + _bf16_problems(template.get("bf16", {}), config.model.dtype)
 
 

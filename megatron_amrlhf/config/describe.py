@@ -64,8 +64,13 @@ def section_fields(section: str, kind: str | None) -> tuple[str, ...]:
     if section == "algorithm":
         model = algorithm_models().get(kind or "")
         return tuple(model.model_fields) if model else ()
-    field = Config.model_fields.get(section)
-    return tuple(field.annotation.model_fields) if field else ()
+    model = Config
+    for name in section.split("."):
+        field = model.model_fields.get(name)
+        if field is None or not _is_section(field.annotation):
+            return ()
+        model = field.annotation
+    return tuple(model.model_fields)
 
 
 def format_value(value: Any) -> str:
@@ -79,8 +84,15 @@ def format_value(value: Any) -> str:
     return repr(value)
 
 
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def _section_keys(section: str, kind: str, model: type[BaseModel]) -> Iterator[Key]:
     for name, field in model.model_fields.items():
+        if _is_section(field.annotation):
+            yield from _section_keys(f"{section}.{name}", kind, field.annotation)
+            continue
         if section == "algorithm" and name == "kind":
             shown_type, default, description = repr(kind), "required", "picks the algorithm"
         else:

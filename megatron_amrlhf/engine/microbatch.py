@@ -1,4 +1,4 @@
-"""Rows of a batch cut into micro-batches of one shape for the pipeline."""
+"""Rows of a batch packed into micro-batches of one shape for the pipeline."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.config.schema import EngineSection
+from megatron_amrlhf.engine.packing import pack_rows, spread_rows
+from megatron_amrlhf.models.attention import Packing
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.parallel.mesh import Mesh
 
@@ -18,8 +21,8 @@ Outputs = Literal["before", "at", "given"]
 class OutputPlan:
     """Where the last stage computes outputs, and which ``[B, R]`` cell each output fills.
 
-    All 1-D int64 over the outputs of the whole batch: the row, the position in the row that the
-    model output is read at, and the column of the result.
+    All 1-D int64 over the outputs of the whole batch, by row: the row, the position in the row
+    that the model output is read at, and the column of the result.
     """
 
     rows: Tensor
@@ -44,24 +47,38 @@ def response_outputs(lengths: Tensor, prompt_lengths: Tensor, where: Outputs) ->
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A ``[b, T]`` block of rows on the compute device.
+    """Some rows of a batch end to end, on the compute device.
+
+    A micro-batch without rows is a normal case: other ranks may have more of them. It runs and is
+    differentiated as the others are, with outputs that count for nothing.
 
     Attributes:
-        tokens: ``[b, T]`` int64 padded right with 0; missing rows are all 0.
-        row_index: ``[b]`` int64 into the batch, -1 for a missing row.
-        output_index: ``[N]`` int64 into the flattened block; never empty, so that a block
-            without outputs is still in the graph (its one output is to be weighted 0).
-        output_rows: ``[n]`` row in the *batch* of each real output (``n`` may be 0).
+        tokens: ``[1, T]`` int64; 0 after the last row.
+        positions: ``[1, T]`` int64, from 0 in every row.
+        packing: the rows' lengths.
+        row_index: ``[b]`` int64 ascending, the rows' places in the batch.
+        output_index: ``[N]`` int64 into the positions, ``N`` at least 1, so that the head is in
+            the graph of every micro-batch.
+        targets: ``[N]`` int64 token that follows each output's position.
+        output_rows: ``[n]`` row in the *batch* of each real output (``n`` may be 0); these are
+            the first of the ``N``.
+        output_places: ``[n]`` row in this micro-batch.
         output_columns: ``[n]`` column of the result.
-        targets: ``[n]`` int64 token that follows each output's position.
     """
 
     tokens: Tensor
+    positions: Tensor
+    packing: Packing
     row_index: Tensor
     output_index: Tensor
-    output_rows: Tensor
-    output_columns: Tensor
     targets: Tensor
+    output_rows: Tensor
+    output_places: Tensor
+    output_columns: Tensor
+
+    @property
+    def num_rows(self) -> int:
+        return self.row_index.numel()
 
     @property
     def num_outputs(self) -> int:
@@ -69,49 +86,81 @@ class MicroBatch:
 
     def rectangle(self, values: Tensor, width: int) -> Tensor:
         """Puts ``[n]`` or ``[n, D]`` values into ``[b, width(, D)]``, by row; the rest is 0."""
-        local = self.output_rows - self.row_index[0]  # rows of a block are consecutive
-        out = values.new_zeros(self.tokens.shape[0], width, *values.shape[1:])
-        return out.index_put((local, self.output_columns), values)
+        out = values.new_zeros(self.num_rows, width, *values.shape[1:])
+        return out.index_put((self.output_places, self.output_columns), values)
 
 
 def cut_micro_batches(
-    rows: tuple[Tensor, ...], plan: OutputPlan, micro_batch_size: int, mesh: Mesh, equal: bool
+    rows: tuple[Tensor, ...],
+    plan: OutputPlan,
+    section: EngineSection,
+    mesh: Mesh,
+    together: int = 1,
+    equal: bool = False,
 ) -> list[MicroBatch]:
-    """Consecutive blocks of ``micro_batch_size`` rows, all padded to the longest row.
+    """Packs rows into micro-batches of one length.
 
     Args:
         rows: 1-D int64 CPU tensors.
         plan: outputs of the batch.
-        micro_batch_size: rows a block.
+        section: its limits of rows or tokens.
         mesh: the mesh.
-        equal: give every DP rank the same number of blocks (ZeRO-3 gathers in each forward);
-            ranks with fewer rows get blocks of missing rows. Then entered by all DP ranks.
+        together: this many consecutive rows (a pair) stay in one micro-batch.
+        equal: give every DP rank the same number of micro-batches (gradients are reduced over
+            them, weights gathered); ranks with fewer rows get some without rows. Then entered by
+            all DP ranks.
     """
-    count = -(-len(rows) // micro_batch_size)
+    lengths = [row.numel() for row in rows]
+    tokens = section.micro_batch_tokens
+    packed = pack_rows(lengths, together, None if tokens else section.micro_batch_size, tokens)
+    count = max(len(packed), 1)
     if equal:
         count = max_over(count, mesh.dp_group, mesh.device)
-    length = max((row.numel() for row in rows), default=1)
-    blocks = []
-    for start in range(0, count * micro_batch_size, micro_batch_size):
-        members = range(start, min(start + micro_batch_size, len(rows)))
-        tokens = torch.zeros(micro_batch_size, length, dtype=torch.int64)
-        for place, index in enumerate(members):
-            tokens[place, : rows[index].numel()] = rows[index]
-        row_index = torch.full((micro_batch_size,), -1, dtype=torch.int64)
-        row_index[: len(members)] = torch.tensor(list(members), dtype=torch.int64)
-        inside = (plan.rows >= start) & (plan.rows < start + micro_batch_size)
-        output_rows, positions = plan.rows[inside], plan.positions[inside]
-        index = (output_rows - start) * length + positions
-        following = (positions + 1).clamp(max=length - 1)
-        block = MicroBatch(
-            tokens=tokens,
-            row_index=row_index,
-            output_index=index if index.numel() else torch.zeros(1, dtype=torch.int64),
-            output_rows=output_rows,
-            output_columns=plan.columns[inside],
-            targets=tokens[output_rows - start, following],
-        )
-        blocks.append(
-            MicroBatch(**{name: value.to(mesh.device) for name, value in vars(block).items()})
-        )
-    return blocks
+    if mesh.cut.virtual > 1:
+        count = -(-count // mesh.pp_size) * mesh.pp_size  # the interleaved schedule's demand
+    if count > len(packed):
+        packed = spread_rows(lengths, together, count)
+    longest = max(sum(lengths[i] for i in block) for block in packed)
+    unit = mesh.tp_size if mesh.sequence_parallel else 1
+    num_positions = max(-(-longest // unit) * unit, unit)
+    return [_pack(rows, plan, members, num_positions, mesh) for members in packed]
+
+
+def _pack(
+    rows: tuple[Tensor, ...], plan: OutputPlan, members: list[int], num_positions: int, mesh: Mesh
+) -> MicroBatch:
+    lengths = torch.tensor([rows[i].numel() for i in members], dtype=torch.int64)
+    starts = lengths.cumsum(0) - lengths
+    padding = torch.zeros(num_positions - int(lengths.sum()), dtype=torch.int64)
+    tokens = torch.cat([*(rows[i] for i in members), padding])
+    positions = torch.cat([*(torch.arange(n) for n in lengths.tolist()), padding])
+    index = torch.tensor(members, dtype=torch.int64)
+    inside = torch.isin(plan.rows, index)
+    output_rows = plan.rows[inside]
+    places = torch.searchsorted(index, output_rows)
+    outputs = starts[places] + plan.positions[inside]
+    targets = tokens[(outputs + 1).clamp(max=num_positions - 1)]
+    if not outputs.numel():
+        outputs = targets = torch.zeros(1, dtype=torch.int64)
+
+    def move(x: Tensor) -> Tensor:
+        return x.to(mesh.device)
+
+    return MicroBatch(
+        tokens=move(tokens[None]),
+        positions=move(positions[None]),
+        packing=Packing(tuple(lengths.tolist())),
+        row_index=move(index),
+        output_index=move(outputs),
+        targets=move(targets),
+        output_rows=move(output_rows),
+        output_places=move(places),
+        output_columns=move(plan.columns[inside]),
+    )
+
+
+def in_row_order(pieces: list[Tensor], blocks: list[MicroBatch]) -> Tensor:
+    """Puts what was made of each micro-batch's rows, ``[b, ...]``, into the batch's order."""
+    order = torch.cat([block.row_index for block in blocks])
+    joined = torch.cat(pieces)
+    return torch.empty_like(joined).index_copy(0, order, joined)

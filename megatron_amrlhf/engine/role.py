@@ -1,26 +1,28 @@
-"""One model (actor, critic, reference or prm) on this rank: its stage under ZeRO-3."""
+"""One model (actor, critic, reference or prm) on this rank: a stage and how it is shared."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+import dataclasses
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import deepspeed
 import torch
-from torch import nn
-from transformers import AutoConfig, get_scheduler
+from transformers import AutoConfig
 
-from megatron_amrlhf.config.schema import OptimizerSection
-from megatron_amrlhf.engine.mpu import Mpu
+from megatron_amrlhf.config.deepspeed import resolve_deepspeed
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.engine.accumulator import GradientAccumulator
+from megatron_amrlhf.engine.partitioned import PartitionedWeights
+from megatron_amrlhf.engine.replicated import ReplicatedWeights
+from megatron_amrlhf.engine.weights import Weights, make_optimizer
 from megatron_amrlhf.models.loading import load_stage
-from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
+from megatron_amrlhf.models.mapping import stage_entries, tied_name
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
-from megatron_amrlhf.models.stage import StageModel
+from megatron_amrlhf.models.stage import StageModel, StageOptions
 from megatron_amrlhf.parallel.mesh import Mesh
-
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 
 
 @dataclass(frozen=True)
@@ -47,91 +49,66 @@ class RoleSpec:
 
 
 class Role:
-    """A stage partitioned by ZeRO-3 over its data-parallel group.
+    """A stage and its weights.
 
     Attributes:
-        module: the stage under DeepSpeed's hooks; its parameters are partitioned.
-        plain: a twin without hooks or storage. Inside ``window()`` its parameters are the
-            gathered weights, so decoding and scoring never touch DeepSpeed's hooks.
-        engine: the ``DeepSpeedEngine`` of the stage.
-        tied: this stage's copy of a tied embedding that another stage has too, or None.
+        shape: sizes of the whole model.
+        entries: how the stage's parameters lie in a Hugging Face folder.
+        tied: local name of this stage's copy of an embedding that another stage has too, or None.
+        weights: the stage's weights and optimizer over the data-parallel ranks.
     """
 
-    def __init__(self, spec: RoleSpec, ds_config: dict, optim: OptimizerSection, mesh: Mesh):
+    def __init__(self, spec: RoleSpec, config: Config, mesh: Mesh):
         self.spec, self.mesh = spec, mesh
         self.hf_config = AutoConfig.from_pretrained(spec.folder)
         self.shape: ModelShape = read_shape(read_hf_config(spec.folder))
+        place = (self.shape, mesh.cut, mesh.pp_rank, spec.head_outputs)
+        self.entries, self.tied = stage_entries(*place), tied_name(*place)
+        options = StageOptions(
+            sequence_parallel=mesh.sequence_parallel,
+            recompute=config.engine.recompute,
+            logit_positions=config.engine.logit_positions,
+        )
+        module = self._build(options).requires_grad_(spec.trainable)
+        load_stage(module, spec.head_outputs, ShardedWeights(spec.folder), mesh)
+        self.weights = self._share(module, options, config)
+
+    def _build(self, options: StageOptions) -> StageModel:
+        spec, mesh = self.spec, self.mesh
         build = (self.shape, self.hf_config, mesh, spec.dtype, spec.head_outputs)
-        self.module = StageModel(*build).to(mesh.device)
-        load_stage(self.module, ShardedWeights(spec.folder), mesh)
-        self.entries = stage_entries(self.shape, mesh.pp_rank, mesh.pp_size, spec.head_outputs)
-        self._mark_tensor_parallel()
-        self.tied = self._tied_copy()
-        self.module.requires_grad_(spec.trainable)
-        optimizer = scheduler = None
+        return StageModel(*build, options).to(mesh.device)
+
+    def _plain(self, options: StageOptions) -> StageModel:
+        """A stage for forwards of any length: sequence parallelism needs a multiple of TP."""
+        return self._build(dataclasses.replace(options, sequence_parallel=False))
+
+    def _share(self, module: StageModel, options: StageOptions, config: Config) -> Weights:
+        spec, mesh = self.spec, self.mesh
+        section = config.engine.of_role(spec.name)
+        optimizer = gradients = None
         if spec.trainable:
-            optimizer, scheduler = self._optimizer(optim)
-        self.engine, *_ = deepspeed.initialize(
-            model=self.module,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=ds_config,
-            mpu=Mpu(mesh),
-            dist_init_required=False,
-        )
-        self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
-        self.plain = StageModel(*build).to(mesh.device).eval().requires_grad_(False)
-        self._release_plain()
+            sizes = {name: x.numel() for name, x in module.named_parameters()}
+            whole = section.zero_stage == 0
+            gradients = GradientAccumulator(sizes, mesh, config.engine.reduce, whole)
+            optimizer = partial(
+                make_optimizer,
+                rate=spec.learning_rate,
+                total_steps=spec.total_steps,
+                section=config.optimizer,
+            )
+        if section.zero_stage < 3:
+            plain = self._plain(options) if options.sequence_parallel else None
+            shard = section.zero_stage == 1
+            return ReplicatedWeights(module, plain, optimizer, gradients, shard, mesh)
+        trainer = plain = None
+        if spec.trainable and config.engine.gather == "step":
+            trainer = self._build(options)
+        plain = self._plain(options) if options.sequence_parallel else trainer
+        plain = plain or self._plain(options)
+        ds_config = resolve_deepspeed(config, mesh.dp_size, spec.name, spec.trainable)
+        ds_config["gradient_clipping"] = 0.0  # train_step clips, by a norm that counts right
+        return PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
 
-    def _optimizer(self, optim: OptimizerSection):
-        optimizer = torch.optim.AdamW(
-            self.module.parameters(),
-            lr=self.spec.learning_rate,
-            betas=optim.betas,
-            eps=optim.eps,
-            weight_decay=optim.weight_decay,
-            fused=True,  # one pass over memory, on CPU too
-        )
-        scheduler = get_scheduler(
-            SCHEDULES[optim.schedule],
-            optimizer,
-            num_warmup_steps=optim.warmup_steps,
-            num_training_steps=max(self.spec.total_steps, 1),
-        )
-        return optimizer, scheduler
-
-    def _mark_tensor_parallel(self) -> None:
-        """Marks the parameters that are cut over the tensor axis, as the gradient norm needs it."""
-        parameters = dict(self.module.named_parameters())
-        for entry in self.entries:
-            parameters[entry.local].tensor_model_parallel = entry.layout is not REPLICATED
-
-    def _tied_copy(self) -> nn.Parameter | None:
-        lm_head = self.spec.head_outputs is None
-        if not (self.shape.tied and lm_head and self.mesh.pp_size > 1):
-            return None
-        if self.mesh.is_first_stage:
-            return self.module.embedding.word_embeddings.weight
-        if self.mesh.is_last_stage:
-            return self.module.output_layer.weight
-        return None
-
-    def _release_plain(self) -> None:
-        for parameter in self.plain.parameters():
-            parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
-
-    @contextmanager
-    def window(self):
-        """Gathers the stage's weights once and yields the plain twin to run forwards with.
-
-        Entered by every rank of the stage's data-parallel group. Inside, ranks may run
-        different numbers of forwards. Gradients are off and the twin is in eval mode.
-        """
-        sources = list(self.module.parameters())
-        with torch.no_grad(), deepspeed.zero.GatheredParameters(sources):
-            for source, target in zip(sources, self.plain.parameters(), strict=True):
-                target.data = source.data
-            try:
-                yield self.plain
-            finally:
-                self._release_plain()
+    def window(self) -> AbstractContextManager[StageModel]:
+        """``Weights.window`` of this role."""
+        return self.weights.window()

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.engine.microbatch import MicroBatch
-from megatron_amrlhf.models.stage import StageModel
+from megatron_amrlhf.models.stage import LogitsFunction, StageModel
 from megatron_amrlhf.parallel.pipeline import run_pipeline
 
 # (last stage's output, micro-batch) -> (loss of the micro-batch scaled for the step, anything)
@@ -16,78 +17,95 @@ LossFunction = Callable[[Tensor, MicroBatch], tuple[Tensor, object]]
 CollectFunction = Callable[[Tensor, MicroBatch], object]
 
 
-class StageHandle(nn.Module):
-    """What megatron-core's schedules need of a model, around a DeepSpeed engine or a bare stage.
+class ChunkHandle(nn.Module):
+    """What megatron-core's schedules need of a model chunk, around whatever runs the stage.
 
     A DeepSpeed engine has a ``config`` of its own, which the schedules would take for theirs.
     """
 
-    def __init__(self, stage: StageModel, call: Callable):
+    def __init__(self, stage: StageModel, index: int, call: Callable):
         super().__init__()
-        self.config, self.model_type = stage.config, stage.model_type
-        self.set_input_tensor = stage.set_input_tensor
+        chunk = stage.chunks[index]
+        self.config, self.model_type = chunk.config, chunk.model_type
+        self.set_input_tensor = chunk.set_input_tensor
+        self.index, self.is_last = index, index == len(stage.chunks) - 1
         self._call = [call]  # in a list, so that it is not registered as a submodule
 
-    def forward(self, *args, **kwargs) -> Tensor:
-        return self._call[0](*args, **kwargs)
+    def run(self, block: MicroBatch, function: LogitsFunction | None) -> Tensor:
+        """The chunk's activations or outputs of a micro-batch."""
+        return self._call[0](
+            self.index,
+            block.tokens,
+            output_index=block.output_index,
+            positions=block.positions,
+            rows=block.packing,
+            targets=block.targets,
+            function=function,
+        )
 
 
 def run_forward(
     stage: StageModel,
+    cut: PipelineCut,
     blocks: list[MicroBatch],
+    function: LogitsFunction | None,
     collect: CollectFunction,
-    on_block: Callable[[], None],
+    on_block: Callable[[int], None],
 ) -> list:
     """Forward only. Returns what ``collect`` gave for each block on the last stage, else [].
 
-    ``on_block`` is called after the forward of each block on every stage (for progress bars).
+    Args:
+        stage: the whole stage.
+        cut: the pipeline axis.
+        blocks: micro-batches of one length.
+        function: reads the logits of a language model; None: outputs are as the head gives them.
+        collect: called with the real outputs of each block on the last stage.
+        on_block: called with the rows of each block after its forward on every stage.
     """
-    if not blocks:
-        return []
 
-    def forward_step(iterator, model):
+    def forward_step(iterator, handle: ChunkHandle):
         block = next(iterator)
-        output = model(block.tokens, output_index=block.output_index)
-        on_block()
+        output = handle.run(block, function)
+        if handle.is_last:
+            on_block(block.num_rows)
 
         def keep(output: Tensor, non_loss_data: bool = True) -> object:
             return collect(output[: block.num_outputs], block)
 
         return output, keep
 
-    return _run(StageHandle(stage, stage), blocks, forward_step, forward_only=True)
+    return _run(stage, stage, cut, blocks, forward_step, forward_only=True)
 
 
 def run_forward_backward(
     stage: StageModel,
-    engine: Callable,
+    call: Callable,
+    cut: PipelineCut,
     blocks: list[MicroBatch],
+    function: LogitsFunction | None,
     loss: LossFunction,
-    before_backward: Callable[[], None] | None,
-    on_block: Callable[[], None],
+    on_block: Callable[[int], None],
 ) -> list:
     """1F1B (or plain accumulation at PP 1) with one backward a block.
 
     Args:
         stage: the stage.
-        engine: the DeepSpeed engine around it, called for each forward.
-        blocks: micro-batches of one shape, as many on every DP rank.
+        call: runs the stage: itself, or the DeepSpeed engine around it.
+        cut: the pipeline axis.
+        blocks: micro-batches of one length, as many on every DP rank.
+        function: reads the logits of a language model; None: outputs are as the head gives them.
         loss: the loss of a block, called on the last stage; its gradient is used as it is.
-        before_backward: called before the backward of each block on every stage.
-        on_block: called after the forward of each block on every stage.
+        on_block: called with the rows of each block after its forward on every stage.
 
     Returns:
         The second results of ``loss`` on the last stage, else [].
     """
 
-    def forward_step(iterator, model):
+    def forward_step(iterator, handle: ChunkHandle):
         block = next(iterator)
-        output = model(block.tokens, output_index=block.output_index)
-        on_block()
-        if before_backward is not None and output.requires_grad:
-            # A view made after the engine's output hooks: its own hook runs before theirs.
-            output = output.view_as(output)
-            output.register_hook(lambda grad: before_backward())
+        output = handle.run(block, function)
+        if handle.is_last:
+            on_block(block.num_rows)
 
         def scaled(output: Tensor):
             value, extra = loss(output, block)
@@ -95,9 +113,19 @@ def run_forward_backward(
 
         return output, scaled
 
-    return _run(StageHandle(stage, engine), blocks, forward_step, forward_only=False)
+    return _run(stage, call, cut, blocks, forward_step, forward_only=False)
 
 
-def _run(handle: StageHandle, blocks: list[MicroBatch], forward_step, forward_only: bool) -> list:
-    shape = tuple(blocks[0].tokens.shape)
-    return run_pipeline(handle, forward_step, iter(blocks), len(blocks), shape, forward_only)
+def _run(
+    stage: StageModel,
+    call: Callable,
+    cut: PipelineCut,
+    blocks: list[MicroBatch],
+    forward_step: Callable,
+    forward_only: bool,
+) -> list:
+    handles = [ChunkHandle(stage, index, call) for index in range(len(stage.chunks))]
+    length = blocks[0].tokens.shape[1]
+    return run_pipeline(
+        handles, cut, forward_step, lambda: iter(blocks), len(blocks), length, forward_only
+    )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.gradients import global_norm, reduce_tied, scale_gradients
-from megatron_amrlhf.engine.microbatch import OutputPlan, cut_micro_batches
+from megatron_amrlhf.engine.gradients import global_norm, sum_copies
+from megatron_amrlhf.engine.microbatch import (
+    OutputPlan,
+    cut_micro_batches,
+    in_row_order,
+)
 from megatron_amrlhf.engine.role import Role, RoleSpec
 from megatron_amrlhf.engine.schedule import (
     CollectFunction,
@@ -20,6 +22,7 @@ from megatron_amrlhf.engine.schedule import (
     run_forward,
     run_forward_backward,
 )
+from megatron_amrlhf.models.stage import LogitsFunction
 from megatron_amrlhf.parallel.mesh import Mesh
 
 
@@ -38,7 +41,11 @@ class StepResult:
     skipped: bool
 
 
-def nothing() -> None:
+# Called with the number of rows after the forward of each micro-batch, for progress bars.
+OnBlock = Callable[[int], None]
+
+
+def nothing(num_rows: int) -> None:
     """The default callback."""
 
 
@@ -61,10 +68,8 @@ class Zero3Engine:
         self._skipped_in_a_row = 0
 
     def add_role(self, spec: RoleSpec) -> Role:
-        """Builds, loads and partitions a model. Entered by every rank, in the same order."""
-        ds_config = resolve_deepspeed(self.config, self.mesh.dp_size, spec.trainable)
-        ds_config["gradient_clipping"] = 0.0  # train_step clips, by a norm that counts right
-        self.roles[spec.name] = Role(spec, ds_config, self.config.optimizer, self.mesh)
+        """Builds, loads and shares a model. Entered by every rank, in the same order."""
+        self.roles[spec.name] = Role(spec, self.config, self.mesh)
         return self.roles[spec.name]
 
     def score(
@@ -72,74 +77,87 @@ class Zero3Engine:
         name: str,
         rows: tuple[Tensor, ...],
         plan: OutputPlan,
+        function: LogitsFunction | None,
         collect: CollectFunction,
-        on_block: Callable[[], None] = nothing,
-    ) -> list:
+        on_block: OnBlock = nothing,
+    ) -> Tensor | None:
         """Forward passes of a role over ``rows`` in a gather window. Entered by every rank.
 
+        Args:
+            name: the role.
+            rows: 1-D int64 CPU tensors.
+            plan: where outputs are computed.
+            function: reads the logits of a language model; None for a linear head.
+            collect: makes ``[b, ...]`` of a micro-batch's outputs ``[n, ...]``.
+            on_block: called with the number of rows after each micro-batch.
+
         Returns:
-            ``collect(outputs [n, ...], micro_batch)`` of each block on the last stage, else [].
+            ``[B, ...]`` in the order of ``rows`` on the last stage, else None.
         """
-        size = self.config.engine.micro_batch_size
-        blocks = cut_micro_batches(rows, plan, size, self.mesh, equal=False)
-        with self.roles[name].window() as module:
-            return run_forward(module, blocks, collect, on_block)
+        mesh = self.mesh
+        blocks = cut_micro_batches(rows, plan, self.config.engine, mesh)
+        with self.roles[name].window() as stage:
+            pieces = run_forward(stage, mesh.cut, blocks, function, collect, on_block)
+        return in_row_order(pieces, blocks) if mesh.is_last_stage else None
 
     def train_step(
         self,
         name: str,
         rows: tuple[Tensor, ...],
         plan: OutputPlan,
+        function: LogitsFunction | None,
         loss: LossFunction,
-        on_block: Callable[[], None] = nothing,
+        together: int = 1,
+        on_block: OnBlock = nothing,
     ) -> StepResult:
         """One optimizer step of a role: forward and backward of all blocks, clip, update.
 
-        ``loss`` gets the outputs ``[N, ...]`` of a block (the first ``num_outputs`` are real)
-        and returns the block's part of the step's loss, multiplied by the DP size (ZeRO
-        averages over DP), and anything to hand back. Entered by every rank.
+        Args:
+            name: the role.
+            rows: 1-D int64 CPU tensors.
+            plan: where outputs are computed.
+            function: reads the logits of a language model; None for a linear head.
+            loss: gets the outputs ``[N, ...]`` of a block (the first ``num_outputs`` are real)
+                and returns the block's part of the step's loss, multiplied by the DP size (the
+                gradient is the mean over DP), and anything to hand back.
+            together: this many consecutive rows (a pair) stay in one micro-batch.
+            on_block: called with the number of rows after the forward of each micro-batch.
+
+        Entered by every rank.
 
         Raises:
             NonFiniteGradients: ``engine.max_skipped_steps`` steps in a row were skipped.
         """
-        role = self.roles[name]
-        size = self.config.engine.micro_batch_size
-        blocks = cut_micro_batches(rows, plan, size, self.mesh, equal=True)
-        role.engine.train()
-        with self._reduction(role) as before_backward:
+        role, mesh = self.roles[name], self.mesh
+        weights, gradients = role.weights, role.weights.gradients
+        blocks = cut_micro_batches(rows, plan, self.config.engine, mesh, together, equal=True)
+        with weights.training() as call:
             extras = run_forward_backward(
-                role.module, role.engine, blocks, loss, before_backward, on_block
+                weights.stage, call, mesh.cut, blocks, function, loss, on_block
             )
-        optimizer = role.engine.optimizer
-        reduce_tied(optimizer, role.tied, self.mesh)
-        norm = global_norm(optimizer, role.tied, self.mesh)
-        skipped = not math.isfinite(norm)
-        if skipped:
+        sum_copies(gradients, role.entries, role.tied, mesh)
+        norm = global_norm(gradients, role.entries, role.tied, mesh)
+        if not math.isfinite(norm):
             self._skip(role, norm)
             return StepResult(extras, norm, True)
         limit = self.config.optimizer.max_grad_norm
         if limit and norm > limit:
-            scale_gradients(optimizer, limit / (norm + 1e-6))
-        role.engine.step()
+            gradients.scale(limit / (norm + 1e-6))
+        weights.update()
         self._skipped_in_a_row = 0
         return StepResult(extras, norm, False)
 
-    @contextmanager
-    def _reduction(self, role: Role):
-        """Reduces gradients once a step or a micro-batch; both are right with several in flight.
+    def counters(self) -> dict[str, int]:
+        """Counters of skipped steps, JSON-able and equal on every rank."""
+        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
 
-        Without either, ZeRO-3 sums gradients of interleaved micro-batches wrongly and silently.
-        """
-        if self.config.engine.reduce == "step":
-            with role.engine.coalesce_grad_reduction():
-                yield None
-        else:
-            with nullcontext():
-                yield role.engine.optimizer.clear_backward_seen_flag
+    def set_counters(self, counters: dict[str, int]) -> None:
+        """Puts back what ``counters`` gave."""
+        self.skipped_steps = counters["skipped_steps"]
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
 
     def _skip(self, role: Role, norm: float) -> None:
-        role.engine.optimizer.zero_grad()
-        role.engine.optimizer.averaged_gradients = {}
+        role.weights.skip()
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.config.engine.max_skipped_steps:

@@ -1,7 +1,7 @@
-"""The attention of every stage: rotary positions, KV cache and torch's SDPA in one module.
+"""The attention of every stage: rotary positions, packing, KV cache and torch's SDPA in one module.
 
-Rows are padded on the right, so plain causal attention never lets a real token see padding and
-training needs no mask at all. Decoding keeps each row at its own length in the cache.
+Training and scoring pack rows end to end, and each row attends to itself alone, so no mask and no
+padding between rows is needed. Decoding keeps each row at its own length in the cache.
 """
 
 from __future__ import annotations
@@ -12,6 +12,16 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+NO_DROPOUT = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Rows of the given ``lengths`` end to end in one row of positions; what is left is padding."""
+
+    lengths: tuple[int, ...]
 
 
 @dataclass
@@ -22,7 +32,6 @@ class KVCache:
     ``lengths`` ``[B]`` int64 counts the tokens of each row that are in the cache.
     """
 
-    num_layers: int
     lengths: Tensor
     capacity: int
     keys: list[Tensor] = field(default_factory=list)
@@ -66,28 +75,55 @@ class RotarySdpaAttention(SelfAttention):
     """megatron-core's fused-qkv self-attention around ``scaled_dot_product_attention``.
 
     ``rotary_pos_emb`` carries ``[2, B or 1, T, head_dim]`` cos and sin tables; ``attention_mask``
-    carries a ``KVCache`` while decoding and is None otherwise (causal).
+    carries a ``KVCache`` while decoding, a ``Packing`` of one row of positions, or None (causal).
     """
 
-    cache_index: int = -1  # position of this layer in its stage, set by the stage model
+    cache_index: int = -1  # position of this layer in its chunk, set by the stage model
+    recompute: bool = False  # the part between the two linear layers, in the backward
 
     def forward(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **_unused):
-        cache: KVCache | None = attention_mask
         query, key, value = self.get_query_key_value_tensors(hidden_states)
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(
+                self._core, query, key, value, rotary_pos_emb, attention_mask, **NO_DROPOUT
+            )
+        else:
+            out = self._core(query, key, value, rotary_pos_emb, attention_mask)
+        return self.linear_proj(out)
+
+    def _core(self, query, key, value, rotary: Tensor, rows: KVCache | Packing | None) -> Tensor:
+        """``[T, B, heads * d]`` of ``[T, B, heads, d]`` queries, keys and values."""
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        cos, sin = rotary_pos_emb
+        cos, sin = rotary
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         bias, causal = None, True
-        if cache is not None and query.shape[2] > 1:
-            cache.prefill(self.cache_index, key, value)
-        elif cache is not None:
-            key, value = cache.append(self.cache_index, key, value)
+        if isinstance(rows, KVCache) and query.shape[2] > 1:
+            rows.prefill(self.cache_index, key, value)
+        elif isinstance(rows, KVCache):
+            key, value = rows.append(self.cache_index, key, value)
             positions = torch.arange(key.shape[2], device=key.device)
-            bias = (positions[None, :] <= cache.lengths[:, None])[:, None, None, :]
+            bias = (positions[None, :] <= rows.lengths[:, None])[:, None, None, :]
             causal = False
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
-        out = out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
-        return self.linear_proj(out)
+        if isinstance(rows, Packing):
+            out = _attend_within_rows(query, key, value, rows.lengths)
+        else:
+            out = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=bias, is_causal=causal
+            )
+        return out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
+
+
+def _attend_within_rows(
+    query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...]
+) -> Tensor:
+    """Causal attention inside each packed row of ``[1, heads, T, d]``; 0 at padding."""
+    padding = query.shape[2] - sum(lengths)
+    if not lengths:
+        return query * 0  # in the graph, as every parameter must be
+    sizes = [*lengths, padding]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
+    rows = [F.scaled_dot_product_attention(*part, is_causal=True) for part in list(parts)[:-1]]
+    return F.pad(torch.cat(rows, dim=2), (0, 0, 0, padding))

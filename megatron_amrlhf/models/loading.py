@@ -12,7 +12,9 @@ from megatron_amrlhf.parallel.mesh import Mesh
 
 
 @torch.no_grad()
-def load_stage(model: StageModel, weights: ShardedWeights, mesh: Mesh) -> None:
+def load_stage(
+    model: StageModel, head_outputs: int | None, weights: ShardedWeights, mesh: Mesh
+) -> None:
     """Copies this rank's shard of every parameter of the stage.
 
     A linear head that the folder does not have starts at zero (its outputs are 0 for every
@@ -22,7 +24,7 @@ def load_stage(model: StageModel, weights: ShardedWeights, mesh: Mesh) -> None:
         UserError: a tensor is missing or has another shape than the config says.
     """
     parameters = dict(model.named_parameters())
-    entries = stage_entries(model.shape, mesh.pp_rank, mesh.pp_size, model.head_outputs)
+    entries = stage_entries(model.shape, mesh.cut, mesh.pp_rank, head_outputs)
     names = {entry.local for entry in entries}
     assert names == set(parameters), names.symmetric_difference(parameters)
     for entry in entries:

@@ -13,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.models.shape import ModelShape
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"  # in a chunk
+HF_EMBEDDING = "model.embed_tokens.weight"
+HEAD_PARTS = ("weight", "bias")
 HEAD_FILE_PREFIX = "head."  # names of a linear head in exported folders: head.weight, head.bias
 
 
@@ -82,9 +86,14 @@ class Entry:
     hf: tuple[str, ...]
     layout: Layout
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether it is the weight of a norm, which sees a part of the positions in SP."""
+        return self.local.endswith("layernorm.weight")
 
-def _layer_entries(local_index: int, layer: int, shape: ModelShape) -> list[Entry]:
-    here, there = f"decoder.layers.{local_index}.", f"model.layers.{layer}."
+
+def _layer_entries(prefix: str, layer: int, shape: ModelShape) -> list[Entry]:
+    here, there = prefix, f"model.layers.{layer}."
     qkv = [f"{there}self_attn.{x}_proj." for x in "qkv"]
     entries = [
         Entry(f"{here}input_layernorm.weight", (f"{there}input_layernorm.weight",), REPLICATED),
@@ -112,23 +121,39 @@ def _layer_entries(local_index: int, layer: int, shape: ModelShape) -> list[Entr
 
 
 def stage_entries(
-    shape: ModelShape, pp_rank: int, pp_size: int, head_outputs: int | None
+    shape: ModelShape, cut: PipelineCut, stage: int, head_outputs: int | None
 ) -> list[Entry]:
     """All parameters of a stage. The LM head of a tied model maps to the embedding's name."""
-    embedding = "model.embed_tokens.weight"
-    per_stage = shape.num_layers // pp_size
     entries = []
-    if pp_rank == 0:
-        entries.append(Entry("embedding.word_embeddings.weight", (embedding,), VOCAB))
-    for local_index in range(per_stage):
-        entries += _layer_entries(local_index, pp_rank * per_stage + local_index, shape)
-    if pp_rank == pp_size - 1:
-        entries.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED))
-        if head_outputs is not None:
-            entries.append(Entry("output_layer.weight", ("head.weight",), REPLICATED))
-            entries.append(Entry("output_layer.bias", ("head.bias",), REPLICATED))
-        elif not shape.tied:
-            entries.append(Entry("output_layer.weight", ("lm_head.weight",), VOCAB))
-        elif pp_size > 1:
-            entries.append(Entry("output_layer.weight", (embedding,), VOCAB))
+    for index, chunk in enumerate(cut.chunks(shape.num_layers, stage)):
+        here = f"chunks.{index}."
+        if chunk.has_embedding:
+            entries.append(Entry(f"{here}{EMBEDDING}", (HF_EMBEDDING,), VOCAB))
+        for place, layer in enumerate(chunk.layers):
+            entries += _layer_entries(f"{here}decoder.layers.{place}.", layer, shape)
+        if chunk.has_head:
+            entries += _head_entries(here, shape, cut, head_outputs)
     return entries
+
+
+def _head_entries(
+    here: str, shape: ModelShape, cut: PipelineCut, head_outputs: int | None
+) -> list[Entry]:
+    norm = Entry(f"{here}decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED)
+    if head_outputs is not None:
+        parts = [Entry(f"{here}output_layer.{x}", (f"head.{x}",), REPLICATED) for x in HEAD_PARTS]
+        return [norm, *parts]
+    if not shape.tied:
+        return [norm, Entry(f"{here}{HEAD}", ("lm_head.weight",), VOCAB)]
+    return [norm, Entry(f"{here}{HEAD}", (HF_EMBEDDING,), VOCAB)] if cut.stages > 1 else [norm]
+
+
+def tied_name(
+    shape: ModelShape, cut: PipelineCut, stage: int, head_outputs: int | None
+) -> str | None:
+    """Local name of this stage's copy of an embedding that another stage has too, or None."""
+    if not shape.tied or head_outputs is not None or cut.stages == 1:
+        return None
+    if stage == 0:
+        return f"chunks.0.{EMBEDDING}"
+    return f"chunks.{cut.virtual - 1}.{HEAD}" if stage == cut.stages - 1 else None

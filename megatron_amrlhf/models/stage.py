@@ -2,35 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_amrlhf.models.attention import KVCache, RotarySdpaAttention
+from megatron_amrlhf.models.attention import NO_DROPOUT, KVCache, Packing, RotarySdpaAttention
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.parallel.mesh import Mesh
+
+
+class Norm:
+    """Builds torch's RMSNorm; megatron-core's own wrapper refuses sequence parallelism."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused):
+        norm = nn.RMSNorm(hidden_size, eps, dtype=config.params_dtype)
+        # Each tensor rank sees a part of the positions: engine/gradients.py sums over them.
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class Layer(TransformerLayer):
+    """A layer that can throw its activations away and compute them again in the backward."""
+
+    recompute: bool = False
+
+    def forward(self, *args, **kwargs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().forward, *args, **kwargs, **NO_DROPOUT)
+        return super().forward(*args, **kwargs)
 
 
 def layer_spec() -> ModuleSpec:
     """A Llama-style layer without Transformer Engine, the same on CPU and GPU."""
     return ModuleSpec(
-        module=TransformerLayer,
+        module=Layer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=WrappedTorchNorm,
+            input_layernorm=Norm,
             self_attention=ModuleSpec(
                 module=RotarySdpaAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -41,7 +67,7 @@ def layer_spec() -> ModuleSpec:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=WrappedTorchNorm,
+            pre_mlp_layernorm=Norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(
@@ -53,8 +79,31 @@ def layer_spec() -> ModuleSpec:
     )
 
 
-def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> TransformerConfig:
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes; none of it changes the weights or, but for rounding, the outputs.
+
+    Attributes:
+        sequence_parallel: norms and residuals hold 1/TP of the positions. Not for decoding.
+        recompute: activations computed again in the backward: none, the attention between its
+            linear layers (selective, https://arxiv.org/abs/2205.05198), or whole layers (full).
+        logit_positions: positions whose logits exist at a time where the head is read by a
+            function; logits of other chunks are computed again in the backward.
+    """
+
+    sequence_parallel: bool = False
+    recompute: Literal["none", "selective", "full"] = "none"
+    logit_positions: int = 2048
+
+
+PLAIN = StageOptions()
+
+
+def transformer_config(
+    shape: ModelShape, mesh: Mesh, dtype: torch.dtype, sequence_parallel: bool
+) -> TransformerConfig:
     """megatron-core's configuration of a model on this mesh; nothing is fused or compiled."""
+    interleaved = mesh.cut.virtual > 1
     return TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -71,7 +120,11 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp_size,
+        sequence_parallel=sequence_parallel,
         pipeline_model_parallel_size=mesh.pp_size,
+        virtual_pipeline_model_parallel_size=mesh.cut.virtual if interleaved else None,
+        num_layers_in_first_pipeline_stage=mesh.cut.first_layers,
+        num_layers_in_last_pipeline_stage=mesh.cut.last_layers,
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -82,13 +135,70 @@ def transformer_config(shape: ModelShape, mesh: Mesh, dtype: torch.dtype) -> Tra
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=False,
+        # Interleaved, two neighbours at PP 2 exchange both ways at once, which one batch of
+        # operations would mix up; single operations in a fixed order do not.
+        batch_p2p_comm=not interleaved,
+        overlap_p2p_comm=interleaved,
         batch_p2p_sync=False,
         calculate_per_token_loss=True,  # the losses are scaled in losses/reduce.py alone
     )
 
 
-class StageModel(GPTModel):
-    """The layers of one pipeline stage, with the LM head or a linear head on the last.
+# ([n, V_padded / TP] logits, [n] int64 token ids that follow) -> [n, ...] float32
+LogitsFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class LmHead(ColumnParallelLinear):
+    """The vocabulary-parallel head; its input holds all positions on every tensor rank."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, tp_size: int, own: bool):
+        super().__init__(
+            config.hidden_size,
+            shape.padded_vocab(tp_size),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=not own,
+        )
+        self.sequence_parallel, self.allreduce_dgrad = False, tp_size > 1
+
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        weight: Tensor | None = None,
+        targets: Tensor | None = None,
+        function: LogitsFunction | None = None,
+        positions: int = 0,
+    ) -> Tensor:
+        """``[N, V_padded / TP]`` logits, or what ``function`` makes of them.
+
+        Args:
+            hidden_NH: ``[N, H]``.
+            weight: the embedding's, where it is tied and on this stage.
+            targets: ``[N]``, the function's second argument.
+            function: reads the logits, ``positions`` at a time.
+            positions: how many positions' logits exist at a time.
+        """
+
+        def logits(hidden: Tensor) -> Tensor:
+            return super(LmHead, self).forward(hidden[:, None], weight=weight)[0][:, 0]
+
+        def read(hidden: Tensor, following: Tensor) -> Tensor:
+            return function(logits(hidden), following)
+
+        if function is None:
+            return logits(hidden_NH)
+        if hidden_NH.shape[0] <= positions:
+            return read(hidden_NH, targets)
+        # Nearly equal chunks: products of few rows round otherwise than those of many.
+        count = -(-hidden_NH.shape[0] // positions)
+        chunks = zip(hidden_NH.tensor_split(count), targets.tensor_split(count), strict=True)
+        return torch.cat([checkpoint(read, *chunk, **NO_DROPOUT) for chunk in chunks])
+
+
+class StageChunk(GPTModel):
+    """Consecutive layers of a model, with the embedding before and the head after if they do.
 
     Args:
         shape: sizes of the whole model.
@@ -96,6 +206,8 @@ class StageModel(GPTModel):
         mesh: where this stage stands.
         dtype: of all parameters.
         head_outputs: None for the LM head; else the outputs of a linear head with bias.
+        options: how it computes.
+        index: which of the rank's chunks it is.
     """
 
     def __init__(
@@ -104,32 +216,37 @@ class StageModel(GPTModel):
         hf_config: AutoConfig,
         mesh: Mesh,
         dtype: torch.dtype,
-        head_outputs: int | None = None,
+        head_outputs: int | None,
+        options: StageOptions,
+        index: int,
     ):
+        chunk = mesh.cut.chunks(shape.num_layers, mesh.pp_rank)[index]
+        # The copies of a tied embedding on two stages are ours to keep equal (engine/).
+        shared = shape.tied and mesh.pp_size == 1 and head_outputs is None
         super().__init__(
-            config=transformer_config(shape, mesh, dtype),
+            config=transformer_config(shape, mesh, dtype, options.sequence_parallel),
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec()] * (shape.num_layers // mesh.pp_size),
-                layer_norm=WrappedTorchNorm,
+                layer_specs=[layer_spec()] * len(chunk.layers), layer_norm=Norm
             ),
             vocab_size=shape.padded_vocab(mesh.tp_size),
             max_sequence_length=shape.max_positions,
-            pre_process=mesh.is_first_stage,
-            post_process=mesh.is_last_stage,
-            # The copies of a tied embedding on two stages are ours to keep equal (engine/tied.py).
-            share_embeddings_and_output_weights=(
-                shape.tied and mesh.pp_size == 1 and head_outputs is None
-            ),
+            pre_process=chunk.has_embedding,
+            post_process=chunk.has_head,
+            share_embeddings_and_output_weights=shared,
             position_embedding_type="none",
+            vp_stage=index if mesh.cut.virtual > 1 else None,
         )
-        self.shape = shape
-        self.head_outputs = head_outputs
-        if head_outputs is not None and self.post_process:
+        self.shape, self.head_outputs, self.options = shape, head_outputs, options
+        if self.post_process and head_outputs is None:
+            self.output_layer = LmHead(self.config, shape, mesh.tp_size, own=not shared)
+        elif self.post_process:
             self.output_layer = nn.Linear(
                 shape.hidden_size, head_outputs, dtype=dtype, device=mesh.device
             )
-        for index, layer in enumerate(self.decoder.layers):
-            layer.self_attention.cache_index = index
+        for place, layer in enumerate(self.decoder.layers):
+            layer.self_attention.cache_index = place
+            layer.self_attention.recompute = options.recompute == "selective"
+            layer.recompute = options.recompute == "full"
         # In a tuple, so that casting the module (DeepSpeed does, to bfloat16) leaves the
         # frequencies in float32.
         self._rotary = (LlamaRotaryEmbedding(hf_config).to(mesh.device),)
@@ -144,19 +261,24 @@ class StageModel(GPTModel):
         tokens: Tensor,
         output_index: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KVCache | None = None,
+        rows: KVCache | Packing | None = None,
+        targets: Tensor | None = None,
+        function: LogitsFunction | None = None,
     ) -> Tensor:
-        """Runs the stage on ``tokens`` or on the activations of the stage before.
+        """Runs the chunk on ``tokens`` or on the activations of the chunk before.
 
         Args:
             tokens: ``[B, T]`` int64, padded on the right.
             output_index: ``[N]`` int64 into the flattened ``B * T`` positions: where the last
-                stage computes outputs; None means everywhere.
+                chunk computes outputs; None means everywhere.
             positions: ``[B, T]`` rotary positions; None means ``0..T-1`` in every row.
-            cache: keys and values while decoding.
+            rows: keys and values while decoding, or how rows are packed into one (``B`` 1).
+            targets: ``[N]`` token ids that follow, for ``function``.
+            function: reads the logits on the last chunk of a language model.
 
         Returns:
-            ``[T, B, H]`` activations; on the last stage ``[N, V_padded / TP]`` logits or
+            ``[T, B, H]`` activations (``[T / TP, B, H]`` in sequence parallelism); on the last
+            chunk ``[N, V_padded / TP]`` logits, ``[N, ...]`` of ``function``, or
             ``[N, head_outputs]`` head outputs.
         """
         hidden_TBH = None
@@ -166,11 +288,16 @@ class StageModel(GPTModel):
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
         hidden_TBH = self.decoder(
             hidden_states=hidden_TBH,
-            attention_mask=cache,
+            attention_mask=rows,
             rotary_pos_emb=self.rotary_tables(positions, self.config.params_dtype),
         )
         if not self.post_process:
             return hidden_TBH
+        if self.options.sequence_parallel:
+            # Every tensor rank reads all positions, so the gradient is whole on each.
+            hidden_TBH = gather_from_sequence_parallel_region(
+                hidden_TBH, tensor_parallel_output_grad=False
+            )
         hidden_NH = hidden_TBH.transpose(0, 1).reshape(-1, hidden_TBH.shape[-1])
         if output_index is not None:
             hidden_NH = hidden_NH[output_index]
@@ -179,5 +306,32 @@ class StageModel(GPTModel):
         weight = None
         if self.share_embeddings_and_output_weights:
             weight = self.shared_embedding_or_output_weight()
-        logits, _ = self.output_layer(hidden_NH[:, None], weight=weight)
-        return logits[:, 0]
+        return self.output_layer(hidden_NH, weight, targets, function, self.options.logit_positions)
+
+
+class StageModel(nn.Module):
+    """All chunks of a rank; arguments as ``StageChunk``'s."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        hf_config: AutoConfig,
+        mesh: Mesh,
+        dtype: torch.dtype,
+        head_outputs: int | None = None,
+        options: StageOptions = PLAIN,
+    ):
+        super().__init__()
+        self.shape = shape
+        self.chunks = nn.ModuleList(
+            StageChunk(shape, hf_config, mesh, dtype, head_outputs, options, index)
+            for index in range(mesh.cut.virtual)
+        )
+
+    @property
+    def config(self) -> TransformerConfig:
+        return self.chunks[0].config
+
+    def forward(self, index: int, *args, **kwargs) -> Tensor:
+        """Runs chunk ``index``."""
+        return self.chunks[index](*args, **kwargs)

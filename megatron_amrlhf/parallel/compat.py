@@ -13,6 +13,7 @@ import os
 import torch
 import torch.distributed as dist
 from megatron.core import jit as megatron_jit
+from megatron.core import utils as megatron_utils
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import layers, mappings
 
@@ -26,7 +27,7 @@ from deepspeed.runtime.zero import (
     stage3,
 )
 
-MEGATRON_MODULES = (schedules, p2p_communication, layers, mappings)
+MEGATRON_MODULES = (schedules, p2p_communication, layers, mappings, megatron_utils)
 TRACE_CHECKERS = (partition_parameters, partitioned_param_coordinator, stage3)
 
 

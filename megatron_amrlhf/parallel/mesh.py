@@ -9,7 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
+from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.parallel import compat
 
 
@@ -26,6 +28,9 @@ class Mesh:
         dp_size, dp_rank, dp_group: data axis of this stage.
         replica_group: TP x PP ranks of one model replica.
         tie_group: first and last stage of this pipeline (None on middle stages or at PP 1).
+        cut: how layers lie on the pipeline axis.
+        sequence_parallel: in training, norms and residuals hold 1/TP of the positions
+            (https://arxiv.org/abs/2205.05198).
         device: compute device.
     """
 
@@ -43,6 +48,8 @@ class Mesh:
     dp_group: dist.ProcessGroup
     replica_group: dist.ProcessGroup
     tie_group: dist.ProcessGroup | None
+    cut: PipelineCut
+    sequence_parallel: bool
     device: torch.device
 
     @property
@@ -82,8 +89,16 @@ def start_processes(timeout_seconds: float = 1800.0) -> None:
         dist.init_process_group(compat.backend(), timeout=timedelta(seconds=timeout_seconds))
 
 
-def build_mesh(tensor: int, pipeline: int) -> Mesh:
-    """Makes all process groups; the world size must be a multiple of tensor x pipeline."""
+def build_mesh(tensor: int, cut: PipelineCut | int, sequence_parallel: bool = False) -> Mesh:
+    """Makes all process groups; the world size must be a multiple of tensor x stages.
+
+    Args:
+        tensor: tensor-parallel size.
+        cut: the pipeline axis, or its number of even stages.
+        sequence_parallel: whether training splits positions over the tensor axis.
+    """
+    cut = PipelineCut(cut) if isinstance(cut, int) else cut
+    pipeline = cut.stages
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -91,6 +106,7 @@ def build_mesh(tensor: int, pipeline: int) -> Mesh:
         pipeline_model_parallel_size=pipeline,
         create_gloo_process_groups=False,
     )
+    initialize_rng_tracker(inference_rng_tracker=True)  # no dropout, so nothing to keep track of
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     dp_group = parallel_state.get_data_parallel_group()
     pipelines: list = [None] * dist.get_world_size()
@@ -116,6 +132,8 @@ def build_mesh(tensor: int, pipeline: int) -> Mesh:
         dp_group=dp_group,
         replica_group=parallel_state.get_model_parallel_group(),
         tie_group=parallel_state.get_embedding_group() if tied_stage else None,
+        cut=cut,
+        sequence_parallel=sequence_parallel and tensor > 1,
         device=compat.compute_device(),
     )
 

@@ -45,12 +45,8 @@ class DecodeBlock:
             tokens[row, : prompt.numel()] = prompt
         self._tokens = tokens.to(device)
         self._live = torch.ones(len(prompts), dtype=torch.bool)
-        self.cache = KVCache(
-            num_layers=len(module.decoder.layers),
-            lengths=lengths.to(device),
-            capacity=int(lengths.max()) + int(room.max()),
-        )
-        self._prefilled = False
+        capacity = int(lengths.max()) + int(room.max())
+        self.caches = [KVCache(lengths.to(device), capacity) for _ in module.chunks]
 
     @property
     def done(self) -> bool:
@@ -61,19 +57,19 @@ class DecodeBlock:
         """``[T, b, H]`` of the activations that the next forward passes between stages."""
         return (self._tokens.shape[1], self._tokens.shape[0], self.module.config.hidden_size)
 
-    def forward(self, hidden: Tensor | None) -> Tensor:
-        """Runs the stage on the prompts or the last tokens; ``[b, V / TP]`` on the last stage."""
+    def forward(self, chunk: int, hidden: Tensor | None) -> Tensor:
+        """Runs a chunk on the prompts or the last tokens; ``[b, V / TP]`` on the last one."""
+        stage, cache = self.module.chunks[chunk], self.caches[chunk]
         if hidden is not None:
-            self.module.set_input_tensor([hidden])
-        lengths = self.cache.lengths
-        if self._prefilled:
-            out = self.module(self._tokens, positions=lengths[:, None], cache=self.cache)
-            self.cache.lengths = lengths + 1
+            stage.set_input_tensor([hidden])
+        lengths = cache.lengths
+        if cache.keys:
+            out = stage(self._tokens, positions=lengths[:, None], rows=cache)
+            cache.lengths = lengths + 1
             return out
         width = self._tokens.shape[1]
         index = torch.arange(lengths.numel(), device=self.device) * width + lengths - 1
-        self._prefilled = True
-        return self.module(self._tokens, output_index=index, cache=self.cache)
+        return stage(self._tokens, output_index=index, rows=cache)
 
     def draw(self) -> Tensor:
         """``[b]`` uniforms for the token that comes next in each row."""
@@ -107,4 +103,5 @@ class DecodeBlock:
         self._live = self._live[keep]
         on_device = keep.to(self.device)
         self._tokens = self._tokens[on_device]
-        self.cache.keep(on_device)
+        for cache in self.caches:
+            cache.keep(on_device)

@@ -85,34 +85,37 @@ def decode(
     awaited: dict[int, tuple[Tensor, dist.Work | None]] = {}
     live = list(enumerate(blocks))
     while live:
-        for index, block in live:
-            if index in awaited:
-                tokens, work = awaited.pop(index)
-                if work is not None:
-                    work.wait()
-                on_rows_done(block.accept(tokens))
-            if block.done:
-                continue
-            output = _stage_forward(block, mesh, sent)
-            awaited[index] = _share_tokens(block, output, mesh, settings)
+        for chunk in range(mesh.cut.virtual):
+            for index, block in live:
+                if index in awaited:
+                    tokens, work = awaited.pop(index)
+                    if work is not None:
+                        work.wait()
+                    on_rows_done(block.accept(tokens))
+                if block.done:
+                    continue
+                output = _chunk_forward(block, chunk, mesh, sent)
+                if chunk == mesh.cut.virtual - 1:
+                    awaited[index] = _share_tokens(block, output, mesh, settings)
         live = [(index, block) for index, block in live if not block.done]
     for work in sent:
         work.wait()
 
 
-def _stage_forward(block: DecodeBlock, mesh: Mesh, sent: list[dist.Work]) -> Tensor:
-    """Receives activations, runs the stage, and sends on without waiting."""
-    hidden = None
-    if not mesh.is_first_stage:
+def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.Work]) -> Tensor:
+    """Receives activations, runs a chunk, and sends on without waiting."""
+    hidden, first, last = None, chunk == 0, chunk == mesh.cut.virtual - 1
+    if not (mesh.is_first_stage and first):
         dtype = block.module.config.params_dtype
         hidden = torch.empty(block.hidden_shape, dtype=dtype, device=mesh.device)
-        dist.recv(hidden, group=mesh.pp_group, group_src=mesh.pp_rank - 1)
-    output = block.forward(hidden)
-    if not mesh.is_last_stage:
+        before = (mesh.pp_rank - 1) % mesh.pp_size
+        dist.recv(hidden, group=mesh.pp_group, group_src=before)
+    output = block.forward(chunk, hidden)
+    if not (mesh.is_last_stage and last):
         while sent and sent[0].is_completed():
             sent.pop(0)
-        work = dist.isend(output.contiguous(), group=mesh.pp_group, group_dst=mesh.pp_rank + 1)
-        sent.append(work)
+        after = (mesh.pp_rank + 1) % mesh.pp_size
+        sent.append(dist.isend(output.contiguous(), group=mesh.pp_group, group_dst=after))
     return output
 
 

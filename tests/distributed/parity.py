@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,11 @@ from megatron_amrlhf.algorithms.dpo import Dpo
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prm_data import PrmExample
 from megatron_amrlhf.engine import zero3
-from megatron_amrlhf.engine.gradients import gradient_partitions
+from megatron_amrlhf.engine.weights import Weights
 from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape
@@ -53,17 +55,33 @@ LOSSES: dict[str, tuple[dict, str, int | None]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One training of three steps."""
+    """One training of three steps; ``cut`` and what follows differ in test_layouts.py alone."""
 
     model: str
     reduce: str
     loss: str
     masked: bool
     denominator: str = "response"
+    virtual: int = 1
+    uneven: tuple[int | None, int | None] = (None, None)
+    sequence: bool = False
+    engine: tuple[tuple[str, object], ...] = (("micro_batch_size", 2),)
 
     @property
     def name(self) -> str:
-        return f"{self.model}/{self.reduce}/{self.loss}/{'masked' if self.masked else 'unmasked'}"
+        masked = "masked" if self.masked else "unmasked"
+        parts = [self.model, self.reduce, self.loss, masked]
+        parts += [f"virtual-{self.virtual}"] if self.virtual > 1 else []
+        parts += [f"uneven-{self.uneven}"] if any(self.uneven) else []
+        parts += ["sequence"] if self.sequence else []
+        parts += [f"{key}-{value}" for key, value in self.engine if key != "micro_batch_size"]
+        parts += [f"rows-{dict(self.engine).get('micro_batch_size')}"]
+        return "/".join(parts)
+
+    @property
+    def cut(self) -> tuple[int, tuple[int | None, int | None], bool]:
+        """What the mesh depends on, beside the sizes of its axes."""
+        return self.virtual, self.uneven, self.sequence
 
     @property
     def hyper(self) -> Hyper:
@@ -98,7 +116,7 @@ def config_of(case: Case, folder: str, mesh: Mesh) -> Config:
         folder,
         mesh,
         algorithm,
-        engine={"reduce": case.reduce, "micro_batch_size": 2},
+        engine={"reduce": case.reduce, **dict(case.engine)},
         rollout={"temperature": SAMPLING_TEMPERATURE},
         loss={"denominator": case.denominator},
         optimizer={name: getattr(hyper, name) for name in optimizer},
@@ -169,15 +187,14 @@ def optimizer_step(context: Context, case: Case, rows: list[Row]):
     return update(part, nothing)
 
 
-def gather_gradients(optimizer, module, mesh: Mesh) -> dict[str, Tensor]:
+def gather_gradients(weights: Weights, mesh: Mesh) -> dict[str, Tensor]:
     """Whole local gradients by parameter name, put together from all DP ranks' partitions."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
     found = {}
-    for parameter, partition in gradient_partitions(optimizer):
+    for name, place in weights.slices().items():
+        partition = weights.gradients.own(name).contiguous()
         parts = [torch.empty_like(partition) for _ in range(mesh.dp_size)]
-        dist.all_gather(parts, partition.contiguous(), group=mesh.dp_group)
-        whole = torch.cat(parts)[: parameter.ds_numel].reshape(parameter.ds_shape)
-        found[names[id(parameter)]] = whole.clone()
+        dist.all_gather(parts, partition, group=mesh.dp_group)
+        found[name] = torch.cat(parts)[: math.prod(place.shape)].reshape(place.shape).clone()
     return found
 
 
@@ -189,9 +206,9 @@ def train_case(case: Case, folder: str, steps: list[list[Row]], mesh: Mesh) -> R
     context.role(role, Path(folder), head, learning_rate=case.hyper.lr, total_steps=len(steps))
     gradients, losses, norms = [], [], []
 
-    def spy(optimizer, tied, mesh):
-        gradients.append(gather_gradients(optimizer, engine.roles[role].module, mesh))
-        return norm_of(optimizer, tied, mesh)
+    def spy(*arguments):
+        gradients.append(gather_gradients(engine.roles[role].weights, mesh))
+        return norm_of(*arguments)
 
     norm_of, zero3.global_norm = zero3.global_norm, spy
     try:
@@ -204,7 +221,7 @@ def train_case(case: Case, folder: str, steps: list[list[Row]], mesh: Mesh) -> R
         zero3.global_norm = norm_of
     with engine.roles[role].window() as stage:
         weights = {name: p.detach().clone() for name, p in stage.named_parameters()}
-    engine.roles[role].engine.destroy()
+    engine.roles[role].weights.close()
     return RankResult(mesh.tp_rank, mesh.pp_rank, losses, norms, gradients, weights)
 
 
@@ -217,10 +234,13 @@ def train_cases(
 ) -> dict[str, RankResult] | None:
     """All cases one after the other; results on DP rank 0."""
     gc.freeze()  # DeepSpeed collects garbage at each start; leave out what the imports made
-    mesh = build_mesh(tensor, pipeline)
-    results = {}
+    results, cut, mesh = {}, None, None
     for case in wanted:
         print(case.name, flush=True)  # a failing rank's log names its case
+        if case.cut != cut:
+            cut = case.cut
+            pipeline_cut = PipelineCut(pipeline, case.virtual, *case.uneven)
+            mesh = build_mesh(tensor, pipeline_cut, case.sequence)
         folder = folders[case.model, LOSSES[case.loss][2]]
         results[case.name] = train_case(case, folder, batches[case.model, case.masked], mesh)
     return results if mesh.dp_rank == 0 else None
@@ -229,7 +249,7 @@ def train_cases(
 def merge(
     results: list[RankResult],
     folder: str,
-    head: int | None,
+    case: Case,
     pick: Callable[[RankResult], dict[str, Tensor]],
 ) -> list[tuple[str, Tensor]]:
     """Hugging Face names and whole tensors of what ``pick`` takes from each rank's result.
@@ -239,11 +259,12 @@ def merge(
     """
     shape, found = read_shape(read_hf_config(folder)), []
     num_stages = 1 + max(result.pp_rank for result in results)
+    cut, head = PipelineCut(num_stages, case.virtual, *case.uneven), LOSSES[case.loss][2]
     for stage in range(num_stages):
         ranks = sorted(
             (result for result in results if result.pp_rank == stage), key=lambda r: r.tp_rank
         )
-        entries = stage_entries(shape, stage, num_stages, head)
+        entries = stage_entries(shape, cut, stage, head)
         assert {entry.local for entry in entries} == set(pick(ranks[0]))
         for entry in entries:
             shards = [pick(rank)[entry.local] for rank in ranks]

@@ -19,7 +19,6 @@ from megatron_amrlhf.checkpoint import store
 from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint, step_of
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.microbatch import response_outputs
-from megatron_amrlhf.engine.optimizer_state import read_states
 from megatron_amrlhf.engine.role import Role, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -91,21 +90,25 @@ def take_steps(engine: Zero3Engine, steps: range) -> list[tuple]:
         prompts = torch.tensor(PROMPT_LENGTHS[mesh.dp_rank :: mesh.dp_size])
         plan = response_outputs(torch.tensor([len(row) for row in rows]), prompts, "before")
 
+        def read(logits, targets):
+            return token_logprobs(logits, targets, VOCAB, mesh.tp_group)
+
         def actor_loss(output, block):
-            logprobs = token_logprobs(
-                output[: block.num_outputs], block.targets, VOCAB, mesh.tp_group
-            )
-            loss = -logprobs.sum() / sum(LENGTHS) * mesh.dp_size
+            loss = -output[: block.num_outputs].sum() / sum(LENGTHS) * mesh.dp_size
             return loss, loss.item()
 
         def critic_loss(output, block):
             values = output[: block.num_outputs, 0].float()
-            loss = (values - block.targets / VOCAB).square().sum() / sum(LENGTHS) * mesh.dp_size
+            loss = (
+                (values - block.targets[: block.num_outputs] / VOCAB).square().sum()
+                / sum(LENGTHS)
+                * mesh.dp_size
+            )
             return loss, loss.item()
 
-        for name, loss in (("actor", actor_loss), ("critic", critic_loss)):
-            rate = engine.roles[name].engine.optimizer.param_groups[0]["lr"]
-            done = engine.train_step(name, rows, plan, loss)
+        for name, function, loss in (("actor", read, actor_loss), ("critic", None, critic_loss)):
+            rate = engine.roles[name].weights.counters()["schedule"]["lr"][0]
+            done = engine.train_step(name, rows, plan, function, loss)
             assert not done.skipped
             results.append((name, step, done.extras, done.grad_norm, rate))
     return results
@@ -118,30 +121,18 @@ def fingerprint(engine: Zero3Engine) -> dict[str, str]:
         role = engine.roles[name]
         with role.window() as module:
             tensors = {f"weight.{key}": x.detach().clone() for key, x in module.named_parameters()}
-        tensors |= read_states(role)
+        tensors |= role.weights.read_states()
         for key, tensor in tensors.items():
             data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
             prints[f"{name}.{key}"] = hashlib.sha256(data).hexdigest()
-        prints[f"{name}.step"] = str(adam_steps(role))
-        prints[f"{name}.schedule"] = str(role.engine.lr_scheduler.state_dict())
-        prints[f"{name}.counters"] = str((role.engine.global_steps, role.engine.skipped_steps))
+        prints[f"{name}.counters"] = str(role.weights.counters())
     return prints
-
-
-def adam_steps(role: Role) -> list[float]:
-    optimizer = role.engine.optimizer
-    return [
-        float(optimizer.state[flat]["step"]) if optimizer.state.get(flat) else 0.0
-        for flat in optimizer.fp32_partitioned_groups_flat
-    ]
 
 
 def tied_master(role: Role) -> bytes | None:
     if role.tied is None:
         return None
-    states = read_states(role)
-    name = next(name for name, x in role.module.named_parameters() if x is role.tied)
-    return states[f"{name}.master"].numpy().tobytes()
+    return role.weights.read_states()[f"{role.tied}.master"].numpy().tobytes()
 
 
 def dtypes_of(persist: int) -> tuple[str, ...]:

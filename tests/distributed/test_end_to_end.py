@@ -15,6 +15,31 @@ from tests.distributed.runs import make_models, read_metrics, run_config, write_
 pytestmark = pytest.mark.distributed
 
 LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))  # TP, PP, DP
+# (TP, PP, DP), what else the engine is told
+CHOICES = {
+    "interleaved": ((1, 2, 1), ["parallel.virtual_stages=2", "engine.zero_stage=1"]),
+    "interleaved-sequence": (
+        (2, 2, 1),
+        ["parallel.virtual_stages=2", "parallel.sequence=true", "engine.recompute=full"],
+    ),
+    "uneven": (
+        (1, 2, 2),
+        ["parallel.first_stage_layers=1", "engine.gather=microbatch", "engine.reduce=microbatch"],
+    ),
+    "tokens": (
+        (1, 1, 2),
+        ["engine.micro_batch_tokens=320", "engine.logit_positions=24", "engine.zero_stage=0"],
+    ),
+    "offload": (
+        (1, 1, 2),
+        [
+            "engine.roles.reference.offload_parameters=cpu",
+            "engine.roles.actor.offload_optimizer=cpu",
+            "engine.roles.critic.zero_stage=1",
+            "engine.roles.prm.zero_stage=0",
+        ],
+    ),
+}
 TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
 SAMPLES = "samples.jsonl"
 CLOCK = ("time", "throughput/", "memory/")
@@ -60,7 +85,25 @@ def reference(tmp_path_factory):
 def test_run_is_invariant_to_layout(reference, kind, layout):
     folder, configs, runs = reference
     other = start(folder, configs[kind], *layout)
-    expected, found = numbers(runs[kind]), numbers(other)
+    assert_same_run(runs[kind], other)
+    if kind not in REWARD_KINDS and layout[2] == 1:
+        assert_same_samples(runs[kind], other)
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dpo", "orm"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_run_is_invariant_to_how_the_engine_works(reference, kind, choice):
+    folder, configs, runs = reference
+    layout, overrides = CHOICES[choice]
+    other = start(folder, configs[kind], *layout, f"run.name={kind}-{choice}", *overrides)
+    other = other.with_name(f"{kind}-{choice}")
+    assert_same_run(runs[kind], other)
+    if kind not in REWARD_KINDS and layout[2] == 1:
+        assert_same_samples(runs[kind], other)
+
+
+def assert_same_run(reference, other):
+    expected, found = numbers(reference), numbers(other)
     assert len(found) == len(expected) == 2
     for before, after in zip(expected, found, strict=True):
         assert before.keys() == after.keys()
@@ -73,12 +116,12 @@ def test_run_is_invariant_to_layout(reference, kind, layout):
                     value,
                     after[key],
                 )
-    if kind not in REWARD_KINDS and layout[2] == 1:
-        first, second = (
-            (r / "samples.jsonl").read_text().splitlines() for r in (runs[kind], other)
-        )
-        for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
-            assert a["token_ids"] == b["token_ids"] and a["mask"] == b["mask"]
+
+
+def assert_same_samples(reference, other):
+    first, second = ((r / SAMPLES).read_text().splitlines() for r in (reference, other))
+    for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
+        assert a["token_ids"] == b["token_ids"] and a["mask"] == b["mask"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

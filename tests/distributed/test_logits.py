@@ -54,12 +54,13 @@ def full_logits(models: dict[str, str], rows: tuple[Tensor, ...], tensor: int, p
         context = make_context(make_config(folder, mesh, {"kind": "ppo"}), mesh)
         context.role("reference", Path(folder))
 
-        def collect(outputs, block, size=context.vocab_size):
-            return gather_logits(outputs, size, mesh.tp_group)
+        def rectangle(outputs, block, size=context.vocab_size):
+            return block.rectangle(gather_logits(outputs, size, mesh.tp_group), plan.width)
 
-        pieces = context.engine.score("reference", rows, plan, collect)
+        logits = context.engine.score("reference", rows, plan, None, rectangle)
         if mesh.is_last_stage:
-            found[name] = torch.cat(pieces).split(lengths.tolist())
+            parts = zip(logits, lengths.tolist(), strict=True)
+            found[name] = [row[:length] for row, length in parts]
     return found
 
 
@@ -153,7 +154,7 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
         uniform = torch.zeros(len(places), settings.max_new_tokens).double()
         block = DecodeBlock(module, places, prompts, uniform, settings, mesh.device)
         while not block.done:
-            output = gather_logits(block.forward(None), VOCAB_SIZE, mesh.tp_group)
+            output = gather_logits(block.forward(0, None), VOCAB_SIZE, mesh.tp_group)
             live = block.places.tolist()
             sizes.append(len(live))
             forced = []

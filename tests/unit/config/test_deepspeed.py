@@ -16,13 +16,13 @@ def resolve_json(tmp_path, content, dtype="bfloat16", trainable=True):
     path = tmp_path / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     config = make_config(PPO, engine={"deepspeed": str(path)}, model={"dtype": dtype})
-    return resolve_deepspeed(config, 4, trainable)
+    return resolve_deepspeed(config, 4, "actor", trainable)
 
 
 def test_the_shipped_file_resolves_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = make_config(PPO, optimizer={"max_grad_norm": 0.5})
-    resolved = resolve_deepspeed(config, 4, trainable=True)
+    resolved = resolve_deepspeed(config, 4, "actor", trainable=True)
     assert resolved["train_batch_size"] == 4
     assert resolved["train_micro_batch_size_per_gpu"] == 1
     assert resolved["gradient_accumulation_steps"] == 1
@@ -32,7 +32,7 @@ def test_the_shipped_file_resolves_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_deepspeed_accepts_the_shipped_file_without_unknown_zero_keys():
-    resolved = resolve_deepspeed(make_config(PPO), 1, trainable=True)
+    resolved = resolve_deepspeed(make_config(PPO), 1, "actor", trainable=True)
     parsed = DeepSpeedConfig(resolved)
     assert parsed.zero_config.stage == 3
     assert parsed.zero_config.param_persistence_threshold == 0
@@ -106,4 +106,4 @@ def test_malformed_json_names_file_and_line(tmp_path, content, expected):
 
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="engine.deepspeed: nowhere.json: no such file"):
-        resolve_deepspeed(make_config(PPO, engine={"deepspeed": "nowhere.json"}), 1, True)
+        resolve_deepspeed(make_config(PPO, engine={"deepspeed": "nowhere.json"}), 1, "actor", True)

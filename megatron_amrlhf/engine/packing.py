@@ -1,0 +1,67 @@
+"""Which rows go into one micro-batch."""
+
+from __future__ import annotations
+
+
+def pack_rows(
+    lengths: list[int], together: int, max_rows: int | None, max_tokens: int | None
+) -> list[list[int]]:
+    """Row indices of each micro-batch: as few as the limits allow, with nearly equal tokens.
+
+    Longest first into the emptiest (https://en.wikipedia.org/wiki/Longest-processing-time-first),
+    with one more micro-batch until all limits hold.
+
+    Args:
+        lengths: tokens of each row.
+        together: this many consecutive rows (a pair) stay in one micro-batch, in order.
+        max_rows: rows a micro-batch; None: any number.
+        max_tokens: tokens a micro-batch; None: any number. What stays together may exceed it.
+
+    Returns:
+        The micro-batches; rows in ascending order in each.
+    """
+    count = max(
+        1,
+        -(-len(lengths) // max_rows) if max_rows else 1,
+        -(-sum(lengths) // max_tokens) if max_tokens else 1,
+    )
+    while True:
+        blocks = spread_rows(lengths, together, count, max_rows)
+        if all(_fits(block, lengths, together, max_rows, max_tokens) for block in blocks):
+            return blocks
+        count += 1
+
+
+def spread_rows(
+    lengths: list[int], together: int, count: int, max_rows: int | None = None
+) -> list[list[int]]:
+    """Row indices of ``count`` micro-batches of nearly equal tokens; some may be empty.
+
+    A micro-batch of ``max_rows`` gets more rows only if all have as many.
+    """
+    assert len(lengths) % together == 0, (len(lengths), together)
+    units = [
+        (sum(lengths[start : start + together]), start)
+        for start in range(0, len(lengths), together)
+    ]
+    blocks: list[list[int]] = [[] for _ in range(count)]
+    loads = [0] * count
+    for tokens, start in sorted(units, key=lambda unit: (-unit[0], unit[1])):
+        limit = max_rows or len(lengths)
+        place = min(range(count), key=lambda i: (len(blocks[i]) + together > limit, loads[i], i))
+        blocks[place] += range(start, start + together)
+        loads[place] += tokens
+    return [sorted(block) for block in blocks]
+
+
+def _fits(
+    block: list[int],
+    lengths: list[int],
+    together: int,
+    max_rows: int | None,
+    max_tokens: int | None,
+) -> bool:
+    if len(block) <= together:
+        return True
+    rows_fit = max_rows is None or len(block) <= max_rows
+    return rows_fit and (max_tokens is None or sum(lengths[i] for i in block) <= max_tokens)

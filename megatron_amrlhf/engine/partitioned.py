@@ -1,0 +1,207 @@
+"""ZeRO stage 3: DeepSpeed partitions weights, masters and moments over data-parallel ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from megatron_amrlhf.engine.accumulator import GradientAccumulator
+from megatron_amrlhf.engine.mpu import Mpu
+from megatron_amrlhf.engine.weights import (
+    MASTER,
+    MOMENTS,
+    Slice,
+    Weights,
+    lent,
+    release,
+    schedule_state,
+    set_schedule,
+)
+from megatron_amrlhf.models.stage import StageModel
+from megatron_amrlhf.parallel.mesh import Mesh
+
+DEEPSPEED_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+
+
+class PartitionedWeights(Weights):
+    """A stage under a DeepSpeed engine.
+
+    Args:
+        module: the loaded stage; its parameters become partitions.
+        plain: a twin for forwards without gradient; its weights are dropped.
+        trainer: a twin to train with if the stage is gathered once a step, else None: then the
+            module trains under DeepSpeed's hooks, which gather each layer when it is needed.
+        make_optimizer: gives optimizer and schedule; None for a frozen role.
+        gradients: the sum of gradients, watching nothing yet; None for a frozen role.
+        ds_config: the resolved DeepSpeed configuration.
+        mesh: the mesh.
+    """
+
+    def __init__(
+        self,
+        module: StageModel,
+        plain: StageModel,
+        trainer: StageModel | None,
+        make_optimizer: Callable | None,
+        gradients: GradientAccumulator | None,
+        ds_config: dict,
+        mesh: Mesh,
+    ):
+        self.module, self.gradients, self._mesh = module, gradients, mesh
+        self._plain, self._trainer = plain, trainer
+        self.stage = trainer or module
+        for twin in {id(x): x for x in (plain, trainer) if x is not None}.values():
+            release(twin)
+        optimizer, scheduler = (
+            make_optimizer(module.parameters()) if make_optimizer else (None,) * 2
+        )
+        self.engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=ds_config,
+            mpu=Mpu(mesh),
+            dist_init_required=False,
+        )
+        self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
+        if gradients is not None:
+            gradients.watch((trainer or module).named_parameters())
+
+    @contextmanager
+    def window(self):
+        sources = list(self.module.parameters())
+        with torch.no_grad(), deepspeed.zero.GatheredParameters(sources):
+            with lent(sources, self._plain):
+                yield self._plain.eval()
+
+    @contextmanager
+    def training(self):
+        self.gradients.begin()
+        # Inside, DeepSpeed reduces nothing: the accumulator takes every gradient before.
+        with self.engine.coalesce_grad_reduction():
+            if self._trainer is None:
+                self.engine.train()
+                yield self.engine
+            else:
+                sources = list(self.module.parameters())
+                with deepspeed.zero.GatheredParameters(sources), lent(sources, self._trainer):
+                    yield self._trainer.train()
+        self.gradients.finish()
+
+    def update(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            safe_set_local_grad(parameter, self.gradients.own(name))
+        self.gradients.drop()
+        self.engine.step()
+
+    def skip(self) -> None:
+        super().skip()
+        self.engine.optimizer.zero_grad()
+        self.engine.optimizer.averaged_gradients = {}
+
+    def slices(self) -> dict[str, Slice]:
+        slices = {}
+        for name, parameter in self.module.named_parameters():
+            partition = parameter.partition_numel()
+            start = min(partition * self._mesh.dp_rank, parameter.ds_numel)
+            length = min(partition, parameter.ds_numel - start)
+            slices[name] = Slice(tuple(parameter.ds_shape), start, length)
+        return slices
+
+    def counters(self) -> dict:
+        states = [self._state.get(flat, {}) for flat in self._flat_masters]
+        steps = {float(state["step"]) if state else None for state in states}
+        assert len(steps) == 1, f"sub-groups are at different steps: {steps}"
+        return {
+            "optimizer_step": steps.pop(),
+            "schedule": schedule_state(self.engine.lr_scheduler),
+            "deepspeed": {name: getattr(self.engine, name) for name in DEEPSPEED_COUNTERS},
+        }
+
+    def read_states(self) -> dict[str, Tensor]:
+        kinds = (MASTER, *(MOMENTS if self._has_moments else ()))
+        tensors = {}
+        for name, place in self.slices().items():
+            parameter = self.module.get_parameter(name)
+            for kind in kinds:
+                tensors[f"{name}.{kind}"] = _get(parameter, kind)[: place.length].detach().cpu()
+        return tensors
+
+    @torch.no_grad()
+    def write_states(self, tensors: dict[str, Tensor], counters: dict) -> None:
+        self._make_moments(counters["optimizer_step"])
+        kinds = (MASTER, *(MOMENTS if self._has_moments else ()))
+        for name, place in self.slices().items():
+            parameter = self.module.get_parameter(name)
+            for kind in kinds:
+                partition = _get(parameter, kind).clone()
+                partition[: place.length] = tensors[f"{name}.{kind}"].to(partition.device)
+                _set(parameter, partition, kind)
+        self._refresh_weights()
+        groups = self.engine.optimizer.param_groups
+        set_schedule(self.engine.lr_scheduler, groups, counters["schedule"])
+        for name, value in counters.get("deepspeed", {}).items():
+            setattr(self.engine, name, value)
+
+    def local_bits(self) -> Iterable[Tensor]:
+        return (parameter.ds_tensor for parameter in self.module.parameters())
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+    @property
+    def _state(self) -> dict:
+        return self.engine.optimizer.state
+
+    @property
+    def _flat_masters(self) -> list[Tensor]:
+        """One flat fp32 tensor a sub-group of parameters; keys of the torch optimizer's state."""
+        return self.engine.optimizer.fp32_partitioned_groups_flat
+
+    @property
+    def _has_moments(self) -> bool:
+        return all(self._state.get(flat) for flat in self._flat_masters)
+
+    def _make_moments(self, step: float | None) -> None:
+        """Adam's state as its first step would make it, but at ``step``; none if that is None."""
+        self._state.clear()
+        if step is None:
+            return
+        for flat in self._flat_masters:
+            self._state[flat] = {"step": torch.tensor(step, dtype=torch.float32)}
+            self._state[flat] |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
+
+    def _refresh_weights(self) -> None:
+        """Makes the weights anew from the masters, as DeepSpeed's optimizer step does."""
+        optimizer = self.engine.optimizer
+        if optimizer.persistent_parameters:
+            optimizer._partition_all_parameters()
+        for index in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.invalidate_secondary_tensor()
+
+
+def _get(parameter: nn.Parameter, kind: str) -> Tensor:
+    if kind == MASTER:
+        return safe_get_local_fp32_param(parameter)
+    return safe_get_local_optimizer_state(parameter, kind)
+
+
+def _set(parameter: nn.Parameter, value: Tensor, kind: str) -> None:
+    if kind == MASTER:
+        safe_set_local_fp32_param(parameter, value)
+    else:
+        safe_set_local_optimizer_state(parameter, value, kind)
