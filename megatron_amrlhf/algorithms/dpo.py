@@ -6,19 +6,16 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
-from megatron_amrlhf.algorithms.scoring import read_logprobs
-from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
+from megatron_amrlhf.algorithms.selection import SelectionAlgorithm
 from megatron_amrlhf.losses.dpo import dpo_loss
-from megatron_amrlhf.losses.reduce import LossOutput, Metrics
+from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class Dpo(PolicyAlgorithm):
+class Dpo(SelectionAlgorithm):
     """Pairs lie in the batch as chosen, rejected, chosen, rejected ..."""
 
-    def num_chosen(self, judged: Judged) -> int:
-        return 2 * _num_groups(judged)
+    rows_per_unit = 2
 
     def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
         rewards = judged.dense.sequence_rewards.reshape(_num_groups(judged), -1)
@@ -29,30 +26,8 @@ class Dpo(PolicyAlgorithm):
         labels = torch.tensor([True, False], device=rewards.device).repeat(rewards.shape[0])
         return torch.stack([best, worst], dim=1).reshape(-1), labels
 
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        targets = {}
-        if judged.scored is not None:
-            index = rows.to(batch.mask.device)
-            valid = judged.scored.response_mask[index]
-            targets = {
-                "mask": batch.mask,
-                "valid": valid,
-                "reference_logprobs": judged.scored.reference_logprobs[index],
-                "denominator": batch.chosen[:, None],  # one a pair
-            }
-        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
-        return self.update(train)
-
-    def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
-        """All optimizer steps on one rollout. Entered by every rank."""
-        algorithm = self.context.config.algorithm
-        parts = []
-        for pairs in split_rows(len(train.rows) // 2, algorithm.minibatches, None):
-            index = torch.stack([2 * pairs, 2 * pairs + 1], dim=1).reshape(-1)
-            parts.append(train.select(index))
-        return run_updates(self.context, parts, {"actor": self.update_actor})
+    def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
+        return batch.chosen[:, None]  # one a pair
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 15."""
@@ -61,7 +36,7 @@ class Dpo(PolicyAlgorithm):
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             reference, mask = targets["reference_logprobs"], targets["mask"]
             valid, present = targets["valid"], targets["valid"][0::2].any(dim=1)
-            out = dpo_loss(
+            return dpo_loss(
                 logprobs[0::2][present],
                 logprobs[1::2][present],
                 reference[0::2][present],
@@ -73,11 +48,8 @@ class Dpo(PolicyAlgorithm):
                 valid[0::2][present],
                 valid[1::2][present],
             )
-            return out
 
-        read = read_logprobs(self.context, self.logprob_temperature())
-        plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+        return self.update_policy(part, terms, on_block)
 
 
 def _num_groups(judged: Judged) -> int:

@@ -36,9 +36,21 @@ def share_mask(
     )
 
 
-def share_index(context: Context, index: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Broadcasts which answers the last stage picked; int64 on CPU. Entered by every rank."""
-    buffer = torch.zeros(shape, dtype=torch.int64, device=context.mesh.device)
+def share_index(context: Context, index: Tensor | None) -> Tensor:
+    """Broadcasts which answers the last stage picked; int64 on CPU. Entered by every rank.
+
+    Replicas may pick different numbers of answers, none too.
+
+    Args:
+        context: the run.
+        index: 1-D on the last stage, None elsewhere.
+    """
+    device = context.mesh.device
+    count = torch.tensor([0 if index is None else index.numel()], device=device)
+    broadcast_from_last_stage(count, context.mesh)
+    picked = torch.zeros(int(count), dtype=torch.int64, device=device)
     if index is not None:
-        buffer.copy_(index)
-    return broadcast_from_last_stage(buffer, context.mesh).cpu()
+        picked.copy_(index)
+    if picked.numel():
+        broadcast_from_last_stage(picked, context.mesh)
+    return picked.cpu()

@@ -1,4 +1,4 @@
-"""What PPO, DPO and rejection sampling have in common around their own ``learn``."""
+"""What all algorithms on answers have in common around their own ``choose`` and ``learn``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.algorithms.heldout import evaluate_policy
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
 from megatron_amrlhf.algorithms.sample_log import log_samples
+from megatron_amrlhf.algorithms.scoring import read_logprobs
+from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
 from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
@@ -22,7 +24,7 @@ from megatron_amrlhf.data.prompts import load_prompts
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
-from megatron_amrlhf.types import MaskedBatch
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
 class PolicyAlgorithm(ABC):
@@ -79,10 +81,6 @@ class PolicyAlgorithm(ABC):
         """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage."""
 
     @abstractmethod
-    def num_chosen(self, judged: Judged) -> int:
-        """How many answers ``choose`` gives; known on every rank."""
-
-    @abstractmethod
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
@@ -102,7 +100,7 @@ class PolicyAlgorithm(ABC):
             index, labels = self.choose(judged)
             mask, mask_metrics = maker.mask(judged, index, labels)
             metrics |= mask_metrics
-        rows = share_index(self.context, index, (self.num_chosen(judged),))
+        rows = share_index(self.context, index)
         batch = share_mask(self.context, judged.rollout.select(rows), mask, labels)
         maker.seconds["mask"] += time.perf_counter() - start
         log_samples(self.context, step, prompts, judged, rows, batch)
@@ -112,6 +110,12 @@ class PolicyAlgorithm(ABC):
         tokens = sum(row.numel() for row in batch.rollout.rows)
         timings = maker.timings(judged.rollout, seconds, tokens)
         return self.context.publish(metrics | loss_metrics) | engine_metrics | timings
+
+    def update_policy(self, part: TrainBatch, terms: TermsFunction, on_block):
+        """One optimizer step of the policy on a loss of its log-probs. Entered by every rank."""
+        read = read_logprobs(self.context, self.logprob_temperature())
+        plan = response_plan(part)
+        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
 
     def evaluate(self) -> dict[str, float]:
         """Mean reward and accuracy of answers to held-out prompts. Entered by every rank."""

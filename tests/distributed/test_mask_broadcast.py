@@ -45,7 +45,7 @@ def share() -> tuple[int, dict]:
                 if mesh.tp_rank > 0:  # as if its sums had been rounded otherwise
                     mask, chosen, index = ~mask, ~chosen, index + 1
             batch = share_mask(context, rollout, mask, chosen)
-            rows = share_index(context, index, (ROWS,))
+            rows = share_index(context, index)
             assert batch.rollout is rollout
             found[width, kind] = (batch.mask, batch.chosen, rows)
     return mesh.dp_rank, found

@@ -1,0 +1,53 @@
+"""What DPO and rejection sampling have in common: they learn from some of the answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
+from megatron_amrlhf.algorithms.update import run_updates, split_rows
+from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
+
+
+class SelectionAlgorithm(PolicyAlgorithm):
+    """Learns from selected answers, in units of ``rows_per_unit`` rows that stay together."""
+
+    rows_per_unit = 1
+
+    @abstractmethod
+    def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
+        """What the loss's mean counts, bool, on a last stage; ``valid`` is ``[B, R]`` bool."""
+
+    @abstractmethod
+    def update_actor(self, part: TrainBatch, on_block):
+        """One optimizer step of the policy."""
+
+    def learn(
+        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
+    ) -> tuple[Metrics, dict]:
+        targets = {}
+        if judged.scored is not None:
+            index = rows.to(batch.mask.device)
+            valid = judged.scored.response_mask[index]
+            targets = {
+                "mask": batch.mask,
+                "valid": valid,
+                "reference_logprobs": judged.scored.reference_logprobs[index],
+                "denominator": self.denominator(batch, valid),
+            }
+        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        return self.update(train)
+
+    def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
+        """All optimizer steps on one rollout. Entered by every rank."""
+        minibatches, size = self.context.config.algorithm.minibatches, self.rows_per_unit
+        parts = []
+        for units in split_rows(len(train.rows) // size, minibatches, None):
+            rows = units[:, None] * size + torch.arange(size)
+            parts.append(train.select(rows.flatten()))
+        return run_updates(self.context, parts, {"actor": self.update_actor})
