@@ -19,7 +19,8 @@ def share_mask(
     Args:
         context: the run.
         rollout: the answers, known to every rank.
-        mask: ``[B, R]`` bool on the last stage, None elsewhere.
+        mask: ``[B, R']`` bool on the last stage, None elsewhere; R' is R or more, for answers
+            that were selected from longer ones.
         chosen: ``[B]`` bool on the last stage, None elsewhere.
 
     Returns:
@@ -29,7 +30,7 @@ def share_mask(
     packed = torch.zeros(rows, -(-width // 8) + 1, dtype=torch.uint8, device=device)
     if mask is not None and chosen is not None:
         packed[:, 0] = chosen
-        packed[:, 1:] = pack_bits(mask)
+        packed[:, 1:] = pack_bits(mask[:, :width])
     broadcast_from_last_stage(packed, context.mesh)
     return MaskedBatch(
         rollout=rollout, mask=unpack_bits(packed[:, 1:], width), chosen=packed[:, 0].bool()

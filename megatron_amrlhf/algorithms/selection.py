@@ -33,11 +33,12 @@ class SelectionAlgorithm(PolicyAlgorithm):
         targets = {}
         if judged.scored is not None:
             index = rows.to(batch.mask.device)
-            valid = judged.scored.response_mask[index]
+            width = batch.mask.shape[1]  # the longest of all answers may be not among them
+            valid = judged.scored.response_mask[index, :width]
             targets = {
                 "mask": batch.mask,
                 "valid": valid,
-                "reference_logprobs": judged.scored.reference_logprobs[index],
+                "reference_logprobs": judged.scored.reference_logprobs[index, :width],
                 "denominator": self.denominator(batch, valid),
             }
         train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
