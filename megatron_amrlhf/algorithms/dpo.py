@@ -1,12 +1,13 @@
-"""ADPO, eq. 15: the best against the worst answer to each prompt, on kept tokens."""
+"""ADPO, eq. 15: better against worse answers to a prompt, on kept tokens."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.algorithms.selection import SelectionAlgorithm
+from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
 from megatron_amrlhf.losses.dpo import dpo_loss
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
@@ -17,14 +18,14 @@ class Dpo(SelectionAlgorithm):
 
     rows_per_unit = 2
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
-        rewards = judged.dense.sequence_rewards.reshape(_num_groups(judged), -1)
-        first = torch.arange(rewards.shape[0], device=rewards.device) * rewards.shape[1]
-        # Of equal rewards: the first is the best, the last the worst, so they always differ.
-        best = first + rewards.argmax(dim=1)
-        worst = first + rewards.shape[1] - 1 - rewards.flip(1).argmin(dim=1)
-        labels = torch.tensor([True, False], device=rewards.device).repeat(rewards.shape[0])
-        return torch.stack([best, worst], dim=1).reshape(-1), labels
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        algorithm, rewards = self.context.config.algorithm, rewards_by_prompt(judged)
+        if algorithm.pairs == "best_worst":
+            pairs = best_and_worst(rewards)
+        else:
+            pairs = pairs_above(rewards, algorithm.pair_margin)
+        labels = torch.tensor([True, False], device=rewards.device).repeat(pairs.shape[0])
+        return pairs.flatten(), labels
 
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         return batch.chosen[:, None]  # one a pair
@@ -50,7 +51,3 @@ class Dpo(SelectionAlgorithm):
             )
 
         return self.update_policy(part, terms, on_block)
-
-
-def _num_groups(judged: Judged) -> int:
-    return judged.rollout.group_ids.unique().numel()

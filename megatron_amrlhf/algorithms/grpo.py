@@ -25,7 +25,7 @@ class Grpo(SurrogateAlgorithm):
             self.context.config.algorithm.scale_rewards,
         )
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         return all_rows(judged), self.advantages(judged)[0] > 0
 
     def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:

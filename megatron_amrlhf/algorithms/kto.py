@@ -40,7 +40,7 @@ class KtoBatch(TrainBatch):
 class Kto(PolicyAlgorithm):
     """Learns from every answer; the chosen ones are desirable, the others undesirable."""
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         rewards = judged.dense.sequence_rewards
         labels = chosen_labels(
             rewards,

@@ -77,8 +77,11 @@ class PolicyAlgorithm(ABC):
         return 1.0
 
     @abstractmethod
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
-        """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage."""
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage.
+
+        Replicas may choose different numbers of answers, none too.
+        """
 
     @abstractmethod
     def learn(
@@ -97,7 +100,7 @@ class PolicyAlgorithm(ABC):
         start = time.perf_counter()
         index = mask = labels = None
         if self.context.mesh.is_last_stage:
-            index, labels = self.choose(judged)
+            index, labels = self.choose(judged, step)
             mask, mask_metrics = maker.mask(judged, index, labels)
             metrics |= mask_metrics
         rows = share_index(self.context, index)

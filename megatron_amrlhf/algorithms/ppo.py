@@ -25,7 +25,7 @@ class Ppo(SurrogateAlgorithm):
 
     has_critic = True
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         scored, rollout = judged.scored, judged.rollout
         labels = chosen_labels(
             judged.dense.sequence_rewards,

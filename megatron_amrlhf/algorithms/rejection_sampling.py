@@ -1,27 +1,37 @@
-"""ARS, eq. 16: likelihood of the kept tokens of the best answer, and KL to the reference."""
+"""ARS, eq. 16: likelihood of the kept tokens of the best answers, and KL to the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.choices import top_rows
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.algorithms.selection import SelectionAlgorithm
+from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
 from megatron_amrlhf.losses.reduce import LossOutput, denominator_mask
 from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from megatron_amrlhf.rollout.sampling import uniforms
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
 class RejectionSampling(SelectionAlgorithm):
-    """Learns from the best of each prompt's answers; all of them are chosen ones."""
+    """Learns from selected answers to each prompt; all of them are chosen ones."""
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
-        rewards = judged.dense.sequence_rewards.reshape(
-            judged.rollout.group_ids.unique().numel(), -1
-        )
-        first = torch.arange(rewards.shape[0], device=rewards.device) * rewards.shape[1]
-        best = first + rewards.argmax(dim=1)
-        return best, torch.ones_like(best, dtype=torch.bool)
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        algorithm, scores = self.context.config.algorithm, rewards_by_prompt(judged)
+        if algorithm.select == "threshold":
+            counts = (scores >= algorithm.threshold).sum(dim=1)
+        else:  # best: k is 1
+            counts = torch.full_like(scores[:, 0], algorithm.k, dtype=torch.int64)
+        if algorithm.control == "random":
+            scores = self.random_scores(judged, step).view_as(scores).to(scores.device)
+        rows = top_rows(scores, counts)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
+
+    def random_scores(self, judged: Judged, step: int) -> Tensor:
+        """``[B]`` float64 in [0, 1), by seed, step and sample alone, so of no layout."""
+        # The negative step gives other numbers than those that the answers were sampled by.
+        return uniforms(self.context.config.run.seed, -step, judged.rollout.sample_ids, 1)[:, 0]
 
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         return denominator_mask(valid, batch.mask, self.context.config.loss.denominator)

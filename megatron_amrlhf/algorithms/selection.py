@@ -7,10 +7,12 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import run_updates, split_rows
 from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -30,8 +32,15 @@ class SelectionAlgorithm(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        targets = {}
+        targets, metrics = {}, {}
         if judged.scored is not None:
+            rewards = rewards_by_prompt(judged)
+            is_flat = rewards.amax(dim=1) == rewards.amin(dim=1)
+            prompts, units = rewards.shape[0], len(rows) // self.rows_per_unit
+            metrics = {
+                "selection/per_prompt": count_metric(units, prompts),
+                "selection/flat_groups": count_metric(is_flat.sum(), prompts),
+            }
             index = rows.to(batch.mask.device)
             width = batch.mask.shape[1]  # the longest of all answers may be not among them
             valid = judged.scored.response_mask[index, :width]
@@ -42,13 +51,20 @@ class SelectionAlgorithm(PolicyAlgorithm):
                 "denominator": self.denominator(batch, valid),
             }
         train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
-        return self.update(train)
+        learned, engine = self.update(train)
+        return metrics | learned, engine
 
     def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
-        """All optimizer steps on one rollout. Entered by every rank."""
+        """All optimizer steps on one rollout, none on nothing. Entered by every rank."""
         minibatches, size = self.context.config.algorithm.minibatches, self.rows_per_unit
-        parts = []
+        mesh, parts = self.context.mesh, []
         for units in split_rows(len(train.rows) // size, minibatches, None):
             rows = units[:, None] * size + torch.arange(size)
-            parts.append(train.select(rows.flatten()))
+            if max_over(len(units), mesh.dp_group, mesh.device):
+                parts.append(train.select(rows.flatten()))
         return run_updates(self.context, parts, {"actor": self.update_actor})
+
+
+def rewards_by_prompt(judged: Judged) -> Tensor:
+    """``[G, N]`` rewards of the N answers to each of this replica's G prompts (last stages)."""
+    return judged.dense.sequence_rewards.reshape(judged.rollout.group_ids.unique().numel(), -1)

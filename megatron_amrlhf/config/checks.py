@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.config.algorithm_rules import algorithm_problems
 from megatron_amrlhf.config.deepspeed import read_deepspeed
 from megatron_amrlhf.config.schema import (
     Config,
@@ -35,6 +36,7 @@ def check_run(config: Config, world_size: int) -> None:
             *_rollout_problems(config),
             *_label_problems(config),
             *_mask_problems(config),
+            *algorithm_problems(config),
         ]
     _raise_if(problems)
 
@@ -144,6 +146,8 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
     rows, unit = rollout.prompts_per_step // replicas, "prompts"
     if algorithm.kind in ("ppo", "grpo", "kto"):
         rows, unit = rows * rollout.samples_per_prompt, "answers"
+    if algorithm.kind == "rejection_sampling":
+        rows *= algorithm.k
     if algorithm.minibatches > rows:
         yield (
             f"algorithm.minibatches = {algorithm.minibatches} is more than the {rows} {unit} a "

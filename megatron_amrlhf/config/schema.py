@@ -232,6 +232,14 @@ class DpoAlgorithm(Section):
     form: Literal["inside", "pair"] = Field(
         "inside", description="mask inside the log-ratio sums, or eq. 15 as printed"
     )
+    pairs: Literal["best_worst", "all_pairs", "margin"] = Field(
+        "best_worst",
+        description="a prompt's pairs: its best and worst answer; all that are not tied; those "
+        "whose rewards differ by more than pair_margin",
+    )
+    pair_margin: NonNegativeFloat = Field(
+        0.0, description="least difference for pairs: margin, raw reward units"
+    )
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 
@@ -247,6 +255,19 @@ class RejectionSamplingAlgorithm(Section):
     kind: Literal["rejection_sampling"] = "rejection_sampling"
     kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
     kl_estimator: Literal["k2", "k3"] = Field("k2", description="KL estimator in the loss")
+    select: Literal["best", "top_k", "threshold"] = Field(
+        "best",
+        description="answers to learn from: each prompt's best, its k best, or those with a "
+        "reward of at least threshold",
+    )
+    k: Positive = Field(1, description="answers a prompt for select: top_k")
+    threshold: AnyFloat = Field(
+        0.0, description="least reward of an answer for select: threshold, raw reward units"
+    )
+    control: Literal["none", "random"] = Field(
+        "none",
+        description="random: as many answers of each prompt as select picks, but by chance",
+    )
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 

@@ -10,14 +10,20 @@ from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.report.samples import read_samples
 from tests.distributed.processes import run_on
-from tests.distributed.runs import make_models, read_metrics, run_config, write_config
+from tests.distributed.runs import (
+    assert_same_numbers,
+    make_models,
+    numbers,
+    read_metrics,
+    run_config,
+    start,
+    write_config,
+)
 
 pytestmark = pytest.mark.distributed
 
 LAYOUTS = ((2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 2))  # TP, PP, DP
-TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
 SAMPLES = "samples.jsonl"
-CLOCK = ("time", "throughput/", "memory/")
 REWARD_KINDS = ("prm", "orm")  # they train a reward model, on no answers of their own
 KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
 
@@ -30,20 +36,6 @@ OWN_METRICS = {
     "kto": {"kto/z0", "kto/slope", "reward/implicit_chosen"},
     "rejection_sampling": {"loss/nll", "loss/kl"},
 }
-
-
-def numbers(folder) -> list[dict]:
-    return [
-        {key: value for key, value in line.items() if not key.startswith(CLOCK)}
-        for line in read_metrics(folder)
-    ]
-
-
-def start(folder, config, tp: int, pp: int, dp: int, *overrides: str):
-    name = f"run.name={config.stem}-{tp}{pp}{dp}"
-    layout = [f"parallel.tensor={tp}", f"parallel.pipeline={pp}"]
-    run_on(tp * pp * dp, run_config, str(config), [name, *layout, *overrides])
-    return folder / "runs" / f"{config.stem}-{tp}{pp}{dp}"
 
 
 @pytest.fixture(scope="module")
@@ -60,19 +52,7 @@ def reference(tmp_path_factory):
 def test_run_is_invariant_to_layout(reference, kind, layout):
     folder, configs, runs = reference
     other = start(folder, configs[kind], *layout)
-    expected, found = numbers(runs[kind]), numbers(other)
-    assert len(found) == len(expected) == 2
-    for before, after in zip(expected, found, strict=True):
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            if value is None:
-                assert after[key] is None, key
-            else:
-                assert math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE), (
-                    key,
-                    value,
-                    after[key],
-                )
+    assert_same_numbers(runs[kind], other)
     if kind not in REWARD_KINDS and layout[2] == 1:
         first, second = (
             (r / "samples.jsonl").read_text().splitlines() for r in (runs[kind], other)

@@ -146,6 +146,43 @@ def test_right_runs_pass():
             1,
             "mask.label: group compares answers to one prompt",
         ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo", "pair_margin": 0.5}},
+            1,
+            "algorithm.pair_margin: is read by algorithm.pairs: margin only (got best_worst)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "k": 2}},
+            1,
+            "algorithm.k: is read by algorithm.select: top_k only (got best)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "threshold": 0.5}},
+            1,
+            "algorithm.threshold: is read by algorithm.select: threshold only (got best)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "select": "top_k", "k": 9}},
+            1,
+            "algorithm.k = 9 is more than the answers to a prompt: use at most",
+        ),
+        (
+            PPO,
+            {
+                "algorithm": {
+                    "kind": "rejection_sampling",
+                    "select": "top_k",
+                    "k": 2,
+                    "minibatches": 9,
+                },
+            },
+            2,
+            "use at most 8",
+        ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),
         (PPO, {"data": {"max_row_tokens": 1000}}, 1, "raise it to 1536"),
