@@ -23,7 +23,7 @@ from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.mask.adaptive import adaptive_mask
 from megatron_amrlhf.mask.messages import message_counts
 from megatron_amrlhf.mask.threshold import RunningBaseline
-from megatron_amrlhf.rewards.units import newline_token_ids
+from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -50,7 +50,9 @@ class ExperienceMaker:
     def __init__(self, context: Context, prompts: list[EncodedPrompt], temperature: float):
         self.context, self.prompts, self.temperature = context, prompts, temperature
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
-        self.newline_ids = newline_token_ids(context.tokenizer)
+        reward, self.cut_steps = context.config.reward, None
+        if reward.granularity == "step":
+            self.cut_steps = StepCutter(context.tokenizer, reward.step_boundary)
         self.seconds: dict[str, float] = {}
 
     def prompts_of(self, step: int) -> PromptBatch:
@@ -135,7 +137,7 @@ class ExperienceMaker:
         scored, metrics = self.score(rollout)
         start, dense = time.perf_counter(), None
         if scored is not None:
-            dense = make_dense(self.context, scored, rollout, self.running, self.newline_ids)
+            dense = make_dense(self.context, scored, rollout, self.running, self.cut_steps)
             metrics |= _reward_metrics(rollout, scored, dense)
         self.seconds["mask"] = time.perf_counter() - start
         return Judged(rollout, scored, dense), metrics

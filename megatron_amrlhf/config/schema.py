@@ -140,6 +140,11 @@ class RewardSection(Section):
     granularity: Literal["sequence", "step", "token", "message"] = Field(
         "message", description="unit whose tokens share one reward (figure 1)"
     )
+    step_boundary: Literal["newline", "sentence"] = Field(
+        "newline",
+        description="what ends a step for granularity: step; sentence: newlines and the "
+        "punctuation that ends English and Chinese sentences",
+    )
     placement: Literal["last", "spread"] = Field(
         "last", description="a unit's reward stands on its last token or on each of its tokens"
     )
