@@ -18,7 +18,7 @@ class Dpo(SelectionAlgorithm):
 
     rows_per_unit = 2
 
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         algorithm, rewards = self.context.config.algorithm, rewards_by_prompt(judged)
         if algorithm.pairs == "best_worst":
             pairs = best_and_worst(rewards)

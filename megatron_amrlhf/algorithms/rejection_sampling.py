@@ -17,7 +17,7 @@ from megatron_amrlhf.types import MaskedBatch, TrainBatch
 class RejectionSampling(SelectionAlgorithm):
     """Learns from selected answers to each prompt; all of them are chosen ones."""
 
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         algorithm, scores = self.context.config.algorithm, rewards_by_prompt(judged)
         if algorithm.select == "threshold":
             counts = (scores >= algorithm.threshold).sum(dim=1)

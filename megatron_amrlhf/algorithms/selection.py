@@ -22,12 +22,23 @@ class SelectionAlgorithm(PolicyAlgorithm):
     rows_per_unit = 1
 
     @abstractmethod
+    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of the answers to learn from and their labels, on a last stage."""
+
+    @abstractmethod
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         """What the loss's mean counts, bool, on a last stage; ``valid`` is ``[B, R]`` bool."""
 
     @abstractmethod
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy."""
+
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """The selected answers; offline both answers of each pair, or its chosen one alone."""
+        if not self.is_offline:
+            return self.select(judged, step)
+        rows = torch.arange(0, len(judged.rollout.rows), 2 // self.rows_per_unit)
+        return rows, (rows % 2 == 0).to(self.context.mesh.device)
 
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int

@@ -11,12 +11,14 @@ def algorithm_problems(config: Config) -> Iterator[str]:
     """Every broken rule of the ``algorithm`` section, with its fix."""
     algorithm = config.algorithm
     if isinstance(algorithm, DpoAlgorithm):
-        yield from _dpo_problems(algorithm)
+        yield from _dpo_problems(config, algorithm)
     if isinstance(algorithm, RejectionSamplingAlgorithm):
         yield from _rejection_sampling_problems(config, algorithm)
 
 
-def _dpo_problems(algorithm: DpoAlgorithm) -> Iterator[str]:
+def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:
+    if config.data.format == "pairs" and algorithm.pairs != "best_worst":
+        yield _not_offline("algorithm.pairs", algorithm.pairs)
     if algorithm.pair_margin and algorithm.pairs != "margin":
         yield _unread("algorithm.pair_margin", "algorithm.pairs", "margin", algorithm.pairs)
 
@@ -25,6 +27,11 @@ def _rejection_sampling_problems(
     config: Config, algorithm: RejectionSamplingAlgorithm
 ) -> Iterator[str]:
     select, samples = algorithm.select, config.rollout.samples_per_prompt
+    if config.data.format == "pairs":
+        if select != "best":
+            yield _not_offline("algorithm.select", select)
+        if algorithm.control != "none":
+            yield _not_offline("algorithm.control", algorithm.control)
     if algorithm.k != 1 and select != "top_k":
         yield _unread("algorithm.k", "algorithm.select", "top_k", select)
     if algorithm.threshold and select != "threshold":
@@ -38,3 +45,7 @@ def _rejection_sampling_problems(
 
 def _unread(key: str, other: str, wanted: str, found: str) -> str:
     return f"{key}: is read by {other}: {wanted} only (got {found}), set that or leave it out"
+
+
+def _not_offline(key: str, found: str) -> str:
+    return f"{key}: the pairs of data.format: pairs are given (got {found}), leave it out"

@@ -49,8 +49,8 @@ class ModelSection(Section):
 class RewardModelSection(Section):
     path: str | None = Field(
         None,
-        description="folder that a prm or orm run exported (runs/NAME/export); required but for "
-        "these two",
+        description="folder that a prm or orm run exported (runs/NAME/export); required for "
+        "rollouts; null with data.format pairs: the scores in the file, if any",
     )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
         None,
@@ -96,7 +96,8 @@ class OptimizerSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="JSONL file: step-labelled problems (prm), pairs (orm) or prompts (others)"
+        description="JSONL file: step-labelled problems (prm), pairs (orm, offline dpo and "
+        "rejection_sampling) or prompts (others)"
     )
     heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
     format: Literal["steps", "pairs", "prompts"] = Field(
@@ -119,7 +120,9 @@ class EvaluationSection(Section):
 class RolloutSection(Section):
     """Sampling, defaults of the paper's appendix B."""
 
-    prompts_per_step: Positive = Field(8, description="prompts a step, over all DP ranks")
+    prompts_per_step: Positive = Field(
+        8, description="prompts (offline: pairs) a step, over all DP ranks"
+    )
     samples_per_prompt: Positive = Field(8, description="answers a prompt, of policy and reference")
     reference_samples_per_prompt: NonNegative = Field(
         0, description="how many of the answers the reference samples (the rest: the policy)"
