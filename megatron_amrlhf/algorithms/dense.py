@@ -18,7 +18,8 @@ from megatron_amrlhf.mask.threshold import (
     baseline_and_std,
     delta_in_signal_units,
 )
-from megatron_amrlhf.rewards.units import place_on_last, step_ids
+from megatron_amrlhf.rewards.steps import StepCutter
+from megatron_amrlhf.rewards.units import place_on_last
 from megatron_amrlhf.types import RolloutBatch, ScoredBatch
 
 
@@ -52,9 +53,12 @@ def make_dense(
     scored: ScoredBatch,
     rollout: RolloutBatch,
     running: RunningBaseline,
-    newline_ids: Tensor,
+    cut_steps: StepCutter | None,
 ) -> DenseRewards:
-    """Cuts the answers into messages. Entered by every last-stage rank (global statistics)."""
+    """Cuts the answers into messages. Entered by every last-stage rank (global statistics).
+
+    ``cut_steps`` is needed by ``reward.granularity: step``.
+    """
     config, group, valid = context.config, context.mesh.dp_group, scored.response_mask
     rewards = scored.token_rewards
     if config.reward.normalise == "batch":
@@ -73,7 +77,7 @@ def make_dense(
     sign = signs(signal, valid, baseline, delta, config.mask.neutral)
     messages = message_ids(sign, valid)
     kind = config.mask.message_reward
-    units = _units(context, rollout, messages, valid, newline_ids)
+    units = _units(context, rollout, messages, valid, cut_steps)
     shaped = unit_rewards(rewards, units, valid, kind)
     if config.reward.placement == "last":
         shaped = place_on_last(shaped, units, valid)
@@ -109,7 +113,11 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
 
 
 def _units(
-    context: Context, rollout: RolloutBatch, messages: Tensor, valid: Tensor, newline_ids: Tensor
+    context: Context,
+    rollout: RolloutBatch,
+    messages: Tensor,
+    valid: Tensor,
+    cut_steps: StepCutter | None,
 ) -> Tensor:
     """``[B, R]`` number of the unit that each token is in."""
     granularity = context.config.reward.granularity
@@ -119,13 +127,5 @@ def _units(
         return torch.arange(valid.shape[1], device=valid.device).expand_as(messages)
     if granularity == "message":
         return messages.clamp(min=0)
-    return step_ids(response_tokens(rollout).to(valid.device), newline_ids, valid)
-
-
-def response_tokens(rollout: RolloutBatch) -> Tensor:
-    """``[B, R]`` int64 response tokens, padded with 0."""
-    mask = rollout.response_mask
-    tokens = torch.zeros(mask.shape, dtype=torch.int64)
-    parts = zip(rollout.rows, rollout.prompt_lengths.tolist(), strict=True)
-    tokens[mask] = torch.cat([row[length:] for row, length in parts])
-    return tokens
+    assert cut_steps is not None, granularity
+    return cut_steps(rollout).to(valid.device)

@@ -1,8 +1,9 @@
-"""The front half of every step on answers: rollout, score, mask. Shared by PPO, DPO and RS."""
+"""The front half of every step on answers: rollout, score, mask. Shared by all algorithms."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.mask.adaptive import adaptive_mask
 from megatron_amrlhf.mask.messages import message_counts
 from megatron_amrlhf.mask.threshold import RunningBaseline
-from megatron_amrlhf.rewards.units import newline_token_ids
+from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -43,26 +44,34 @@ class ExperienceMaker:
 
     Args:
         context: the run; its engine has the roles actor, reference, prm and maybe critic.
-        prompts: the training prompts.
+        data: the training prompts.
         temperature: softmax temperature that log-probs are taken at.
     """
 
-    def __init__(self, context: Context, prompts: list[EncodedPrompt], temperature: float):
-        self.context, self.prompts, self.temperature = context, prompts, temperature
+    def __init__(self, context: Context, data: list[EncodedPrompt], temperature: float):
+        self.context, self.data, self.temperature = context, data, temperature
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
-        self.newline_ids = newline_token_ids(context.tokenizer)
+        reward, self.cut_steps = context.config.reward, None
+        if reward.granularity == "step":
+            self.cut_steps = StepCutter(context.tokenizer, reward.step_boundary)
         self.seconds: dict[str, float] = {}
 
-    def prompts_of(self, step: int) -> PromptBatch:
-        """This replica's prompts of a step; the order depends on the seed alone."""
+    def indices_of(self, step: int) -> tuple[Tensor, list[int]]:
+        """This replica's places in a step's data, and their indices; of seed and step alone."""
         config, mesh = self.context.config, self.context.mesh
         count = config.rollout.prompts_per_step
-        indices = take(len(self.prompts), config.run.seed, (step - 1) * count, count)
+        indices = take(len(self.data), config.run.seed, (step - 1) * count, count)
         first = mesh.dp_rank * (count // mesh.dp_size)
-        chosen = [self.prompts[i] for i in shard(indices, mesh.dp_rank, mesh.dp_size)]
+        mine = shard(indices, mesh.dp_rank, mesh.dp_size)
+        return torch.arange(first, first + len(mine)), mine
+
+    def prompts_of(self, step: int) -> PromptBatch:
+        """This replica's prompts of a step."""
+        places, indices = self.indices_of(step)
+        chosen = [self.data[i] for i in indices]
         return PromptBatch(
             rows=tuple(prompt.row for prompt in chosen),
-            group_ids=torch.arange(first, first + len(chosen)),
+            group_ids=places,
             texts=tuple(prompt.text for prompt in chosen),
         )
 
@@ -108,7 +117,7 @@ class ExperienceMaker:
 
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
-            rewards = run("prm", "at", read_reward(context))
+            rewards = self.token_rewards(rollout, run)
             values = run("critic", "before", read_value()) if "critic" in roles else None
         self.seconds["score"] = time.perf_counter() - start
         if not context.mesh.is_last_stage:
@@ -128,13 +137,20 @@ class ExperienceMaker:
             "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
         }
 
+    def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
+        """``[B, R]`` raw rewards of the answers' tokens, on last stages. Entered by every rank.
+
+        ``run(role, where, read)`` makes a forward pass of a role.
+        """
+        return run("prm", "at", read_reward(self.context))
+
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         """Rollout, score, cut. Entered by every rank."""
         rollout = self.rollout(prompts, step)
         scored, metrics = self.score(rollout)
         start, dense = time.perf_counter(), None
         if scored is not None:
-            dense = make_dense(self.context, scored, rollout, self.running, self.newline_ids)
+            dense = make_dense(self.context, scored, rollout, self.running, self.cut_steps)
             metrics |= _reward_metrics(rollout, scored, dense)
         self.seconds["mask"] = time.perf_counter() - start
         return Judged(rollout, scored, dense), metrics
@@ -160,12 +176,11 @@ class ExperienceMaker:
         tokens = int(rollout.response_lengths.sum()) * self.context.mesh.dp_size
         seconds = {**self.seconds, "update": update_seconds}
         named = {f"time/{name}_seconds": value for name, value in seconds.items()}
-        return named | {
-            "throughput/rollout_tokens_per_second": tokens / seconds["rollout"],
-            "throughput/update_tokens_per_second": updated
-            * self.context.mesh.dp_size
-            / max(update_seconds, 1e-9),
-        }
+        if "rollout" in seconds:
+            named["throughput/rollout_tokens_per_second"] = tokens / seconds["rollout"]
+        updated_tokens = updated * self.context.mesh.dp_size
+        named["throughput/update_tokens_per_second"] = updated_tokens / max(update_seconds, 1e-9)
+        return named
 
 
 def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
 from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
-from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
+from megatron_amrlhf.algorithms.update import run_updates, split_rows
 from megatron_amrlhf.losses.kto import kto_loss, reference_point
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics
 from megatron_amrlhf.mask.adaptive import chosen_labels
@@ -40,10 +40,7 @@ class KtoBatch(TrainBatch):
 class Kto(PolicyAlgorithm):
     """Learns from every answer; the chosen ones are desirable, the others undesirable."""
 
-    def num_chosen(self, judged: Judged) -> int:
-        return len(judged.rollout.rows)
-
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         rewards = judged.dense.sequence_rewards
         labels = chosen_labels(
             rewards,
@@ -110,9 +107,7 @@ class Kto(PolicyAlgorithm):
                 algorithm.undesirable_weight,
             )
 
-        read = read_logprobs(self.context, self.logprob_temperature())
-        plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+        return self.update_policy(part, terms, on_block)
 
 
 def mismatched_pairs(batch: MaskedBatch, samples: int, mesh: Mesh) -> tuple[RolloutBatch, Tensor]:

@@ -19,7 +19,8 @@ def share_mask(
     Args:
         context: the run.
         rollout: the answers, known to every rank.
-        mask: ``[B, R]`` bool on the last stage, None elsewhere.
+        mask: ``[B, R']`` bool on the last stage, None elsewhere; R' is R or more, for answers
+            that were selected from longer ones.
         chosen: ``[B]`` bool on the last stage, None elsewhere.
 
     Returns:
@@ -29,16 +30,28 @@ def share_mask(
     packed = torch.zeros(rows, -(-width // 8) + 1, dtype=torch.uint8, device=device)
     if mask is not None and chosen is not None:
         packed[:, 0] = chosen
-        packed[:, 1:] = pack_bits(mask)
+        packed[:, 1:] = pack_bits(mask[:, :width])
     broadcast_from_last_stage(packed, context.mesh)
     return MaskedBatch(
         rollout=rollout, mask=unpack_bits(packed[:, 1:], width), chosen=packed[:, 0].bool()
     )
 
 
-def share_index(context: Context, index: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    """Broadcasts which answers the last stage picked; int64 on CPU. Entered by every rank."""
-    buffer = torch.zeros(shape, dtype=torch.int64, device=context.mesh.device)
+def share_index(context: Context, index: Tensor | None) -> Tensor:
+    """Broadcasts which answers the last stage picked; int64 on CPU. Entered by every rank.
+
+    Replicas may pick different numbers of answers, none too.
+
+    Args:
+        context: the run.
+        index: 1-D on the last stage, None elsewhere.
+    """
+    device = context.mesh.device
+    count = torch.tensor([0 if index is None else index.numel()], device=device)
+    broadcast_from_last_stage(count, context.mesh)
+    picked = torch.zeros(int(count), dtype=torch.int64, device=device)
     if index is not None:
-        buffer.copy_(index)
-    return broadcast_from_last_stage(buffer, context.mesh).cpu()
+        picked.copy_(index)
+    if picked.numel():
+        broadcast_from_last_stage(picked, context.mesh)
+    return picked.cpu()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.context import Context, count_metric
+from megatron_amrlhf.algorithms.context import count_metric
+from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.scoring import read_value
-from megatron_amrlhf.algorithms.update import run_updates, update
+from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.order import PADDING, shard, take
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.losses.orm import orm_loss, pair_accuracy
@@ -20,109 +18,55 @@ from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import TrainBatch
 
 
-class Orm:
-    """A backbone with a head of one output, read at the end-of-turn token.
+class Orm(RewardTraining[EncodedPair]):
+    """A head of one output, read at the end-of-turn token.
 
     Rows lie in a batch as chosen, rejected, chosen, rejected ...
     """
 
     trained_role = "orm"
-    evaluates_at_start = False  # a new head is 0 for every answer: chance
 
-    context: Context  # set by build()
+    def load(
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
+    ) -> list[EncodedPair]:
+        return load_pairs(path, tokenizer, config.data)
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Reads and checks the pairs; no process group is needed.
+    def num_outputs(self, config: Config) -> int:
+        return 1
 
-        Raises:
-            UserError: the data are wrong.
-        """
-        self.pairs = load_pairs(config.data.train, tokenizer, config.data)
-        self.heldout: list[EncodedPair] = []
-        if config.data.heldout is not None:
-            self.heldout = load_pairs(config.data.heldout, tokenizer, config.data)
-        pairs, size = len(self.pairs) * config.algorithm.epochs, config.algorithm.batch_size
-        self.total_steps = config.run.steps or -(-pairs // size)
-
-    def build(self, context: Context) -> None:
-        """Adds the one role. Entered by every rank."""
-        self.context, rate = context, context.config.optimizer.lr
-        folder, steps = context.model_folder, self.total_steps
-        context.role("orm", folder, 1, learning_rate=rate, total_steps=steps)
-
-    def step(self, step: int) -> dict[str, float]:
-        """One optimizer step on ``batch_size`` pairs. Entered by every rank."""
-        context, config = self.context, self.context.config
-        size, start = config.algorithm.batch_size, time.perf_counter()
-        indices = take(len(self.pairs), config.run.seed, (step - 1) * size, size)
-        mine = shard(indices, context.mesh.dp_rank, context.mesh.dp_size)
-        batch = self.batch([self.pairs[i] for i in mine if i != PADDING])
-        metrics, engine = run_updates(context, [batch], {"orm": self.update})
-        seconds = time.perf_counter() - start
-        tokens = sum(row.numel() for row in batch.rows) * context.mesh.dp_size
-        timings = {
-            "time/update_seconds": seconds,
-            "throughput/update_tokens_per_second": tokens / seconds,
-        }
-        return context.publish(metrics) | engine | timings
-
-    def batch(self, pairs: list[EncodedPair]) -> TrainBatch:
-        """Two rows a pair; the loss counts the first of them."""
+    def batch(self, examples: list[EncodedPair]) -> tuple[TrainBatch, OutputPlan]:
+        """Two rows a pair, of which the loss counts the first; an output at each last token."""
         is_chosen = torch.tensor([True, False], device=self.context.mesh.device)
-        counted = is_chosen.repeat(len(pairs))[:, None]
-        lengths = [pair.prompt_length for pair in pairs for _ in range(2)]
-        return TrainBatch(
-            rows=pair_rows(pairs),
+        counted = is_chosen.repeat(len(examples))[:, None]
+        lengths = [pair.prompt_length for pair in examples for _ in range(2)]
+        batch = TrainBatch(
+            rows=tuple(row for pair in examples for row in (pair.chosen, pair.rejected)),
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
             targets={"denominator": counted} if self.context.mesh.is_last_stage else {},
         )
+        return batch, last_outputs(batch.rows)
 
-    def update(self, batch: TrainBatch, on_block):
+    def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
         """One optimizer step on eq. 1."""
 
         def terms(rewards: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            present = targets["denominator"][0::2, 0]
-            return orm_loss(rewards[0::2, 0][present], rewards[1::2, 0][present])
+            return orm_loss(rewards[0::2, 0], rewards[1::2, 0])
 
-        plan = last_outputs(batch.rows)
         read = read_value()
         return update(self.context, "orm", batch, plan, read, terms, "orm", on_block, together=2)
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy and margin on held-out pairs. Entered by every rank."""
-        context, mesh = self.context, self.context.mesh
-        if not self.heldout:
-            return {}
-        mine = shard(list(range(len(self.heldout))), mesh.dp_rank, mesh.dp_size)
-        rows = pair_rows([self.heldout[i] for i in mine if i != PADDING])
-        with context.console.track("evaluate", len(rows)) as bar:
-            rewards = context.engine.score(
-                "orm",
-                rows,
-                last_outputs(rows),
-                None,
-                lambda outputs, block: block.rectangle(outputs[:, 0].float(), 1)[:, 0],
-                bar.advance,
-            )
+    def heldout_metrics(
+        self, examples: list[EncodedPair], outputs: Tensor | None
+    ) -> dict[str, float]:
+        """Accuracy and margin on held-out pairs."""
         metrics = {}
-        if mesh.is_last_stage:
-            margins = rewards[0::2] - rewards[1::2]
+        if outputs is not None:
+            margins = (outputs[0::2, 0] - outputs[1::2, 0]).to(self.context.mesh.device)
             metrics = {
                 "eval/pair_accuracy": count_metric(pair_accuracy(margins).sum(), margins.numel()),
                 "eval/pair_margin": count_metric(margins.sum(), margins.numel()),
             }
-        return context.publish(metrics)
-
-    def state_dict(self) -> dict:
-        return {}
-
-    def load_state_dict(self, state: dict) -> None:
-        assert not state
-
-
-def pair_rows(pairs: list[EncodedPair]) -> tuple[Tensor, ...]:
-    """Chosen, rejected, chosen, rejected ..."""
-    return tuple(row for pair in pairs for row in (pair.chosen, pair.rejected))
+        return self.context.publish(metrics)
 
 
 def last_outputs(rows: tuple[Tensor, ...]) -> OutputPlan:

@@ -1,4 +1,4 @@
-"""What PPO, DPO and rejection sampling have in common around their own ``learn``."""
+"""What all algorithms on answers have in common around their own ``choose`` and ``learn``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.algorithms.heldout import evaluate_policy
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
+from megatron_amrlhf.algorithms.offline import PairMaker, evaluate_pairs
 from megatron_amrlhf.algorithms.sample_log import log_samples
+from megatron_amrlhf.algorithms.scoring import read_logprobs
+from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
 from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
-from megatron_amrlhf.data.prompts import load_prompts
+from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
+from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
+from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
-from megatron_amrlhf.types import MaskedBatch
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
 class PolicyAlgorithm(ABC):
-    """An algorithm that improves the actor by its own answers.
+    """An algorithm that improves the actor by its own answers, or offline by those of a file.
 
     Subclasses choose answers and labels, and learn from the masked answers.
     """
@@ -38,19 +43,37 @@ class PolicyAlgorithm(ABC):
     context: Context  # set by build()
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Reads and checks the prompts and the PRM's folder; no process group is needed.
+        """Reads and checks the data and the PRM's folder; no process group is needed.
 
         Raises:
             UserError: the data or the PRM are wrong.
         """
-        self.train_prompts = load_prompts(config.data.train, tokenizer, config.data)
-        self.heldout_prompts = []
+        self.is_offline = config.data.format == "pairs"
+        self.train_data = self.load(config.data.train, config, tokenizer)
+        self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
         if config.data.heldout is not None:
-            self.heldout_prompts = load_prompts(config.data.heldout, tokenizer, config.data)
-        self.prm_folder = Path(config.reward_model.path).expanduser()
-        self.num_attributes = check_prm(config, self.prm_folder, tokenizer)
+            self.heldout_data = self.load(config.data.heldout, config, tokenizer)
+        self.prm_folder, self.num_attributes = None, 0
+        if config.reward_model.path is not None:
+            self.prm_folder = Path(config.reward_model.path).expanduser()
+            self.num_attributes = check_prm(config, self.prm_folder, tokenizer)
         per_step = config.rollout.prompts_per_step
-        self.total_steps = config.run.steps or -(-len(self.train_prompts) // per_step)
+        self.total_steps = config.run.steps or -(-len(self.train_data) // per_step)
+
+    def load(
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
+    ) -> list[EncodedPrompt] | list[ScoredPair]:
+        """Prompts, or the pairs that are learned from offline.
+
+        Raises:
+            UserError: the data are wrong.
+        """
+        if not self.is_offline:
+            return load_prompts(path, tokenizer, config.data)
+        reads_rewards = config.mask.kind == "adaptive" and config.mask.signal == "reward"
+        needs_scores = reads_rewards and config.reward_model.path is None
+        weights = config.reward_model.attribute_weights
+        return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores)
 
     @property
     def updates_per_step(self) -> int:
@@ -67,20 +90,21 @@ class PolicyAlgorithm(ABC):
             rate = optim.critic_lr or optim.lr
             context.role("critic", folder, 1, learning_rate=rate, total_steps=updates)
         context.role("reference", folder)
-        context.role("prm", self.prm_folder, self.num_attributes)
-        self.maker = ExperienceMaker(context, self.train_prompts, self.logprob_temperature())
+        if self.prm_folder is not None:
+            context.role("prm", self.prm_folder, self.num_attributes)
+        maker = PairMaker if self.is_offline else ExperienceMaker
+        self.maker = maker(context, self.train_data, self.logprob_temperature())
 
     def logprob_temperature(self) -> float:
         """Softmax temperature of the log-probs that the loss reads."""
         return 1.0
 
     @abstractmethod
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
-        """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage."""
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage.
 
-    @abstractmethod
-    def num_chosen(self, judged: Judged) -> int:
-        """How many answers ``choose`` gives; known on every rank."""
+        Replicas may choose different numbers of answers, none too.
+        """
 
     @abstractmethod
     def learn(
@@ -99,10 +123,10 @@ class PolicyAlgorithm(ABC):
         start = time.perf_counter()
         index = mask = labels = None
         if self.context.mesh.is_last_stage:
-            index, labels = self.choose(judged)
+            index, labels = self.choose(judged, step)
             mask, mask_metrics = maker.mask(judged, index, labels)
             metrics |= mask_metrics
-        rows = share_index(self.context, index, (self.num_chosen(judged),))
+        rows = share_index(self.context, index)
         batch = share_mask(self.context, judged.rollout.select(rows), mask, labels)
         maker.seconds["mask"] += time.perf_counter() - start
         log_samples(self.context, step, prompts, judged, rows, batch)
@@ -113,9 +137,21 @@ class PolicyAlgorithm(ABC):
         timings = maker.timings(judged.rollout, seconds, tokens)
         return self.context.publish(metrics | loss_metrics) | engine_metrics | timings
 
+    def update_policy(
+        self, part: TrainBatch, terms: TermsFunction, on_block: OnBlock, together: int = 1
+    ):
+        """One optimizer step of the policy on a loss of its log-probs. Entered by every rank.
+
+        The loss sees ``together`` consecutive rows at once.
+        """
+        read = read_logprobs(self.context, self.logprob_temperature())
+        plan = response_plan(part)
+        return update(self.context, "actor", part, plan, read, terms, "policy", on_block, together)
+
     def evaluate(self) -> dict[str, float]:
-        """Mean reward and accuracy of answers to held-out prompts. Entered by every rank."""
-        return evaluate_policy(self.maker, self.heldout_prompts)
+        """How good the policy is on held-out prompts or pairs. Entered by every rank."""
+        evaluate = evaluate_pairs if self.is_offline else evaluate_policy
+        return evaluate(self.maker, self.heldout_data)
 
     def state_dict(self) -> dict:
         """What a checkpoint needs beside the roles; equal on all last-stage ranks."""

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
-from megatron_amrlhf.algorithms.scoring import read_logprobs, read_value
-from megatron_amrlhf.algorithms.update import epoch_parts, response_plan, run_updates, update
+from megatron_amrlhf.algorithms.policy import all_rows
+from megatron_amrlhf.algorithms.scoring import read_value
+from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
+from megatron_amrlhf.algorithms.update import UpdateFunction, response_plan, update
 from megatron_amrlhf.losses.gae import gae
 from megatron_amrlhf.losses.kl import k1
 from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
@@ -19,24 +20,12 @@ from megatron_amrlhf.mask.statistics import whiten
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class Ppo(PolicyAlgorithm):
+class Ppo(SurrogateAlgorithm):
     """Actor and critic learn from every answer; the mask is the actor's alone."""
 
     has_critic = True
 
-    @property
-    def updates_per_step(self) -> int:
-        algorithm = self.context.config.algorithm
-        return algorithm.epochs * algorithm.minibatches
-
-    def logprob_temperature(self) -> float:
-        """The policy that acts is the softmax at the sampling temperature."""
-        return self.context.config.rollout.temperature or 1.0
-
-    def num_chosen(self, judged: Judged) -> int:
-        return len(judged.rollout.rows)
-
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         scored, rollout = judged.scored, judged.rollout
         labels = chosen_labels(
             judged.dense.sequence_rewards,
@@ -46,16 +35,6 @@ class Ppo(PolicyAlgorithm):
             self.context.mesh.dp_group,
         )
         return all_rows(judged), labels
-
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        targets, metrics = {}, {}
-        if judged.scored is not None:
-            targets, metrics = self.targets(batch, judged)
-        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
-        learned, engine = self.update(train, step)
-        return metrics | learned, engine
 
     def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
         """Advantages and returns of dense rewards with the KL penalty in them (last stages)."""
@@ -68,26 +47,19 @@ class Ppo(PolicyAlgorithm):
         )
         if algorithm.whiten_advantages:
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
-        # The behaviour policy of an answer is the model that sampled it.
-        by_reference = batch.rollout.from_reference.to(valid.device)[:, None]
-        behaviour = torch.where(by_reference, scored.reference_logprobs, scored.logprobs)
         targets = {
             "mask": batch.mask,
             "valid": valid,
             "advantages": advantages,
-            "behaviour_logprobs": behaviour,
+            "behaviour_logprobs": behaviour_logprobs(batch, scored),
             "returns": returns,
             "old_values": scored.values,
             "denominator": valid,
         }
         return targets, {"ppo/returns": count_metric(returns.sum(), valid.sum())}
 
-    def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
-        """All optimizer steps on one rollout. Entered by every rank."""
-        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
-        parts = epoch_parts(train, algorithm.epochs, algorithm.minibatches, seed, step)
-        roles = {"actor": self.update_actor, "critic": self.update_critic}
-        return run_updates(self.context, parts, roles)
+    def updates(self) -> dict[str, UpdateFunction]:
+        return super().updates() | {"critic": self.update_critic}
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 14."""
@@ -106,9 +78,7 @@ class Ppo(PolicyAlgorithm):
                 config.algorithm.clip_eps,
             )
 
-        read = read_logprobs(self.context, self.logprob_temperature())
-        plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+        return self.update_policy(part, terms, on_block)
 
     def update_critic(self, part: TrainBatch, on_block):
         """One optimizer step of the critic, on all response tokens."""

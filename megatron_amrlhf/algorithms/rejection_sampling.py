@@ -1,53 +1,40 @@
-"""ARS, eq. 16: likelihood of the kept tokens of the best answer, and KL to the reference."""
+"""ARS, eq. 16: likelihood of the kept tokens of the best answers, and KL to the reference."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.choices import top_rows
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
-from megatron_amrlhf.algorithms.scoring import read_logprobs
-from megatron_amrlhf.algorithms.update import response_plan, run_updates, split_rows, update
-from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask
+from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
+from megatron_amrlhf.losses.reduce import LossOutput, denominator_mask
 from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from megatron_amrlhf.rollout.sampling import uniforms
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class RejectionSampling(PolicyAlgorithm):
-    """Learns from the best of each prompt's answers; all of them are chosen ones."""
+class RejectionSampling(SelectionAlgorithm):
+    """Learns from selected answers to each prompt; all of them are chosen ones."""
 
-    def num_chosen(self, judged: Judged) -> int:
-        return judged.rollout.group_ids.unique().numel()
+    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        algorithm, scores = self.context.config.algorithm, rewards_by_prompt(judged)
+        if algorithm.select == "threshold":
+            counts = (scores >= algorithm.threshold).sum(dim=1)
+        else:  # best: k is 1
+            counts = torch.full_like(scores[:, 0], algorithm.k, dtype=torch.int64)
+        if algorithm.control == "random":
+            scores = self.random_scores(judged, step).view_as(scores).to(scores.device)
+        rows = top_rows(scores, counts)
+        return rows, torch.ones_like(rows, dtype=torch.bool)
 
-    def choose(self, judged: Judged) -> tuple[Tensor, Tensor]:
-        rewards = judged.dense.sequence_rewards.reshape(self.num_chosen(judged), -1)
-        first = torch.arange(rewards.shape[0], device=rewards.device) * rewards.shape[1]
-        best = first + rewards.argmax(dim=1)
-        return best, torch.ones_like(best, dtype=torch.bool)
+    def random_scores(self, judged: Judged, step: int) -> Tensor:
+        """``[B]`` float64 in [0, 1), by seed, step and sample alone, so of no layout."""
+        # The negative step gives other numbers than those that the answers were sampled by.
+        return uniforms(self.context.config.run.seed, -step, judged.rollout.sample_ids, 1)[:, 0]
 
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        targets = {}
-        if judged.scored is not None:
-            index = rows.to(batch.mask.device)
-            valid = judged.scored.response_mask[index]
-            kind = self.context.config.loss.denominator
-            targets = {
-                "mask": batch.mask,
-                "valid": valid,
-                "reference_logprobs": judged.scored.reference_logprobs[index],
-                "denominator": denominator_mask(valid, batch.mask, kind),
-            }
-        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
-        return self.update(train)
-
-    def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
-        """All optimizer steps on one rollout. Entered by every rank."""
-        minibatches = self.context.config.algorithm.minibatches
-        parts = [train.select(i) for i in split_rows(len(train.rows), minibatches, None)]
-        return run_updates(self.context, parts, {"actor": self.update_actor})
+    def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
+        return denominator_mask(valid, batch.mask, self.context.config.loss.denominator)
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 16."""
@@ -63,6 +50,4 @@ class RejectionSampling(PolicyAlgorithm):
                 algorithm.kl_estimator,
             )
 
-        read = read_logprobs(self.context, self.logprob_temperature())
-        plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block)
+        return self.update_policy(part, terms, on_block)

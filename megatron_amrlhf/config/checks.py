@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.config.algorithm_rules import algorithm_problems
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import read_deepspeed
 from megatron_amrlhf.config.schema import (
@@ -23,7 +24,13 @@ MODEL_TYPES = ("qwen2", "llama")
 CRITIC_SIGNALS = ("td_error", "advantage")
 COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
 PAIR_KINDS = ("dpo", "orm")  # their loss reads two rows at once
-DATA_FORMATS = {"prm": "steps", "orm": "pairs"}  # of the kinds that train a reward model
+REWARD_KINDS = ("prm", "orm")  # they train a reward model
+DATA_FORMATS = {  # others need prompts
+    "prm": ("steps",),
+    "orm": ("pairs",),
+    "dpo": ("prompts", "pairs"),
+    "rejection_sampling": ("prompts", "pairs"),
+}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -34,11 +41,13 @@ def check_run(config: Config, world_size: int) -> None:
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
     problems += [*_engine_problems(config), *_pair_problems(config)]
-    if config.algorithm.kind not in DATA_FORMATS:
+    if config.algorithm.kind not in REWARD_KINDS:
+        if config.data.format == "prompts":
+            problems += _rollout_problems(config)
         problems += [
-            *_rollout_problems(config),
             *_label_problems(config),
             *_mask_problems(config),
+            *algorithm_problems(config),
         ]
     _raise_if(problems)
 
@@ -54,7 +63,7 @@ def check_files(config: Config) -> None:
         if name is not None and not Path(name).expanduser().is_file():
             problems.append(f"{key}: {name}: no such file")
     folder = config.reward_model.path
-    needs_rewards = config.algorithm.kind not in DATA_FORMATS
+    needs_rewards = config.algorithm.kind not in REWARD_KINDS
     if needs_rewards and folder and not Path(folder).expanduser().is_dir():
         problems.append(f"reward_model.path: {folder}: no such folder, train a prm first")
     try:
@@ -115,13 +124,13 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of the run's "
             f"{steps} optimizer steps: use at most {steps - 1}"
         )
-    wanted = DATA_FORMATS.get(config.algorithm.kind, "prompts")
-    if config.data.format != wanted:
-        yield (
-            f"data.format: algorithm.kind {config.algorithm.kind} needs {wanted} "
-            f"(got {config.data.format})"
-        )
-    if wanted == "prompts" and config.reward_model.path is None:
+    kind = config.algorithm.kind
+    wanted = DATA_FORMATS.get(kind, ("prompts",))
+    if config.data.format not in wanted:
+        choice = " or ".join(wanted)
+        yield f"data.format: algorithm.kind {kind} needs {choice} (got {config.data.format})"
+    trains_policy = kind not in REWARD_KINDS
+    if trains_policy and config.data.format == "prompts" and config.reward_model.path is None:
         yield (
             "reward_model.path: is required, train one with algorithm.kind prm and give its "
             "runs/NAME/export folder"
@@ -168,6 +177,8 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
     rows, unit = rollout.prompts_per_step // replicas, "prompts"
     if algorithm.kind in ("ppo", "grpo", "kto"):
         rows, unit = rows * rollout.samples_per_prompt, "answers"
+    if algorithm.kind == "rejection_sampling":
+        rows *= algorithm.k
     if algorithm.minibatches > rows:
         yield (
             f"algorithm.minibatches = {algorithm.minibatches} is more than the {rows} {unit} a "

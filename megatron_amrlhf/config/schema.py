@@ -49,8 +49,8 @@ class ModelSection(Section):
 class RewardModelSection(Section):
     path: str | None = Field(
         None,
-        description="folder that a prm or orm run exported (runs/NAME/export); required but for "
-        "these two",
+        description="folder that a prm or orm run exported (runs/NAME/export); required for "
+        "rollouts; null with data.format pairs: the scores in the file, if any",
     )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
         None,
@@ -165,7 +165,8 @@ class OptimizerSection(Section):
 
 class DataSection(Section):
     train: str = Field(
-        description="JSONL file: step-labelled problems (prm), pairs (orm) or prompts (others)"
+        description="JSONL file: step-labelled problems (prm), pairs (orm, offline dpo and "
+        "rejection_sampling) or prompts (others)"
     )
     heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
     format: Literal["steps", "pairs", "prompts"] = Field(
@@ -188,7 +189,9 @@ class EvaluationSection(Section):
 class RolloutSection(Section):
     """Sampling, defaults of the paper's appendix B."""
 
-    prompts_per_step: Positive = Field(8, description="prompts a step, over all DP ranks")
+    prompts_per_step: Positive = Field(
+        8, description="prompts (offline: pairs) a step, over all DP ranks"
+    )
     samples_per_prompt: Positive = Field(8, description="answers a prompt, of policy and reference")
     reference_samples_per_prompt: NonNegative = Field(
         0, description="how many of the answers the reference samples (the rest: the policy)"
@@ -208,6 +211,11 @@ class RewardSection(Section):
     )
     granularity: Literal["sequence", "step", "token", "message"] = Field(
         "message", description="unit whose tokens share one reward (figure 1)"
+    )
+    step_boundary: Literal["newline", "sentence"] = Field(
+        "newline",
+        description="what ends a step for granularity: step; sentence: newlines and the "
+        "punctuation that ends English and Chinese sentences",
     )
     placement: Literal["last", "spread"] = Field(
         "last", description="a unit's reward stands on its last token or on each of its tokens"
@@ -301,6 +309,14 @@ class DpoAlgorithm(Section):
     form: Literal["inside", "pair"] = Field(
         "inside", description="mask inside the log-ratio sums, or eq. 15 as printed"
     )
+    pairs: Literal["best_worst", "all_pairs", "margin"] = Field(
+        "best_worst",
+        description="a prompt's pairs: its best and worst answer; all that are not tied; those "
+        "whose rewards differ by more than pair_margin",
+    )
+    pair_margin: NonNegativeFloat = Field(
+        0.0, description="least difference for pairs: margin, raw reward units"
+    )
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 
@@ -316,6 +332,19 @@ class RejectionSamplingAlgorithm(Section):
     kind: Literal["rejection_sampling"] = "rejection_sampling"
     kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
     kl_estimator: Literal["k2", "k3"] = Field("k2", description="KL estimator in the loss")
+    select: Literal["best", "top_k", "threshold"] = Field(
+        "best",
+        description="answers to learn from: each prompt's best, its k best, or those with a "
+        "reward of at least threshold",
+    )
+    k: Positive = Field(1, description="answers a prompt for select: top_k")
+    threshold: AnyFloat = Field(
+        0.0, description="least reward of an answer for select: threshold, raw reward units"
+    )
+    control: Literal["none", "random"] = Field(
+        "none",
+        description="random: as many answers of each prompt as select picks, but by chance",
+    )
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 

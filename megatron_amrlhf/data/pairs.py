@@ -57,27 +57,41 @@ def load_pairs(
             or prompts over the limits; with ``path:line:`` (in a list, the line that the object
             starts on).
     """
-    pairs = []
-    for number, record in _numbered_records(path):
-        where = f"{path}:{number}"
-        if "conversations" in record:
-            prompt_ids = _encode_turns(record["conversations"], tokenizer, data_section, where)
-        else:
-            prompt = _text(record, "prompt", where)
-            prompt_ids = encode_limited_prompt(prompt, tokenizer, data_section, where)
-        chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
-        if chosen == rejected:
-            raise UserError(f"{where}: 'chosen' and 'rejected' are equal; drop this line")
-        rows = [
-            _encode_row(tokenizer, prompt_ids, answer, data_section.max_row_tokens, where)
-            for answer in (chosen, rejected)
-        ]
-        pairs.append(EncodedPair(*rows, prompt_length=len(prompt_ids)))
-    return pairs
+    return [
+        encode_pair(record, tokenizer, data_section, f"{path}:{number}")
+        for number, record in numbered_records(path)
+    ]
 
 
-def _numbered_records(path: str | Path) -> list[tuple[int, dict]]:
-    """Each object with the line that it stands (starts) on."""
+def encode_pair(
+    record: dict, tokenizer: PreTrainedTokenizerBase, data_section: DataSection, where: str
+) -> EncodedPair:
+    """One object of a file of pairs.
+
+    Raises:
+        UserError: as ``load_pairs``; ``where`` is its ``path:line``.
+    """
+    if "conversations" in record:
+        prompt_ids = _encode_turns(record["conversations"], tokenizer, data_section, where)
+    else:
+        prompt = _text(record, "prompt", where)
+        prompt_ids = encode_limited_prompt(prompt, tokenizer, data_section, where)
+    chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise UserError(f"{where}: 'chosen' and 'rejected' are equal; drop this line")
+    rows = [
+        _encode_row(tokenizer, prompt_ids, answer, data_section.max_row_tokens, where)
+        for answer in (chosen, rejected)
+    ]
+    return EncodedPair(*rows, prompt_length=len(prompt_ids))
+
+
+def numbered_records(path: str | Path) -> list[tuple[int, dict]]:
+    """Each object of a JSONL file or JSON list with the line that it stands (starts) on.
+
+    Raises:
+        UserError: a file that cannot be read or is not JSON objects; with ``path:line:``.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):

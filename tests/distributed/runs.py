@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from megatron_amrlhf.algorithms.train import run
 from megatron_amrlhf.config.load import load_config
+from tests.distributed.processes import run_on
 from tests.helpers_models import make_tiny_model
 
+TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
+CLOCK = ("time", "throughput/", "memory/")
 PROMPT_LINES = [
     {"prompt": f"Say {word} {n} times, please", "answer": str(n)}
     for word in ("hi", "yes", "good morning")
@@ -126,3 +130,34 @@ def run_config(path: str, overrides: list[str]) -> None:
 def read_metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def numbers(folder: Path) -> list[dict]:
+    """Its metrics without those that a clock or the machine decides."""
+    return [
+        {key: value for key, value in line.items() if not key.startswith(CLOCK)}
+        for line in read_metrics(folder)
+    ]
+
+
+def start(folder: Path, config: Path, tp: int, pp: int, dp: int, *overrides: str) -> Path:
+    """Runs a config on a layout; its run folder."""
+    name = f"run.name={config.stem}-{tp}{pp}{dp}"
+    layout = [f"parallel.tensor={tp}", f"parallel.pipeline={pp}"]
+    run_on(tp * pp * dp, run_config, str(config), [name, *layout, *overrides])
+    return folder / "runs" / f"{config.stem}-{tp}{pp}{dp}"
+
+
+def assert_same_numbers(one: Path, other: Path, ignored: tuple[str, ...] = ()) -> None:
+    """Both run folders have the same metrics up to rounding, but for ``ignored`` ones."""
+    expected, found = numbers(one), numbers(other)
+    assert len(found) == len(expected) > 0
+    for before, after in zip(expected, found, strict=True):
+        assert before.keys() == after.keys()
+        for key in before.keys() - set(ignored):
+            value = before[key]
+            if value is None:
+                assert after[key] is None, key
+            else:
+                close = math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+                assert close, (key, value, after[key])

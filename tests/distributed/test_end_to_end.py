@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.report.samples import read_samples
 from tests.distributed.processes import run_on
-from tests.distributed.runs import make_models, read_metrics, run_config, write_config
+from tests.distributed.runs import (
+    assert_same_numbers,
+    make_models,
+    numbers,
+    read_metrics,
+    run_config,
+    start,
+    write_config,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -40,9 +49,7 @@ CHOICES = {
         ],
     ),
 }
-TOLERANCE = 2e-4  # relative and absolute; the text itself is the same
 SAMPLES = "samples.jsonl"
-CLOCK = ("time", "throughput/", "memory/")
 REWARD_KINDS = ("prm", "orm")  # they train a reward model, on no answers of their own
 KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
 
@@ -55,20 +62,6 @@ OWN_METRICS = {
     "kto": {"kto/z0", "kto/slope", "reward/implicit_chosen"},
     "rejection_sampling": {"loss/nll", "loss/kl"},
 }
-
-
-def numbers(folder) -> list[dict]:
-    return [
-        {key: value for key, value in line.items() if not key.startswith(CLOCK)}
-        for line in read_metrics(folder)
-    ]
-
-
-def start(folder, config, tp: int, pp: int, dp: int, *overrides: str):
-    name = f"run.name={config.stem}-{tp}{pp}{dp}"
-    layout = [f"parallel.tensor={tp}", f"parallel.pipeline={pp}"]
-    run_on(tp * pp * dp, run_config, str(config), [name, *layout, *overrides])
-    return folder / "runs" / f"{config.stem}-{tp}{pp}{dp}"
 
 
 @pytest.fixture(scope="module")
@@ -84,10 +77,7 @@ def reference(tmp_path_factory):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_run_is_invariant_to_layout(reference, kind, layout):
     folder, configs, runs = reference
-    other = start(folder, configs[kind], *layout)
-    assert_same_run(runs[kind], other)
-    if kind not in REWARD_KINDS and layout[2] == 1:
-        assert_same_samples(runs[kind], other)
+    assert_same_run(runs[kind], start(folder, configs[kind], *layout), kind, layout)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "dpo", "orm"])
@@ -95,31 +85,15 @@ def test_run_is_invariant_to_layout(reference, kind, layout):
 def test_run_is_invariant_to_how_the_engine_works(reference, kind, choice):
     folder, configs, runs = reference
     layout, overrides = CHOICES[choice]
-    other = start(folder, configs[kind], *layout, f"run.name={kind}-{choice}", *overrides)
-    other = other.with_name(f"{kind}-{choice}")
-    assert_same_run(runs[kind], other)
-    if kind not in REWARD_KINDS and layout[2] == 1:
-        assert_same_samples(runs[kind], other)
+    start(folder, configs[kind], *layout, f"run.name={kind}-{choice}", *overrides)
+    assert_same_run(runs[kind], folder / "runs" / f"{kind}-{choice}", kind, layout)
 
 
-def assert_same_run(reference, other):
-    expected, found = numbers(reference), numbers(other)
-    assert len(found) == len(expected) == 2
-    for before, after in zip(expected, found, strict=True):
-        assert before.keys() == after.keys()
-        for key, value in before.items():
-            if value is None:
-                assert after[key] is None, key
-            else:
-                assert math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE), (
-                    key,
-                    value,
-                    after[key],
-                )
-
-
-def assert_same_samples(reference, other):
-    first, second = ((r / SAMPLES).read_text().splitlines() for r in (reference, other))
+def assert_same_run(one: Path, other: Path, kind: str, layout: tuple[int, int, int]):
+    assert_same_numbers(one, other)
+    if kind in REWARD_KINDS or layout[2] > 1:
+        return  # no samples, or those of the first replica only
+    first, second = ((run / SAMPLES).read_text().splitlines() for run in (one, other))
     for a, b in zip(map(json.loads, first), map(json.loads, second), strict=True):
         assert a["token_ids"] == b["token_ids"] and a["mask"] == b["mask"]
 

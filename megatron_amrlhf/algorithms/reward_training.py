@@ -1,0 +1,130 @@
+"""What training a PRM and an ORM have in common: one role, shuffled examples, no rollouts."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.update import run_updates
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.order import PADDING, shard, take
+from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.types import TrainBatch
+
+Example = TypeVar("Example")
+
+
+class RewardTraining(ABC, Generic[Example]):
+    """A backbone with a linear head that learns from examples.
+
+    Subclasses say how a file is read, how examples become rows, and what is learned from these.
+    """
+
+    trained_role: ClassVar[str]
+    evaluates_at_start = False  # a new head is 0 everywhere: chance
+
+    context: Context  # set by build()
+
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
+        """Reads and checks the data; no process group is needed.
+
+        Raises:
+            UserError: the data are wrong.
+        """
+        self.examples = self.load(config.data.train, config, tokenizer)
+        self.heldout: list[Example] = []
+        if config.data.heldout is not None:
+            self.heldout = self.load(config.data.heldout, config, tokenizer)
+        count, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
+        self.total_steps = config.run.steps or -(-count // size)
+
+    @abstractmethod
+    def load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """The examples of a data file.
+
+        Raises:
+            UserError: the data are wrong.
+        """
+
+    @abstractmethod
+    def num_outputs(self, config: Config) -> int:
+        """D, outputs of the head."""
+
+    @abstractmethod
+    def batch(self, examples: list[Example]) -> tuple[TrainBatch, OutputPlan]:
+        """Rows of the examples, and where the head is read."""
+
+    @abstractmethod
+    def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
+        """One optimizer step. Entered by every rank."""
+
+    @abstractmethod
+    def heldout_metrics(self, examples: list[Example], outputs: Tensor | None) -> dict[str, float]:
+        """Metrics of this replica's held-out examples, from ``[n, D]`` outputs at their plan's
+        places (float32 on the CPU; None but on last stages). Entered by every rank.
+        """
+
+    def build(self, context: Context) -> None:
+        """Adds the one role. Entered by every rank."""
+        self.context = context
+        context.role(
+            self.trained_role,
+            context.model_folder,
+            self.num_outputs(context.config),
+            learning_rate=context.config.optimizer.lr,
+            total_steps=self.total_steps,
+        )
+
+    def share(self, examples: list[Example], indices: list[int]) -> list[Example]:
+        """This replica's part of the examples at ``indices``."""
+        mesh = self.context.mesh
+        mine = shard(indices, mesh.dp_rank, mesh.dp_size)
+        return [examples[i] for i in mine if i != PADDING]
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step on ``batch_size`` examples. Entered by every rank."""
+        context, config = self.context, self.context.config
+        size, start = config.algorithm.batch_size, time.perf_counter()
+        indices = take(len(self.examples), config.run.seed, (step - 1) * size, size)
+        batch, plan = self.batch(self.share(self.examples, indices))
+        metrics, engine = run_updates(
+            context, [batch], {self.trained_role: lambda part, tick: self.update(part, plan, tick)}
+        )
+        seconds = time.perf_counter() - start
+        tokens = sum(row.numel() for row in batch.rows) * context.mesh.dp_size
+        timings = {
+            "time/update_seconds": seconds,
+            "throughput/update_tokens_per_second": tokens / seconds,
+        }
+        return context.publish(metrics) | engine | timings
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics on held-out examples. Entered by every rank."""
+        context = self.context
+        if not self.heldout:
+            return {}
+        examples = self.share(self.heldout, list(range(len(self.heldout))))
+        batch, plan = self.batch(examples)
+        with context.console.track("evaluate", len(batch.rows)) as bar:
+            outputs = context.engine.score(
+                self.trained_role,
+                batch.rows,
+                plan,
+                None,
+                lambda outputs, block: block.rectangle(outputs.float(), plan.width),
+                bar.advance,
+            )
+        if outputs is not None:
+            outputs = outputs.cpu()[plan.rows, plan.columns]
+        return self.heldout_metrics(examples, outputs)
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        assert not state

@@ -1,0 +1,81 @@
+"""What DPO and rejection sampling have in common: they learn from some of the answers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import count_metric
+from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
+from megatron_amrlhf.algorithms.update import run_updates, split_rows
+from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.parallel.collectives import max_over
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
+
+
+class SelectionAlgorithm(PolicyAlgorithm):
+    """Learns from selected answers, in units of ``rows_per_unit`` rows that stay together."""
+
+    rows_per_unit = 1
+
+    @abstractmethod
+    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of the answers to learn from and their labels, on a last stage."""
+
+    @abstractmethod
+    def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
+        """What the loss's mean counts, bool, on a last stage; ``valid`` is ``[B, R]`` bool."""
+
+    @abstractmethod
+    def update_actor(self, part: TrainBatch, on_block):
+        """One optimizer step of the policy."""
+
+    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
+        """The selected answers; offline both answers of each pair, or its chosen one alone."""
+        if not self.is_offline:
+            return self.select(judged, step)
+        rows = torch.arange(0, len(judged.rollout.rows), 2 // self.rows_per_unit)
+        return rows, (rows % 2 == 0).to(self.context.mesh.device)
+
+    def learn(
+        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
+    ) -> tuple[Metrics, dict]:
+        targets, metrics = {}, {}
+        if judged.scored is not None:
+            rewards = rewards_by_prompt(judged)
+            is_flat = rewards.amax(dim=1) == rewards.amin(dim=1)
+            prompts, units = rewards.shape[0], len(rows) // self.rows_per_unit
+            metrics = {
+                "selection/per_prompt": count_metric(units, prompts),
+                "selection/flat_groups": count_metric(is_flat.sum(), prompts),
+            }
+            index = rows.to(batch.mask.device)
+            width = batch.mask.shape[1]  # the longest of all answers may be not among them
+            valid = judged.scored.response_mask[index, :width]
+            targets = {
+                "mask": batch.mask,
+                "valid": valid,
+                "reference_logprobs": judged.scored.reference_logprobs[index, :width],
+                "denominator": self.denominator(batch, valid),
+            }
+        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        learned, engine = self.update(train)
+        return metrics | learned, engine
+
+    def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
+        """All optimizer steps on one rollout, none on nothing. Entered by every rank."""
+        minibatches, size = self.context.config.algorithm.minibatches, self.rows_per_unit
+        mesh, parts = self.context.mesh, []
+        for units in split_rows(len(train.rows) // size, minibatches, None):
+            rows = units[:, None] * size + torch.arange(size)
+            if max_over(len(units), mesh.dp_group, mesh.device):
+                parts.append(train.select(rows.flatten()))
+        return run_updates(self.context, parts, {"actor": self.update_actor})
+
+
+def rewards_by_prompt(judged: Judged) -> Tensor:
+    """``[G, N]`` rewards of the N answers to each of this replica's G prompts (last stages)."""
+    return judged.dense.sequence_rewards.reshape(judged.rollout.group_ids.unique().numel(), -1)

@@ -1,0 +1,61 @@
+"""What PPO and GRPO have in common: a clipped surrogate on every answer, several passes."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
+from megatron_amrlhf.algorithms.update import UpdateFunction, epoch_parts, run_updates
+from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.types import MaskedBatch, ScoredBatch, TrainBatch
+
+
+class SurrogateAlgorithm(PolicyAlgorithm):
+    """Learns from every answer by the ratio of the policy to the model that sampled it."""
+
+    @property
+    def updates_per_step(self) -> int:
+        algorithm = self.context.config.algorithm
+        return algorithm.epochs * algorithm.minibatches
+
+    def logprob_temperature(self) -> float:
+        """The policy that acts is the softmax at the sampling temperature."""
+        return self.context.config.rollout.temperature or 1.0
+
+    @abstractmethod
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+        """What the losses read, and (sum, count) metrics, on a last stage."""
+
+    @abstractmethod
+    def update_actor(self, part: TrainBatch, on_block):
+        """One optimizer step of the policy."""
+
+    def updates(self) -> dict[str, UpdateFunction]:
+        """The optimizer step of each role that is trained, in order."""
+        return {"actor": self.update_actor}
+
+    def learn(
+        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
+    ) -> tuple[Metrics, dict]:
+        targets, metrics = {}, {}
+        if judged.scored is not None:
+            targets, metrics = self.targets(batch, judged)
+        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        learned, engine = self.update(train, step)
+        return metrics | learned, engine
+
+    def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
+        """All optimizer steps on one rollout. Entered by every rank."""
+        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
+        parts = epoch_parts(train, algorithm.epochs, algorithm.minibatches, seed, step)
+        return run_updates(self.context, parts, self.updates())
+
+
+def behaviour_logprobs(batch: MaskedBatch, scored: ScoredBatch) -> Tensor:
+    """``[B, R]`` log-probs of the model that sampled each answer: policy or reference."""
+    by_reference = batch.rollout.from_reference.to(batch.mask.device)[:, None]
+    return torch.where(by_reference, scored.reference_logprobs, scored.logprobs)

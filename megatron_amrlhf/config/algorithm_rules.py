@@ -1,0 +1,51 @@
+"""Rules between the keys of one algorithm, and keys that nothing would read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_amrlhf.config.schema import Config, DpoAlgorithm, RejectionSamplingAlgorithm
+
+
+def algorithm_problems(config: Config) -> Iterator[str]:
+    """Every broken rule of the ``algorithm`` section, with its fix."""
+    algorithm = config.algorithm
+    if isinstance(algorithm, DpoAlgorithm):
+        yield from _dpo_problems(config, algorithm)
+    if isinstance(algorithm, RejectionSamplingAlgorithm):
+        yield from _rejection_sampling_problems(config, algorithm)
+
+
+def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:
+    if config.data.format == "pairs" and algorithm.pairs != "best_worst":
+        yield _not_offline("algorithm.pairs", algorithm.pairs)
+    if algorithm.pair_margin and algorithm.pairs != "margin":
+        yield _unread("algorithm.pair_margin", "algorithm.pairs", "margin", algorithm.pairs)
+
+
+def _rejection_sampling_problems(
+    config: Config, algorithm: RejectionSamplingAlgorithm
+) -> Iterator[str]:
+    select, samples = algorithm.select, config.rollout.samples_per_prompt
+    if config.data.format == "pairs":
+        if select != "best":
+            yield _not_offline("algorithm.select", select)
+        if algorithm.control != "none":
+            yield _not_offline("algorithm.control", algorithm.control)
+    if algorithm.k != 1 and select != "top_k":
+        yield _unread("algorithm.k", "algorithm.select", "top_k", select)
+    if algorithm.threshold and select != "threshold":
+        yield _unread("algorithm.threshold", "algorithm.select", "threshold", select)
+    if algorithm.k > samples:
+        yield (
+            f"algorithm.k = {algorithm.k} is more than the answers to a prompt: use at most "
+            f"rollout.samples_per_prompt = {samples}"
+        )
+
+
+def _unread(key: str, other: str, wanted: str, found: str) -> str:
+    return f"{key}: is read by {other}: {wanted} only (got {found}), set that or leave it out"
+
+
+def _not_offline(key: str, found: str) -> str:
+    return f"{key}: the pairs of data.format: pairs are given (got {found}), leave it out"

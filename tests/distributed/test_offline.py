@@ -1,0 +1,167 @@
+"""Offline DPO and rejection sampling on a file of pairs: its scores, a PRM, or no rewards."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.chat import load_tokenizer
+from megatron_amrlhf.data.scored_pairs import load_scored_pairs
+from megatron_amrlhf.report.samples import read_samples
+from tests.distributed.runs import (
+    assert_same_numbers,
+    numbers,
+    pair_lines,
+    start,
+    write_config,
+    write_lines,
+)
+from tests.helpers import make_tiny_tokenizer
+from tests.helpers_models import make_tiny_model
+from tests.reference import add_head
+
+pytestmark = pytest.mark.distributed
+
+LAYOUT = (2, 2, 2)  # TP, PP, DP
+PAIRS_PER_STEP = 4
+VOCAB_SIZE, HIDDEN = 320, 48
+# float32 on both sides, sums of some 20 log-probs
+TOLERANCE = 1e-3
+RUNS = {  # kind, where rewards come from, mask
+    "dpo-scores": ("dpo", "file", "adaptive"),
+    "sampling-scores": ("rejection_sampling", "file", "adaptive"),
+    "dpo-model": ("dpo", "model", "adaptive"),
+    "dpo-plain": ("dpo", "none", "none"),
+}
+
+
+def scored_lines() -> list[dict]:
+    """Two sentences each; the first of a chosen answer is good, that of a rejected one bad."""
+    return [
+        {
+            "prompt": f"What is {a} plus {b}?",
+            "chosen": f"It is {a + b}. Right",
+            "rejected": f"I say {a}! So there",
+            "chosen_scores": [[4, 1]] * 5,
+            "rejected_scores": [0, 3],
+        }
+        for a in (1, 2, 3)
+        for b in (4, 5, 30)
+    ]
+
+
+class World:
+    """A run of each kind on one process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for model, seed in (("policy", 1), ("prm", 2)):
+            make_tiny_model(folder / model, "qwen2", True, seed, vocab_size=VOCAB_SIZE)
+            make_tiny_tokenizer(folder / model, VOCAB_SIZE)
+        add_head(folder / "prm", HIDDEN, outputs=2, seed=3)
+        self.data = {
+            "file": write_lines(folder / "scored.jsonl", scored_lines()),
+            "model": write_lines(folder / "plain.jsonl", pair_lines()),
+        }
+        self.data["none"] = self.data["model"]
+        self.runs = {name: self.start(name, 1, 1, 1) for name in RUNS}
+
+    def start(self, name: str, tp: int, pp: int, dp: int) -> Path:
+        kind, rewards, mask = RUNS[name]
+        data = str(self.data[rewards])
+        config = write_config(
+            self.folder,
+            kind,
+            run={"name": name, "log_samples": 100},
+            data={"format": "pairs", "train": data, "heldout": data},
+            rollout={"prompts_per_step": PAIRS_PER_STEP},
+            mask={"kind": mask},
+            reward={"normalise": "none"},
+        )
+        settings = json.loads(config.read_text())
+        if rewards != "model":
+            settings["reward_model"] = {}
+        config.write_text(json.dumps(settings))
+        return start(self.folder, config, tp, pp, dp)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> World:
+    return World(tmp_path_factory.mktemp("offline"))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_run_is_invariant_to_layout(world, name):
+    # At the start policy and reference agree: the sign of a margin is that of its rounding.
+    ignored = ("dpo/accuracy", "eval/pair_accuracy")
+    assert_same_numbers(world.runs[name], world.start(name, *LAYOUT), ignored)
+
+
+def test_metrics(world):
+    for name, (kind, rewards, mask) in RUNS.items():
+        lines = numbers(world.runs[name])
+        assert len(lines) == 2
+        assert {"loss/policy", "eval/pair_margin", "eval/chosen_nll"} <= lines[-1].keys()
+        assert not any("kl/ref_nats" in line or "eval/reward_mean" in line for line in lines)
+        assert all(("reward/mean" in line) == (rewards != "none") for line in lines)
+        assert all((line["mask/kept_fraction"] == 1) == (mask == "none") for line in lines)
+        if kind == "dpo":
+            assert math.isclose(lines[0]["loss/policy"], math.log(2), abs_tol=1e-6)
+            assert lines[1]["loss/policy"] < math.log(2)
+
+
+def test_scores_cut_the_answers_where_the_file_says(world):
+    for name in ("dpo-scores", "sampling-scores"):
+        samples = read_samples(world.runs[name] / "samples.jsonl")
+        both = name == "dpo-scores"
+        assert len(samples) == 2 * PAIRS_PER_STEP * (2 if both else 1)
+        assert [sample["chosen"] for sample in samples] == [True, not both] * (len(samples) // 2)
+        for sample in samples:
+            is_chosen = sample["chosen"]
+            scores, second = ([1.0, 0.25], "Right") if is_chosen else ([0.0, 0.75], "So there")
+            border = sample["answer"].index(second)
+            place, expected = 0, []
+            for token in sample["tokens"]:
+                blanks = len(token) - len(token.lstrip()) if token.strip() else 0
+                expected.append(place + blanks >= border)
+                place += len(token)
+            assert True in expected and False in expected
+            assert sample["token_rewards"] == [scores[is_second] for is_second in expected]
+            assert sample["mask"] == [int(not is_second) for is_second in expected]
+
+
+def test_a_prm_scores_pairs_without_scores(world):
+    samples = read_samples(world.runs["dpo-model"] / "samples.jsonl")
+    assert all(len(set(sample["token_rewards"])) > 1 for sample in samples)
+
+
+@pytest.mark.parametrize("name", ["dpo-plain", "dpo-scores"])
+def test_held_out_margin_equals_hugging_faces(world, name):
+    """Of the exported policy against the reference, summed over each whole answer."""
+    line = numbers(world.runs[name])[-1]
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (world.runs[name] / "export", world.folder / "policy")
+    )
+    section = DataSection(train="unused", max_prompt_tokens=100, max_row_tokens=160)
+    path = world.data[RUNS[name][1]]
+    tokenizer = load_tokenizer(world.folder / "policy")
+    margins = []
+    for scored in load_scored_pairs(path, tokenizer, section, None, False)[:PAIRS_PER_STEP]:
+        pair, sums = scored.pair, []
+        for row in (pair.chosen, pair.rejected):
+            for model in (policy, reference):
+                with torch.no_grad():
+                    logprobs = model(row[None]).logits[0, :-1].log_softmax(dim=-1)
+                picked = logprobs.gather(1, row[1:, None])[pair.prompt_length - 1 :]
+                sums.append(float(picked.sum()))
+        margins.append(sums[0] - sums[1] - (sums[2] - sums[3]))
+    mean = sum(margins) / len(margins)
+    assert mean > 0
+    assert math.isclose(line["eval/pair_margin"], mean, rel_tol=TOLERANCE, abs_tol=TOLERANCE)

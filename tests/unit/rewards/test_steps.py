@@ -1,0 +1,62 @@
+"""Steps by newline and by sentence: the tokens of each, numbered without gaps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_amrlhf.rewards.steps import StepCutter
+from megatron_amrlhf.types import RolloutBatch
+from tests.helpers_models import END_TOKEN_ID, tiny_tokenizer
+
+PROMPT = "Say. it\nnow"
+# One token a character; the end token closes each answer.
+ANSWERS = ["Go on. 3.5 is\nit", "a\n\nb", "no end", "x!? y. "]
+BY_NEWLINE = [[0] * 14 + [1, 1, 1], [0, 0, 1, 2, 2], [0] * 7, [0] * 8]
+# The white space after a sentence belongs to it.
+BY_SENTENCE = [[0] * 7 + [1] * 7 + [2] * 3, [0, 0, 0, 1, 1], [0] * 7, [0] * 4 + [1] * 4]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def rollout_of(tokenizer, answers: list[str]) -> RolloutBatch:
+    prompt = tokenizer.encode(PROMPT, add_special_tokens=False)
+    rows = [
+        [*prompt, *tokenizer.encode(text, add_special_tokens=False), END_TOKEN_ID]
+        for text in answers
+    ]
+    flags = torch.zeros(len(rows), dtype=torch.bool)
+    return RolloutBatch(
+        rows=tuple(torch.tensor(row) for row in rows),
+        prompt_lengths=torch.full((len(rows),), len(prompt)),
+        group_ids=torch.arange(len(rows)),
+        sample_ids=torch.arange(len(rows)),
+        from_reference=flags,
+        ended=~flags,
+    )
+
+
+@pytest.mark.parametrize(
+    ("boundary", "expected"), [("newline", BY_NEWLINE), ("sentence", BY_SENTENCE)]
+)
+def test_steps_by_hand(tokenizer, boundary, expected):
+    rollout = rollout_of(tokenizer, ANSWERS)
+    found = StepCutter(tokenizer, boundary)(rollout)
+    assert found.shape == rollout.response_mask.shape and found.dtype == torch.int64
+    for row, steps in zip(found.tolist(), expected, strict=True):
+        assert row[: len(steps)] == steps
+
+
+def test_numbers_have_no_gaps_where_a_sentence_has_no_token_of_its_own():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["a. b. c"])
+    rollout = rollout_of(tokenizer, ["a. b. c. d"])
+    assert StepCutter(tokenizer, "sentence")(rollout).tolist() == [[0, 1, 1, 2, 2]]
+
+
+def test_an_unknown_boundary_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="paragraph"):
+        StepCutter(tokenizer, "paragraph")
