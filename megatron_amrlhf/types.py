@@ -89,13 +89,15 @@ class RolloutBatch:
 class ScoredBatch:
     """What the models say about the answers. Exists on last pipeline stages only.
 
-    All ``[B, R]`` float32 on the compute device; entries past a response's end are 0.
+    ``[B, R]`` float32 on the compute device but where said; entries past a response's end are 0.
 
     Attributes:
         token_rewards: scalar reward of each response token (raw reward units).
         logprobs: log-probs of the policy at the start of the step, nats.
         reference_logprobs: log-probs of the reference, nats.
         values: critic values of the state before each token; zeros without a critic.
+        bootstrap_values: ``[B]`` critic value of the state after the last token, for answers that
+            were cut off if ``algorithm.bootstrap_truncated`` says so; else 0: they ended there.
         response_mask: ``[B, R]`` bool.
     """
 
@@ -103,10 +105,12 @@ class ScoredBatch:
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
+    bootstrap_values: Tensor
     response_mask: Tensor
 
     def __post_init__(self):
         shape = self.response_mask.shape
+        assert self.bootstrap_values.shape == shape[:1], (self.bootstrap_values.shape, shape)
         for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
             assert field.shape == shape, (field.shape, shape)
 

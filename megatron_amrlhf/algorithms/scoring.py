@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.engine.microbatch import MicroBatch, Outputs, response_outputs
+from megatron_amrlhf.engine.microbatch import (
+    MicroBatch,
+    OutputPlan,
+    Outputs,
+    response_outputs,
+)
 from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
 from megatron_amrlhf.rewards.kinds import OUTCOME, reward_kind
@@ -38,6 +43,31 @@ def score_tokens(
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     plan = response_outputs(lengths, rollout.prompt_lengths, where)
+    return score_outputs(context, role, rollout, plan, read, on_block)
+
+
+def score_states(
+    context: Context, rollout: RolloutBatch, on_block: Callable[[], None] = nothing
+) -> Tensor | None:
+    """``[B, R + 1]`` float32 critic values on last stages, None on others.
+
+    Column j < n, of an answer of n tokens, is the state before its token j, column n the state
+    after its last token.
+    """
+    lengths = rollout.prompt_lengths + rollout.response_lengths
+    plan = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
+    return score_outputs(context, "critic", rollout, plan, read_value, on_block)
+
+
+def score_outputs(
+    context: Context,
+    role: str,
+    rollout: RolloutBatch,
+    plan: OutputPlan,
+    read: ReadFunction,
+    on_block: Callable[[], None],
+) -> Tensor | None:
+    """``[B, plan.width, ...]`` float32 values where ``plan`` says on last stages, else None."""
     pieces = context.engine.score(
         role,
         rollout.rows,
