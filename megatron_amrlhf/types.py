@@ -11,7 +11,7 @@ Alignment of per-response-token tensors ``[B, R]``: index ``j`` is the response 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,13 +89,15 @@ class RolloutBatch:
 class ScoredBatch:
     """What the models say about the answers. Exists on last pipeline stages only.
 
-    All ``[B, R]`` float32 on the compute device; entries past a response's end are 0.
+    ``[B, R]`` float32 on the compute device but where said; entries past a response's end are 0.
 
     Attributes:
         token_rewards: scalar reward of each response token (raw reward units).
         logprobs: log-probs of the policy at the start of the step, nats.
         reference_logprobs: log-probs of the reference, nats.
         values: critic values of the state before each token; zeros without a critic.
+        bootstrap_values: ``[B]`` critic value of the state after the last token, for answers that
+            were cut off if ``algorithm.bootstrap_truncated`` says so; else 0: they ended there.
         response_mask: ``[B, R]`` bool.
     """
 
@@ -103,10 +105,12 @@ class ScoredBatch:
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
+    bootstrap_values: Tensor
     response_mask: Tensor
 
     def __post_init__(self):
         shape = self.response_mask.shape
+        assert self.bootstrap_values.shape == shape[:1], (self.bootstrap_values.shape, shape)
         for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
             assert field.shape == shape, (field.shape, shape)
 
@@ -139,16 +143,67 @@ class TrainBatch:
         targets: named ``[B, R]`` or ``[B]`` tensors that the loss reads on the last stage
             (``mask``, ``advantages``, ...), ``denominator`` (bool, what the loss's mean counts)
             always among them; empty on other stages.
+        ids: ``[B]`` int64 that name the rows in messages: sample ids of a rollout, places in the
+            step's data of a reward model.
+        kept_lengths: ``[B]`` int64, response tokens up to the last one in the mask, known to
+            every rank of the replica.
     """
 
     rows: tuple[Tensor, ...]
     prompt_lengths: Tensor
     targets: dict[str, Tensor]
+    ids: Tensor
+    kept_lengths: Tensor
+
+    @classmethod
+    def of(cls, batch: MaskedBatch, targets: dict[str, Tensor]) -> TrainBatch:
+        """All answers of a masked rollout."""
+        mask, rollout = batch.mask.cpu(), batch.rollout
+        return cls(
+            rows=rollout.rows,
+            prompt_lengths=rollout.prompt_lengths,
+            targets=targets,
+            ids=rollout.sample_ids,
+            kept_lengths=last_true(mask) + 1,
+        )
+
+    @classmethod
+    def whole(
+        cls, rows: tuple[Tensor, ...], prompt_lengths: Tensor, targets: dict[str, Tensor]
+    ) -> TrainBatch:
+        """Rows without a mask, named by their places."""
+        lengths = torch.tensor([row.numel() for row in rows], dtype=torch.int64)
+        ids = torch.arange(len(rows))
+        return cls(rows, prompt_lengths, targets, ids, lengths - prompt_lengths)
+
+    def cut_to_kept(self) -> TrainBatch:
+        """The rows without what follows their last kept token; rows without one are empty.
+
+        Outputs up to there do not depend on what follows, so a loss that reads kept tokens alone
+        is the same.
+        """
+        keeps = self.kept_lengths > 0
+        lengths = torch.where(keeps, self.prompt_lengths + self.kept_lengths, 0)
+        rows = zip(self.rows, lengths.tolist(), strict=True)
+        return replace(
+            self,
+            rows=tuple(row[:length] for row, length in rows),
+            prompt_lengths=torch.where(keeps, self.prompt_lengths, 0),
+        )
 
     def select(self, index: Tensor) -> TrainBatch:
         """The rows at ``index`` (1-D int64), in that order."""
-        return TrainBatch(
+        return replace(
+            self,
             rows=tuple(self.rows[i] for i in index.tolist()),
             prompt_lengths=self.prompt_lengths[index],
             targets={name: x[index.to(x.device)] for name, x in self.targets.items()},
+            ids=self.ids[index],
+            kept_lengths=self.kept_lengths[index],
         )
+
+
+def last_true(mask: Tensor) -> Tensor:
+    """``[B]`` int64 column of the last True of ``[B, R]`` bool, -1 where there is none."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, -1).amax(dim=1) if mask.shape[1] else mask.sum(1) - 1

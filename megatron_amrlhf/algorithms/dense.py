@@ -107,9 +107,10 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
         beta = algorithm.beta if isinstance(algorithm, DpoAlgorithm | KtoAlgorithm) else 1.0
         return beta * (scored.logprobs - scored.reference_logprobs)
     assert isinstance(algorithm, PpoAlgorithm), kind
+    after = scored.bootstrap_values
     if kind == "td_error":
-        return td_errors(rewards, scored.values, valid, algorithm.gamma)
-    return gae(rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda)[0]
+        return td_errors(rewards, scored.values, valid, algorithm.gamma, after)
+    return gae(rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda, after)[0]
 
 
 def _units(

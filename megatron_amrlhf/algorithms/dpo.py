@@ -30,6 +30,10 @@ class Dpo(SelectionAlgorithm):
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         return batch.chosen[:, None]  # one a pair
 
+    @property
+    def reads_kept_alone(self) -> bool:
+        return self.context.config.algorithm.form == "inside"
+
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 15."""
         algorithm = self.context.config.algorithm

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
@@ -16,6 +17,7 @@ from megatron_amrlhf.algorithms.scoring import (
     read_logprobs_and_entropy,
     read_reward,
     read_value,
+    score_states,
     score_tokens,
 )
 from megatron_amrlhf.data.order import shard, take
@@ -118,16 +120,22 @@ class ExperienceMaker:
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
             rewards = self.token_rewards(rollout, run)
-            values = run("critic", "before", read_value()) if "critic" in roles else None
+            states = None
+            if "critic" in roles:
+                states = self.critic_states(rollout, bar.advance)
         self.seconds["score"] = time.perf_counter() - start
         if not context.mesh.is_last_stage:
             return None, {}
         valid = rollout.response_mask.to(context.mesh.device)
+        if states is None:
+            states = F.pad(torch.zeros_like(rewards), (0, 1))
+        after = states.gather(1, valid.sum(dim=1, keepdim=True))[:, 0]
         scored = ScoredBatch(
             token_rewards=rewards,
             logprobs=policy[..., 0],
             reference_logprobs=reference,
-            values=torch.zeros_like(rewards) if values is None else values,
+            values=torch.where(valid, states[:, :-1], 0.0),
+            bootstrap_values=torch.where(rollout.ended.to(valid.device), 0.0, after),
             response_mask=valid,
         )
         by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
@@ -136,6 +144,18 @@ class ExperienceMaker:
             "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
             "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
         }
+
+    def critic_states(self, rollout: RolloutBatch, on_block: Callable[[], None]) -> Tensor | None:
+        """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
+
+        Without bootstrapping values are 0 behind the last token, and are read at the places where
+        the update reads them, so that old and new values agree to the last bit.
+        """
+        context = self.context
+        if context.config.algorithm.bootstrap_truncated:
+            return score_states(context, rollout, on_block)
+        values = score_tokens(context, "critic", rollout, "before", read_value, on_block)
+        return None if values is None else F.pad(values, (0, 1))
 
     def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
         """``[B, R]`` raw rewards of the answers' tokens, on last stages. Entered by every rank.

@@ -50,10 +50,13 @@ class Grpo(SurrogateAlgorithm):
             "grpo/group_std": count_metric(std.sum(), count),
         }
 
+    @property
+    def reads_kept_alone(self) -> bool:
+        return self.context.config.algorithm.kl_coef == 0
+
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
-        clip_eps, clip_eps_high = algorithm.clip_eps, algorithm.clip_eps_high
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             out = grpo_loss(
@@ -63,8 +66,8 @@ class Grpo(SurrogateAlgorithm):
                 targets["advantages"],
                 targets["mask"],
                 targets["valid"],
-                clip_eps,
-                clip_eps if clip_eps_high is None else clip_eps_high,
+                algorithm.clip_eps,
+                algorithm.clip_eps_high,
                 algorithm.kl_coef,
                 algorithm.kl_estimator,
             )

@@ -32,9 +32,7 @@ class KtoBatch(TrainBatch):
 
     def select(self, index: Tensor) -> KtoBatch:
         """The rows at ``index`` (1-D int64), in that order, with their mismatched pairs."""
-        part = super().select(index)
-        pairs = self.mismatched.select(index)
-        return KtoBatch(part.rows, part.prompt_lengths, part.targets, pairs)
+        return replace(super().select(index), mismatched=self.mismatched.select(index))
 
 
 class Kto(PolicyAlgorithm):
@@ -68,8 +66,7 @@ class Kto(PolicyAlgorithm):
                 "mismatched_reference": reference,
                 "denominator": torch.ones_like(batch.chosen)[:, None],  # one an answer
             }
-        rollout = batch.rollout
-        train = KtoBatch(rollout.rows, rollout.prompt_lengths, targets, mismatched)
+        train = KtoBatch(**vars(TrainBatch.of(batch, targets)), mismatched=mismatched)
         return self.update(train)
 
     def update(self, train: KtoBatch) -> tuple[Metrics, dict]:
@@ -89,18 +86,21 @@ class Kto(PolicyAlgorithm):
         mask = part.targets["mismatched_mask"][:, :width]
         return reference_point(logprobs, reference, mask, self.context.mesh.dp_group)
 
+    @property
+    def reads_kept_alone(self) -> bool:
+        return True
+
     def update_actor(self, part: KtoBatch, on_block):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
         z0 = self.reference_point(part)
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            present = targets["denominator"][:, 0]
             return kto_loss(
-                logprobs[present],
-                targets["reference_logprobs"][present],
-                targets["chosen"][present],
-                targets["mask"][present],
+                logprobs,
+                targets["reference_logprobs"],
+                targets["chosen"],
+                targets["mask"],
                 z0,
                 algorithm.beta,
                 algorithm.desirable_weight,

@@ -39,7 +39,7 @@ class Orm(RewardTraining[EncodedPair]):
         is_chosen = torch.tensor([True, False], device=self.context.mesh.device)
         counted = is_chosen.repeat(len(examples))[:, None]
         lengths = [pair.prompt_length for pair in examples for _ in range(2)]
-        batch = TrainBatch(
+        batch = TrainBatch.whole(
             rows=tuple(row for pair in examples for row in (pair.chosen, pair.rejected)),
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
             targets={"denominator": counted} if self.context.mesh.is_last_stage else {},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.algorithms.heldout import evaluate_policy
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
@@ -137,6 +137,11 @@ class PolicyAlgorithm(ABC):
         timings = maker.timings(judged.rollout, seconds, tokens)
         return self.context.publish(metrics | loss_metrics) | engine_metrics | timings
 
+    @property
+    @abstractmethod
+    def reads_kept_alone(self) -> bool:
+        """Whether the policy's loss reads nothing but kept tokens, so that others may be cut."""
+
     def update_policy(
         self, part: TrainBatch, terms: TermsFunction, on_block: OnBlock, together: int = 1
     ):
@@ -145,8 +150,13 @@ class PolicyAlgorithm(ABC):
         The loss sees ``together`` consecutive rows at once.
         """
         read = read_logprobs(self.context, self.logprob_temperature())
-        plan = response_plan(part)
-        return update(self.context, "actor", part, plan, read, terms, "policy", on_block, together)
+        cut = part.cut_to_kept() if self.reads_kept_alone else part
+        plan = response_plan(cut)
+        result, metrics = update(
+            self.context, "actor", cut, plan, read, terms, "policy", on_block, together
+        )
+        tokens, all_tokens = (sum(row.numel() for row in x.rows) for x in (cut, part))
+        return result, metrics | {"mask/updated_fraction": count_metric(tokens, all_tokens)}
 
     def evaluate(self) -> dict[str, float]:
         """How good the policy is on held-out prompts or pairs. Entered by every rank."""

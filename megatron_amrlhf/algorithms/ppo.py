@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from megatron_amrlhf.algorithms.scoring import read_value
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
 from megatron_amrlhf.algorithms.update import UpdateFunction, response_plan, update
 from megatron_amrlhf.losses.gae import gae
-from megatron_amrlhf.losses.kl import k1
+from megatron_amrlhf.losses.kl import reward_penalty, with_kl
 from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask
 from megatron_amrlhf.mask.adaptive import chosen_labels
@@ -37,13 +39,20 @@ class Ppo(SurrogateAlgorithm):
         return all_rows(judged), labels
 
     def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
-        """Advantages and returns of dense rewards with the KL penalty in them (last stages)."""
+        """Advantages and returns of dense rewards, maybe with the KL in them (last stages)."""
         config, scored = self.context.config, judged.scored
         algorithm, valid = config.algorithm, scored.response_mask
-        penalty = algorithm.kl_coef * k1(scored.logprobs, scored.reference_logprobs)
-        rewards = torch.where(valid, judged.dense.shaped - penalty, 0.0)
+        rewards = judged.dense.shaped
+        if algorithm.kl_in == "reward":
+            both = (scored.logprobs, scored.reference_logprobs)
+            rewards = rewards - algorithm.kl_coef * reward_penalty(*both, algorithm.kl_estimator)
         advantages, returns = gae(
-            rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda
+            torch.where(valid, rewards, 0.0),
+            scored.values,
+            valid,
+            algorithm.gamma,
+            algorithm.gae_lambda,
+            scored.bootstrap_values,
         )
         if algorithm.whiten_advantages:
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
@@ -52,6 +61,7 @@ class Ppo(SurrogateAlgorithm):
             "valid": valid,
             "advantages": advantages,
             "behaviour_logprobs": behaviour_logprobs(batch, scored),
+            "reference_logprobs": scored.reference_logprobs,
             "returns": returns,
             "old_values": scored.values,
             "denominator": valid,
@@ -61,22 +71,32 @@ class Ppo(SurrogateAlgorithm):
     def updates(self) -> dict[str, UpdateFunction]:
         return super().updates() | {"critic": self.update_critic}
 
+    @property
+    def reads_kept_alone(self) -> bool:
+        algorithm = self.context.config.algorithm
+        return algorithm.kl_in == "reward" or algorithm.kl_coef == 0
+
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 14."""
-        config = self.context.config
+        config, algorithm = self.context.config, self.context.config.algorithm
         if part.targets:
             targets = part.targets
             counted = denominator_mask(targets["valid"], targets["mask"], config.loss.denominator)
-            part = TrainBatch(part.rows, part.prompt_lengths, targets | {"denominator": counted})
+            part = replace(part, targets=targets | {"denominator": counted})
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return ppo_actor_loss(
+            surrogate = ppo_actor_loss(
                 logprobs,
                 targets["behaviour_logprobs"],
                 targets["advantages"],
                 targets["mask"],
-                config.algorithm.clip_eps,
+                algorithm.clip_eps,
             )
+            if algorithm.kl_in == "reward":
+                return surrogate
+            reference, valid = targets["reference_logprobs"], targets["valid"]
+            kl = (algorithm.kl_coef, algorithm.kl_estimator)
+            return with_kl(surrogate, logprobs, reference, valid, *kl)
 
         return self.update_policy(part, terms, on_block)
 

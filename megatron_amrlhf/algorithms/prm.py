@@ -50,7 +50,7 @@ class Prm(RewardTraining[PrmExample]):
         device = self.context.mesh.device
         targets = {"labels": labels.to(device), "denominator": present.to(device)}
         lengths = [example.prompt_length for example in examples]
-        batch = TrainBatch(
+        batch = TrainBatch.whole(
             rows=tuple(example.row for example in examples),
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
             targets=targets if self.context.mesh.is_last_stage else {},

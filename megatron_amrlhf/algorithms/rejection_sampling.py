@@ -36,6 +36,10 @@ class RejectionSampling(SelectionAlgorithm):
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         return denominator_mask(valid, batch.mask, self.context.config.loss.denominator)
 
+    @property
+    def reads_kept_alone(self) -> bool:
+        return self.context.config.algorithm.kl_coef == 0
+
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 16."""
         algorithm = self.context.config.algorithm

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.engine.microbatch import MicroBatch, Outputs, response_outputs
+from megatron_amrlhf.engine.microbatch import (
+    MicroBatch,
+    OutputPlan,
+    Outputs,
+    response_outputs,
+)
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.models.stage import LogitsFunction
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
@@ -56,6 +61,31 @@ def score_tokens(
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     plan = response_outputs(lengths, rollout.prompt_lengths, where)
+    return score_outputs(context, role, rollout, plan, read, on_block)
+
+
+def score_states(
+    context: Context, rollout: RolloutBatch, on_block: OnBlock = nothing
+) -> Tensor | None:
+    """``[B, R + 1]`` float32 critic values on last stages, None on others.
+
+    Column j < n, of an answer of n tokens, is the state before its token j, column n the state
+    after its last token.
+    """
+    lengths = rollout.prompt_lengths + rollout.response_lengths
+    plan = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
+    return score_outputs(context, "critic", rollout, plan, read_value(), on_block)
+
+
+def score_outputs(
+    context: Context,
+    role: str,
+    rollout: RolloutBatch,
+    plan: OutputPlan,
+    read: Reader,
+    on_block: OnBlock,
+) -> Tensor | None:
+    """``[B, plan.width, ...]`` float32 values where ``plan`` says on last stages, else None."""
 
     def collect(outputs: Tensor, block: MicroBatch) -> Tensor:
         return block.rectangle(read.outputs(outputs, block).float(), plan.width)

@@ -61,7 +61,7 @@ class SelectionAlgorithm(PolicyAlgorithm):
                 "reference_logprobs": judged.scored.reference_logprobs[index, :width],
                 "denominator": self.denominator(batch, valid),
             }
-        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        train = TrainBatch.of(batch, targets)
         learned, engine = self.update(train)
         return metrics | learned, engine
 

@@ -44,7 +44,7 @@ class SurrogateAlgorithm(PolicyAlgorithm):
         targets, metrics = {}, {}
         if judged.scored is not None:
             targets, metrics = self.targets(batch, judged)
-        train = TrainBatch(batch.rollout.rows, batch.rollout.prompt_lengths, targets)
+        train = TrainBatch.of(batch, targets)
         learned, engine = self.update(train, step)
         return metrics | learned, engine
 

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_amrlhf.config.schema import Config, DpoAlgorithm, RejectionSamplingAlgorithm
+from megatron_amrlhf.config.schema import (
+    Config,
+    DpoAlgorithm,
+    PpoAlgorithm,
+    RejectionSamplingAlgorithm,
+)
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
     """Every broken rule of the ``algorithm`` section, with its fix."""
     algorithm = config.algorithm
+    if isinstance(algorithm, PpoAlgorithm):
+        yield from _ppo_problems(algorithm)
     if isinstance(algorithm, DpoAlgorithm):
         yield from _dpo_problems(config, algorithm)
     if isinstance(algorithm, RejectionSamplingAlgorithm):
         yield from _rejection_sampling_problems(config, algorithm)
+
+
+def _ppo_problems(algorithm: PpoAlgorithm) -> Iterator[str]:
+    place, estimator = algorithm.kl_in, algorithm.kl_estimator
+    meant = {"reward": ("k1", "abs"), "loss": ("k2", "k3")}[place]
+    if estimator not in meant:
+        yield (
+            f"algorithm.kl_estimator: {estimator} in the {place} does not pull towards the "
+            f"reference: use {' or '.join(meant)} with algorithm.kl_in: {place}"
+        )
 
 
 def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:

@@ -279,7 +279,18 @@ class PpoAlgorithm(Section):
     value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
     gamma: Fraction = Field(1.0, description="discount")
     gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
-    kl_coef: NonNegativeFloat = Field(0.05, description="KL penalty in the token reward (k1)")
+    bootstrap_truncated: bool = Field(
+        False,
+        description="an answer cut off at the length limit goes on with the critic's value of its "
+        "last state; false: it ends there with value 0",
+    )
+    kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi, pi_ref)")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="the KL is a penalty in the token reward or a term of the loss"
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = Field(
+        "k1", description="KL estimator: k1 or abs in the reward, k2 or k3 in the loss"
+    )
     epochs: Positive = Field(1, description="passes over a rollout")
     minibatches: Positive = Field(1, description="optimizer steps a pass")
     whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")

@@ -149,7 +149,7 @@ def _pack(
     return MicroBatch(
         tokens=move(tokens[None]),
         positions=move(positions[None]),
-        packing=Packing(tuple(lengths.tolist())),
+        packing=Packing(tuple(n for n in lengths.tolist() if n)),
         row_index=move(index),
         output_index=move(outputs),
         targets=move(targets),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.losses.kl import KL_ESTIMATORS
-from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.losses.kl import with_kl
+from megatron_amrlhf.losses.ppo import ppo_actor_loss
+from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.mask.statistics import group_means
 
 STD_OFFSET = 1e-4  # added to a group's standard deviation, as TRL does
@@ -59,19 +60,15 @@ def grpo_loss(
     mask: Tensor,
     valid: Tensor,
     clip_eps: float,
-    clip_eps_high: float,
+    clip_eps_high: float | None,
     kl_coef: float,
     estimator: str,
 ) -> LossOutput:
     """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A) M + kl_coef KL`` of each token.
 
-    The mask chooses what the surrogate reads; the KL holds the whole answer near the reference and
-    is not masked (as in ``rejection_sampling_loss``). With ``kl_coef == 0`` tokens outside the
-    mask have no term and no gradient.
+    The mask chooses what the surrogate reads; the KL is over the whole answer (``kl.with_kl``).
 
-    Metrics over kept tokens: ``policy/ratio``; ``policy/approx_kl``, (ratio - 1) - log ratio;
-    ``policy/clipfrac``, share of ratios outside the clip range. ``loss/kl``: the estimator's mean
-    over valid tokens.
+    Metrics: those of ``ppo_actor_loss`` and of ``with_kl``.
 
     Args:
         logprobs: ``[B, R]`` of the policy now, differentiable, nats.
@@ -80,7 +77,7 @@ def grpo_loss(
         advantages: ``[B]``, one an answer, the same for all its tokens.
         mask: ``[B, R]`` bool M of eq. 13, a subset of ``valid``; ``valid`` gives plain GRPO.
         valid: ``[B, R]`` bool, response tokens.
-        clip_eps, clip_eps_high: how far below and above 1 the ratio may go.
+        clip_eps, clip_eps_high: how far below and above 1 the ratio may go; None: as below.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3`` (that of the GRPO paper), see ``kl.py``.
 
@@ -90,19 +87,8 @@ def grpo_loss(
     Raises:
         ValueError: an estimator that is not meant for a loss.
     """
-    if estimator not in ("k2", "k3"):
-        raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
-    logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
-    ratio = logratio.exp()
-    advantages = masked(advantages.detach()[:, None].expand_as(mask), mask)
-    low, high = 1 - clip_eps, 1 + clip_eps_high
-    terms = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
-    reference_logprobs = masked(reference_logprobs.detach(), valid)
-    kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    metrics = {
-        "policy/approx_kl": metric(torch.expm1(logratio) - logratio, mask),
-        "policy/clipfrac": metric(((ratio < low) | (ratio > high)).float(), mask),
-        "policy/ratio": metric(ratio, mask),
-        "loss/kl": metric(kl, valid),
-    }
-    return LossOutput(terms + kl_coef * kl if kl_coef else terms, metrics)
+    per_token = advantages[:, None].expand_as(mask)
+    surrogate = ppo_actor_loss(
+        logprobs, behaviour_logprobs, per_token, mask, clip_eps, clip_eps_high
+    )
+    return with_kl(surrogate, logprobs, reference_logprobs, valid, kl_coef, estimator)

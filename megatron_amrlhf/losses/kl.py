@@ -12,11 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """``logratio``: unbiased, may be negative. For **reward** shaping (PPO's token reward).
 
-    Useless in a loss: its mean gradient under pi is zero.
+    As a penalty in the reward its policy gradient is exactly that of KL(pi || pi_ref). Useless in a
+    loss: its mean gradient under pi is zero.
     """
     return logprobs - reference_logprobs
 
@@ -24,16 +27,17 @@ def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 def k2(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     """``logratio^2 / 2``: biased, low variance. For the **loss**.
 
-    Its mean gradient under pi is exactly that of KL(pi || pi_ref).
+    Its mean gradient under pi is exactly that of KL(pi || pi_ref). As a reward it pulls elsewhere.
     """
     return 0.5 * (logprobs - reference_logprobs).square()
 
 
 def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
-    """``exp(-logratio) - 1 + logratio``: unbiased, never negative. For **monitoring**.
+    """``exp(-logratio) - 1 + logratio``: unbiased, never negative. For the **loss** and to watch.
 
     In a loss its mean gradient is that of the other direction, KL(pi_ref || pi), and only if the
-    tokens were sampled on-policy. Overflows where pi_ref / pi does; not clamped.
+    tokens were sampled on-policy. In the reward its policy gradient is that of KL(pi || pi_ref)
+    minus KL(pi_ref || pi). Overflows where pi_ref / pi does; not clamped.
     """
     negative_logratio = reference_logprobs - logprobs
     return torch.expm1(negative_logratio) - negative_logratio
@@ -45,3 +49,53 @@ def absolute(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3, "abs": absolute}
+
+# Where an estimator may stand; elsewhere its gradient is zero or points somewhere else.
+REWARD_ESTIMATORS = ("k1", "abs")
+LOSS_ESTIMATORS = ("k2", "k3")
+
+
+def reward_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """The estimator of each token, to subtract from its reward.
+
+    Raises:
+        ValueError: an estimator that is not meant for a reward.
+    """
+    if estimator not in REWARD_ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not meant for a reward: use k1 or abs")
+    return KL_ESTIMATORS[estimator](logprobs, reference_logprobs)
+
+
+def with_kl(
+    loss: LossOutput,
+    logprobs: Tensor,
+    reference_logprobs: Tensor,
+    valid: Tensor,
+    kl_coef: float,
+    estimator: str,
+) -> LossOutput:
+    """Adds ``kl_coef KL(pi, pi_ref)`` of each token to a loss.
+
+    The mask chooses what a loss reads; the KL holds the whole answer near the reference and is not
+    masked. So with ``kl_coef > 0`` tokens outside the mask have terms and gradients too (an update
+    on kept tokens only may not cut them), and with ``kl_coef == 0`` the terms stay as they are.
+
+    Metric: ``loss/kl``, the estimator's mean over valid tokens.
+
+    Args:
+        loss: with terms ``[B, R]``.
+        logprobs: ``[B, R]`` of the policy, differentiable, nats.
+        reference_logprobs: ``[B, R]`` of the reference.
+        valid: ``[B, R]`` bool, response tokens.
+        kl_coef: weight of the KL.
+        estimator: ``k2`` or ``k3``.
+
+    Raises:
+        ValueError: an estimator that is not meant for a loss.
+    """
+    if estimator not in LOSS_ESTIMATORS:
+        raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
+    reference_logprobs = masked(reference_logprobs.detach(), valid)
+    kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
+    terms = loss.terms + kl_coef * kl if kl_coef else loss.terms
+    return LossOutput(terms, loss.metrics | {"loss/kl": metric(kl, valid)})

@@ -14,19 +14,21 @@ def ppo_actor_loss(
     advantages: Tensor,
     mask: Tensor,
     clip_eps: float,
+    clip_eps_high: float | None = None,
 ) -> LossOutput:
-    """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) M`` of each token, eq. 14.
+    """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A) M`` of each token, eq. 14.
 
     Metrics, all over kept tokens: ``policy/ratio``; ``policy/approx_kl``, which is
     ``(ratio - 1) - log ratio``, Schulman's k3 for KL(behaviour || policy); ``policy/clipfrac``,
-    share of ``|ratio - 1| > eps``.
+    share of ratios outside the clip range.
 
     Args:
         logprobs: ``[B, R]`` of the policy now, differentiable, nats.
         behaviour_logprobs: ``[B, R]`` of the policy that sampled (pi_old).
         advantages: ``[B, R]``.
         mask: ``[B, R]`` bool M of eq. 13; all response tokens gives plain PPO.
-        clip_eps: epsilon of eq. 14.
+        clip_eps: epsilon of eq. 14, how far below 1 the ratio may go.
+        clip_eps_high: how far above 1; None: as ``clip_eps``.
 
     Returns:
         Terms ``[B, R]``; the caller divides (``reduce.scale_for_engine``).
@@ -35,11 +37,11 @@ def ppo_actor_loss(
     logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
     ratio = logratio.exp()
     advantages = masked(advantages.detach(), mask)
-    clipped_ratio = ratio.clamp(1 - clip_eps, 1 + clip_eps)
-    terms = torch.maximum(-ratio * advantages, -clipped_ratio * advantages)
+    low, high = 1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
+    terms = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
     metrics = {
         "policy/approx_kl": metric(torch.expm1(logratio) - logratio, mask),
-        "policy/clipfrac": metric(((ratio - 1).abs() > clip_eps).float(), mask),
+        "policy/clipfrac": metric(((ratio < low) | (ratio > high)).float(), mask),
         "policy/ratio": metric(ratio, mask),
     }
     return LossOutput(terms, metrics)

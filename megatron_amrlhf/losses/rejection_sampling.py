@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from megatron_amrlhf.losses.kl import KL_ESTIMATORS
+from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
 
 
@@ -18,9 +18,7 @@ def rejection_sampling_loss(
 ) -> LossOutput:
     """``-log pi M + kl_coef KL(pi, pi_ref)`` of each token, eq. 16.
 
-    The mask chooses what to imitate; the KL holds the whole answer near the reference and is not
-    masked. So with ``kl_coef > 0`` tokens outside the mask have terms and gradients too (an update
-    on kept tokens only may not cut them), and with ``kl_coef == 0`` they have none.
+    The mask chooses what to imitate; the KL is over the whole answer (``kl.with_kl``).
 
     Metrics: ``loss/nll`` over kept tokens; ``loss/kl``, the estimator over valid tokens.
 
@@ -38,10 +36,6 @@ def rejection_sampling_loss(
     Raises:
         ValueError: an estimator that is not meant for a loss.
     """
-    if estimator not in ("k2", "k3"):
-        raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
     nll = -masked(logprobs, mask)
-    reference_logprobs = masked(reference_logprobs.detach(), valid)
-    kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    metrics = {"loss/nll": metric(nll, mask), "loss/kl": metric(kl, valid)}
-    return LossOutput(nll + kl_coef * kl if kl_coef else nll, metrics)
+    loss = LossOutput(nll, {"loss/nll": metric(nll, mask)})
+    return with_kl(loss, logprobs, reference_logprobs, valid, kl_coef, estimator)

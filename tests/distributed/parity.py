@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
-from megatron_amrlhf.types import TrainBatch
+from megatron_amrlhf.types import TrainBatch, last_true
 from tests.distributed.contexts import make_config, make_context
 from tests.reference import Hyper, Row
 
@@ -151,11 +151,12 @@ def train_batch(rows: list[Row], width: int, kind: str, mesh: Mesh, denominator:
         targets["denominator"] = torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1)
     if kind == "rejection_sampling" and denominator == "kept":
         targets["denominator"] = mask
-    return TrainBatch(
+    batch = TrainBatch.whole(
         rows=tuple(row.tokens for row in rows),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
         targets=targets if mesh.is_last_stage else {},
     )
+    return replace(batch, kept_lengths=last_true(mask) + 1)
 
 
 def prm_examples(rows: list[Row], attributes: int) -> list[PrmExample]:

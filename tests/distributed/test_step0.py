@@ -95,7 +95,7 @@ def _update(algorithm, context, rollout, index, logprobs):
         }
         targets = {name: x[index] for name, x in targets.items()}
     result, metrics = algorithm.update_actor(
-        TrainBatch(part.rows, part.prompt_lengths, targets), nothing
+        TrainBatch.whole(part.rows, part.prompt_lengths, targets), nothing
     )
     return context.publish(metrics) | {"norm": result.grad_norm}
 

@@ -39,16 +39,18 @@ def random_rows(lengths, width, seed):
     st.integers(0, 3),
     st.sampled_from([0.0, 0.9, 1.0]),
     st.sampled_from([0.0, 0.95, 1.0]),
-    st.booleans(),
+    st.sampled_from(["none", "all", "some"]),
     st.integers(0, 1000),
 )
-def test_gae_equals_the_recursion(lengths, padding, gamma, lam, is_truncated, seed):
+def test_gae_equals_the_recursion(lengths, padding, gamma, lam, truncated, seed):
     width = max(lengths, default=0) + padding
     rewards, values, valid, bootstrap = random_rows(lengths, width, seed)
-    bootstrap = bootstrap if is_truncated else torch.zeros_like(bootstrap)
+    if truncated != "all":
+        ended = bootstrap > 0 if truncated == "some" else torch.ones_like(bootstrap).bool()
+        bootstrap = torch.where(ended, 0.0, bootstrap)
     expected = slow_gae(rewards, values, lengths, gamma, lam, bootstrap)
     garbage = [torch.where(valid, x, float("nan")) for x in (rewards, values)]
-    after = bootstrap if is_truncated else None
+    after = None if truncated == "none" else bootstrap
     advantages, returns = gae(*garbage, valid, gamma, lam, after)
     torch.testing.assert_close(advantages, expected, rtol=TOLERANCE, atol=TOLERANCE)
     expected_returns = torch.where(valid, expected + values, 0.0)

@@ -1,7 +1,9 @@
-"""Plain GRPO and KTO give the values and gradients of TRL's trainers on the same log-probs.
+"""Plain DPO, KTO, GRPO and PPO give the values and gradients of TRL's trainers on the same input.
 
 TRL's loss methods are called without their trainers: on a stand-in for ``self`` that hands them
-the log-probs. Tried with TRL 1.16; skipped where TRL is not installed (it is no dependency).
+the log-probs. TRL 1.16 has no PPO trainer any more; its GRPO loss with an advantage for each token
+is PPO's (so the critic's loss and GAE have nothing there to compare with). TRL is a dependency of
+the tests only.
 """
 
 from __future__ import annotations
@@ -11,14 +13,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer
 
+from megatron_amrlhf.losses.dpo import dpo_loss
 from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
+from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.kto import kto_loss, reference_point
+from megatron_amrlhf.losses.ppo import ppo_actor_loss
 from megatron_amrlhf.losses.reduce import row_weights
-
-pytest.importorskip("trl")
-grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
-kto_trainer = pytest.importorskip("trl.trainer.kto_trainer")
 
 TOLERANCE = 1e-6
 BETA = 0.3
@@ -54,7 +56,7 @@ BEHAVIOUR, REFERENCE = randn(1, 4, 4), randn(2, 4, 4)
 LOGPROBS = BEHAVIOUR + 0.3 * randn(3, 4, 4)
 
 
-def trl_grpo(logprobs, advantages, loss_type):
+def trl_grpo(logprobs, advantages, loss_type, kl_coef=0.04, clip_eps_high=0.28):
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *a, **k: (logprobs, torch.zeros(4, 4), None),
         _metrics=defaultdict(lambda: defaultdict(list)),
@@ -62,9 +64,9 @@ def trl_grpo(logprobs, advantages, loss_type):
         accelerator=ACCELERATOR,
         args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
         aux_loss_enabled=False,
-        beta=0.04,
+        beta=kl_coef,
         current_gradient_accumulation_steps=1,
-        epsilon_high=0.28,
+        epsilon_high=clip_eps_high,
         epsilon_low=0.2,
         importance_sampling_level="token",
         loss_type=loss_type,
@@ -101,6 +103,70 @@ def test_grpo(loss_type, by_row):
         return (terms * row_weights(VALID)).sum() / 4 if by_row else terms.sum() / VALID.sum()
 
     compare(ours, lambda x: trl_grpo(x, advantages, loss_type), LOGPROBS)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_ppo(kl_coef):
+    advantages = randn(7, 4, 4)
+
+    def ours(x):
+        out = ppo_actor_loss(x, BEHAVIOUR, advantages, VALID, 0.2)
+        return with_kl(out, x, REFERENCE, VALID, kl_coef, "k3").terms.sum() / VALID.sum()
+
+    def theirs(x):
+        return trl_grpo(x, advantages, "dapo", kl_coef, clip_eps_high=0.2)
+
+    compare(ours, theirs, LOGPROBS)
+
+
+def trl_dpo(logprobs):
+    """TRL lays the chosen answers first; rows 0 and 2 are chosen here."""
+    order = [0, 2, 1, 3]
+    valid = VALID[order]
+    zeros = torch.zeros(4, 4)
+    trainer = SimpleNamespace(
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+        _tp_size=1,
+        accelerator=ACCELERATOR,
+        aux_loss_enabled=False,
+        beta=BETA,
+        f_divergence_type="reverse_kl",
+        ld_alpha=None,
+        loss_types=["sigmoid"],
+        loss_weights=[1.0],
+        model=SimpleNamespace(training=True),
+        precompute_ref_logps=True,
+        use_weighting=False,
+    )
+    outputs = SimpleNamespace(
+        log_probs=logprobs[order] * valid,
+        entropy=zeros,
+        mean_logits=zeros,
+        is_top1=zeros.bool(),
+    )
+    reference = (REFERENCE[order] * valid).sum(-1)
+    ids = torch.zeros(4, 5, dtype=torch.int64)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "completion_mask": torch.cat([torch.zeros(4, 1), valid.long()], dim=1).long(),
+        "ref_chosen_logps": reference[:2],
+        "ref_rejected_logps": reference[2:],
+    }
+    call = dpo_trainer.DPOTrainer._compute_loss
+    return call(trainer, lambda **kwargs: outputs, inputs, False)
+
+
+@pytest.mark.parametrize("form", ["inside", "pair"])
+def test_dpo(form):
+    masks = (VALID[0::2], VALID[1::2])
+
+    def ours(x):
+        sides = (x[0::2], x[1::2], REFERENCE[0::2], REFERENCE[1::2])
+        return dpo_loss(*sides, *masks, BETA, form, *masks).terms.sum() / 2
+
+    compare(ours, trl_dpo, LOGPROBS)
 
 
 def trl_kto(logprobs, mismatched, mismatched_reference, chosen, weights):

@@ -120,7 +120,7 @@ def test_kind_none_keeps_all_response_tokens_of_both_labels():
         shaped=zeros,
         sequence_rewards=rewards,
     )
-    judged = Judged(None, ScoredBatch(zeros, zeros, zeros, zeros, VALID), dense)
+    judged = Judged(None, ScoredBatch(zeros, zeros, zeros, zeros, zeros[:, 0], VALID), dense)
     rows, chosen = torch.tensor([2, 0, 3]), torch.tensor([True, False, False])
     mask, metrics = maker.mask(judged, rows, chosen)
     assert torch.equal(mask, VALID[rows])
