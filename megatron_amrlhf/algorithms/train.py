@@ -21,6 +21,7 @@ from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import read_shape
@@ -91,6 +92,9 @@ def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerB
 def _train(algorithm, context: Context) -> None:
     """The loop over steps, from the newest checkpoint on."""
     config, console, folder = context.config, context.console, context.folder
+    roles = context.engine.roles
+    frozen = frozen_checksums(roles)
+    _check_copies(context)
     first = _resume(algorithm, context) + 1
     total = algorithm.total_steps
     writer = MetricsWriter(folder)
@@ -102,6 +106,8 @@ def _train(algorithm, context: Context) -> None:
     after, saved = before, first - 1
     for step in range(first, total + 1):
         metrics = algorithm.step(step)
+        if step == first:
+            _check_copies(context)
         every = config.evaluation.every
         if step == total or (every and step % every == 0):
             after = algorithm.evaluate()
@@ -114,6 +120,7 @@ def _train(algorithm, context: Context) -> None:
             _save(algorithm, context, step)
             saved = step
     writer.close()
+    check_frozen(roles, frozen)
     if saved < total:
         _save(algorithm, context, total)
     if config.checkpoint.export:
@@ -142,9 +149,15 @@ def _resume(algorithm, context: Context) -> int:
 
 
 def _save(algorithm, context: Context, step: int) -> None:
+    _check_copies(context)
     state = {"step": step, "algorithm": algorithm.state_dict()}
     keep = context.config.checkpoint.keep
     save_checkpoint(context.engine, context.folder.checkpoints, step, state, keep)
+
+
+def _check_copies(context: Context) -> None:
+    if warning := check_copies(context.engine.roles, context.mesh):
+        context.console.line(f"warning: {warning}")
 
 
 def _peak_gib(context: Context) -> float:

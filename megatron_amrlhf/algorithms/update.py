@@ -67,7 +67,7 @@ def update(
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
     result = context.engine.train_step(
-        role, batch.rows, plan, read.logits, loss, together, on_block
+        role, batch.rows, batch.ids, plan, read.logits, loss, together, on_block
     )
     return result, merge_metrics(result.extras)
 
@@ -98,6 +98,8 @@ def run_updates(
         for part in parts:
             for place, (role, run) in enumerate(roles.items()):
                 result, metrics = run(part, bar.advance)
+                if result.skipped:
+                    context.console.line(f"optimizer step skipped: {result.skipped}")
                 collected.append(metrics)
                 prefix = "" if place == 0 else f"{role}_"
                 engine[f"engine/{prefix}grad_norm"] = result.grad_norm

@@ -39,9 +39,15 @@ def sum_copies(
 
 
 def global_norm(
-    gradients: GradientAccumulator, entries: list[Entry], tied: str | None, mesh: Mesh
+    gradients: GradientAccumulator,
+    entries: list[Entry],
+    tied: str | None,
+    mesh: Mesh,
+    losses_are_finite: bool = True,
 ) -> float:
     """L2 norm over every parameter of the model, each counted once. Entered by every rank.
+
+    It is not finite where any gradient or, on any rank, ``losses_are_finite`` is not.
 
     A parameter that is replicated over the tensor group counts on tensor rank 0; the last
     stage's copy of a tied embedding does not count.
@@ -53,10 +59,7 @@ def global_norm(
         if entry.local == tied and not mesh.is_first_stage:
             continue
         total += gradients.own(entry.local).double().square().sum()
+    if not losses_are_finite:
+        total.fill_(torch.nan)
     dist.all_reduce(total)
     return float(total.sqrt())
-
-
-def non_finite(gradients: GradientAccumulator) -> list[str]:
-    """Local names of the parameters whose gradient here has an entry that is not finite."""
-    return [name for name in gradients.spans if not gradients.own(name).isfinite().all()]

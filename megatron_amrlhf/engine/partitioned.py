@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import deepspeed
@@ -154,8 +154,8 @@ class PartitionedWeights(Weights):
         for name, value in counters.get("deepspeed", {}).items():
             setattr(self.engine, name, value)
 
-    def local_bits(self) -> Iterable[Tensor]:
-        return (parameter.ds_tensor for parameter in self.module.parameters())
+    def local_bits(self) -> dict[str, Tensor]:
+        return {name: x.ds_tensor.data for name, x in self.module.named_parameters()}
 
     def close(self) -> None:
         self.engine.destroy()

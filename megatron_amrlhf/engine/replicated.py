@@ -5,7 +5,7 @@ At stage 1 masters and moments are partitioned, at stage 0 each rank has them al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -165,8 +165,8 @@ class ReplicatedWeights(Weights):
             own = self._own(flat).clone()
             dist.all_gather_into_tensor(flat.detach(), own, group=self._mesh.dp_group)
 
-    def local_bits(self) -> Iterable[Tensor]:
-        return (parameter.detach() for parameter in self.module.parameters())
+    def local_bits(self) -> dict[str, Tensor]:
+        return {name: x.detach() for name, x in self.module.named_parameters()}
 
     def close(self) -> None:
         """Nothing outlives the references."""

@@ -99,8 +99,8 @@ class Weights(ABC):
         """
 
     @abstractmethod
-    def local_bits(self) -> Iterable[Tensor]:
-        """What this rank holds of the weights, for checksums."""
+    def local_bits(self) -> dict[str, Tensor]:
+        """What this rank holds of each parameter, by local name, for checksums."""
 
     @abstractmethod
     def close(self) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.gradients import global_norm, sum_copies
 from megatron_amrlhf.engine.microbatch import (
+    MicroBatch,
     OutputPlan,
     cut_micro_batches,
     in_row_order,
 )
+from megatron_amrlhf.engine.nonfinite import LossLog, describe
 from megatron_amrlhf.engine.role import Role, RoleSpec
 from megatron_amrlhf.engine.schedule import (
     CollectFunction,
@@ -33,12 +35,13 @@ class StepResult:
     Attributes:
         extras: second results of the loss, one a micro-batch, on the last stage; else [].
         grad_norm: global L2 norm before clipping.
-        skipped: the step was left out because the norm is not finite.
+        skipped: why the step was left out: one line that names the ranks, samples and parameters
+            whose loss or gradient is not finite; None if it was not.
     """
 
     extras: list
     grad_norm: float
-    skipped: bool
+    skipped: str | None
 
 
 # Called with the number of rows after the forward of each micro-batch, for progress bars.
@@ -104,6 +107,7 @@ class Zero3Engine:
         self,
         name: str,
         rows: tuple[Tensor, ...],
+        ids: Tensor,
         plan: OutputPlan,
         function: LogitsFunction | None,
         loss: LossFunction,
@@ -115,6 +119,7 @@ class Zero3Engine:
         Args:
             name: the role.
             rows: 1-D int64 CPU tensors.
+            ids: ``[B]`` int64 that name the rows in messages.
             plan: where outputs are computed.
             function: reads the logits of a language model; None for a linear head.
             loss: gets the outputs ``[N, ...]`` of a block (the first ``num_outputs`` are real)
@@ -131,21 +136,30 @@ class Zero3Engine:
         role, mesh = self.roles[name], self.mesh
         weights, gradients = role.weights, role.weights.gradients
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh, together, equal=True)
+        losses = LossLog([], [])
+
+        def logged(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, object]:
+            value, extra = loss(outputs, block)
+            losses.add(value, block)
+            return value, extra
+
         with weights.training() as call:
             extras = run_forward_backward(
-                weights.stage, call, mesh.cut, blocks, function, loss, on_block
+                weights.stage, call, mesh.cut, blocks, function, logged, on_block
             )
-        sum_copies(gradients, role.entries, role.tied, mesh)
-        norm = global_norm(gradients, role.entries, role.tied, mesh)
+        copies = (gradients, role.entries, role.tied, mesh)
+        sum_copies(*copies)
+        norm = global_norm(*copies, losses.is_finite)
         if not math.isfinite(norm):
-            self._skip(role, norm)
-            return StepResult(extras, norm, True)
+            why = describe(losses, ids, gradients)
+            self._skip(role, why)
+            return StepResult(extras, norm, f"{name}: {why}")
         limit = self.config.optimizer.max_grad_norm
         if limit and norm > limit:
             gradients.scale(limit / (norm + 1e-6))
         weights.update()
         self._skipped_in_a_row = 0
-        return StepResult(extras, norm, False)
+        return StepResult(extras, norm, None)
 
     def counters(self) -> dict[str, int]:
         """Counters of skipped steps, JSON-able and equal on every rank."""
@@ -156,12 +170,13 @@ class Zero3Engine:
         self.skipped_steps = counters["skipped_steps"]
         self._skipped_in_a_row = counters["skipped_in_a_row"]
 
-    def _skip(self, role: Role, norm: float) -> None:
+    def _skip(self, role: Role, why: str) -> None:
         role.weights.skip()
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.config.engine.max_skipped_steps:
             raise NonFiniteGradients(
-                f"{role.spec.name}: gradient norm is {norm} for {self._skipped_in_a_row} steps in "
-                "a row; lower optimizer.lr, or look at the batch in samples.jsonl"
+                f"{role.spec.name}: loss or gradient is not finite in {self._skipped_in_a_row} "
+                f"optimizer steps in a row (engine.max_skipped_steps); the last one: {why}; "
+                "look at these samples, or lower optimizer.lr"
             )
