@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.scoring import Reader
+from megatron_amrlhf.engine.balance import balance
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
 from megatron_amrlhf.engine.zero3 import OnBlock, StepResult, nothing
 from megatron_amrlhf.losses.reduce import (
@@ -40,7 +41,7 @@ def update(
     Args:
         context: the run.
         role: actor, critic or prm.
-        batch: this replica's rows of the optimizer step.
+        batch: this replica's rows of the optimizer step; replicas even them out by tokens.
         plan: where outputs are computed; ``plan.width`` is R.
         read: makes values of the last stage's outputs, differentiable.
         terms: the loss; its terms are summed and divided by the global count of
@@ -52,6 +53,7 @@ def update(
     Returns:
         What the engine did, and the merged (sum, count) metrics (empty but on last stages).
     """
+    batch, plan = balance(batch, plan, together, context.mesh)
     count = None
     if context.mesh.is_last_stage:
         count = global_count(batch.targets["denominator"], context.mesh.dp_group)

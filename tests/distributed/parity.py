@@ -153,7 +153,7 @@ def train_batch(rows: list[Row], width: int, kind: str, mesh: Mesh, denominator:
         targets["denominator"] = mask
     batch = TrainBatch.whole(
         rows=tuple(row.tokens for row in rows),
-        prompt_lengths=torch.tensor([row.prompt_length for row in rows]),
+        prompt_lengths=torch.tensor([row.prompt_length for row in rows], dtype=torch.int64),
         targets=targets if mesh.is_last_stage else {},
     )
     return replace(batch, kept_lengths=last_true(mask) + 1)

@@ -1,0 +1,89 @@
+"""Rows of an optimizer step spread over the data-parallel replicas by their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.engine.packing import spread_rows
+from megatron_amrlhf.parallel.collectives import gather_objects
+from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.types import TrainBatch
+
+TOLERATED = 1.05  # tokens of the fullest replica over their mean, below which rows stay
+
+
+def balance(
+    batch: TrainBatch, plan: OutputPlan, together: int, mesh: Mesh
+) -> tuple[TrainBatch, OutputPlan]:
+    """Gives every replica nearly as many tokens. Entered by every rank.
+
+    A loss is a sum of its rows' terms over a global count, so it does not matter where a row is.
+    The rows travel whole, with their targets; the cut is the same on every rank.
+
+    Args:
+        batch: this replica's rows.
+        plan: its outputs.
+        together: this many consecutive rows (a pair) stay on one replica.
+        mesh: the mesh.
+
+    Returns:
+        The rows that this replica has now, and their outputs.
+    """
+    if mesh.dp_size == 1:
+        return batch, plan
+    own = [row.numel() for row in batch.rows]
+    everyone = gather_objects(own, mesh.dp_group)
+    loads = [sum(lengths) for lengths in everyone]
+    if max(loads) * mesh.dp_size <= sum(loads) * TOLERATED:
+        return batch, plan
+    lengths = [length for part in everyone for length in part]
+    members = spread_rows(lengths, together, mesh.dp_size)[mesh.dp_rank]
+    sent = (replace(batch, targets=_to_cpu(batch.targets)), plan)
+    parts = gather_objects(sent, mesh.dp_group)
+    return _join(parts, members, mesh)
+
+
+def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+
+def _join(
+    parts: list[tuple[TrainBatch, OutputPlan]], members: list[int], mesh: Mesh
+) -> tuple[TrainBatch, OutputPlan]:
+    """The rows ``members`` of all replicas' batches one after the other."""
+    batches, plans = zip(*parts, strict=True)
+    width = max(plan.width for plan in plans)
+    targets = {
+        name: _stack([batch.targets[name] for batch in batches]).to(mesh.device)
+        for name in batches[0].targets
+    }
+    everything = TrainBatch(
+        rows=tuple(row for batch in batches for row in batch.rows),
+        prompt_lengths=torch.cat([batch.prompt_lengths for batch in batches]),
+        targets=targets,
+        ids=torch.cat([batch.ids for batch in batches]),
+        kept_lengths=torch.cat([batch.kept_lengths for batch in batches]),
+    )
+    index = torch.tensor(members, dtype=torch.int64)
+    starts = torch.tensor([0, *(len(batch.rows) for batch in batches)]).cumsum(0)
+    rows = torch.cat([plan.rows + start for plan, start in zip(plans, starts, strict=False)])
+    inside = torch.isin(rows, index)
+    positions, columns = (
+        torch.cat([getattr(plan, name) for plan in plans])[inside]
+        for name in ("positions", "columns")
+    )
+    here = OutputPlan(torch.searchsorted(index, rows[inside]), positions, columns, width)
+    return everything.select(index), here
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """``[B]`` or ``[B, R, ...]`` of several replicas, padded with 0 to the widest."""
+    if tensors[0].dim() == 1:
+        return torch.cat(tensors)
+    width = max(x.shape[1] for x in tensors)
+    return torch.cat([F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1])) for x in tensors])
