@@ -20,11 +20,9 @@ def pack_rows(
     Returns:
         The micro-batches; rows in ascending order in each.
     """
-    count = max(
-        1,
-        -(-len(lengths) // max_rows) if max_rows else 1,
-        -(-sum(lengths) // max_tokens) if max_tokens else 1,
-    )
+    by_rows = -(-len(lengths) // max_rows) if max_rows else 1
+    by_tokens = -(-sum(lengths) // max_tokens) if max_tokens else 1
+    count = max(min(max(by_rows, by_tokens), len(lengths) // together), 1)
     while True:
         blocks = spread_rows(lengths, together, count, max_rows)
         if all(_fits(block, lengths, together, max_rows, max_tokens) for block in blocks):

@@ -40,6 +40,27 @@ def test_right_runs_pass():
     ("base", "sections", "world_size", "expected"),
     [
         (PPO, {"parallel": {"tensor": 2, "pipeline": 3}}, 4, "2 x 3 = 6: start a multiple of 6"),
+        (PPO, {"parallel": {"context": 2}}, 1, "context parallelism is not supported"),
+        (PPO, {"parallel": {"sequence": True}}, 1, "parallel.sequence: splits positions"),
+        (PPO, {"parallel": {"virtual_stages": 2}}, 1, "use parallel.pipeline >= 2"),
+        (
+            PPO,
+            {"parallel": {"pipeline": 2, "virtual_stages": 2, "last_stage_layers": 1}},
+            2,
+            "parallel.virtual_stages 1",
+        ),
+        (
+            PPO,
+            {"engine": {"zero_stage": 1, "roles": {"prm": {"offload_parameters": "cpu"}}}},
+            1,
+            "engine.roles.prm.offload_parameters: cpu needs zero_stage 3, this role has 1",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "dpo"}, "engine": {"micro_batch_tokens": 5000}},
+            1,
+            "does not hold a pair of rows of data.max_row_tokens = 4096: use at least 8192",
+        ),
         (
             PPO,
             {},
