@@ -145,8 +145,16 @@ def _role_header(role: Role) -> dict:
     return {"dtype": _dtype(role)} | role.weights.counters()
 
 
-def _layout(mesh: Mesh) -> dict[str, int]:
-    return {"tensor": mesh.tp_size, "pipeline": mesh.pp_size, "data": mesh.dp_size}
+def _layout(mesh: Mesh) -> dict[str, int | None]:
+    """What decides which rank has which elements. The ZeRO stage does not."""
+    return {
+        "tensor": mesh.tp_size,
+        "pipeline": mesh.pp_size,
+        "data": mesh.dp_size,
+        "virtual_stages": mesh.cut.virtual,
+        "first_stage_layers": mesh.cut.first_layers,
+        "last_stage_layers": mesh.cut.last_layers,
+    }
 
 
 def _state_text(engine: Zero3Engine, step: int, state: dict) -> str:
@@ -313,5 +321,9 @@ class _Reader:
             )
 
 
-def _layout_text(layout: dict[str, int]) -> str:
-    return f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}"
+def _layout_text(layout: dict[str, int | None]) -> str:
+    text = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}"
+    if layout["virtual_stages"] != 1:
+        text += f" with {layout['virtual_stages']} virtual stages"
+    ends = layout["first_stage_layers"], layout["last_stage_layers"]
+    return f"{text} with {ends[0]} and {ends[1]} layers at the ends" if any(ends) else text
