@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_amrlhf.errors import UserError
 
-ABBREVIATIONS = frozenset("dr e.g fig i.e mr mrs ms no prof st vs".split())
+ABBREVIATIONS = frozenset("dr e.g fig i.e mr mrs ms prof st vs".split())
 _END = re.compile(
     "(?=\\n)"
-    "|(?P<mark>[.!?\u2026]+)[\"'\u201d\u2019)\\]]*(?=\\s)"
+    "|[.!?\u2026]+[\"'\u201d\u2019)\\]]*(?=\\s)"
     "|[\u3002\uff01\uff1f]+\u2026*[\"'\u201d\u2019\u300d\u300f\u300b\u3011\uff09)]*"
 )
 _BARE = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])?\s*")
@@ -41,7 +41,7 @@ def split_sentences(text: str) -> list[str]:
     pieces, start = [], 0
     for match in _END.finditer(text):
         piece = text[start : match.end()]
-        if _BARE.fullmatch(piece) or (match["mark"] == "." and _is_no_stop(text, match.start())):
+        if _BARE.fullmatch(piece) or (match.group() == "." and _is_no_stop(text, match.start())):
             continue
         pieces.append(piece)
         start = match.end()

@@ -53,6 +53,7 @@ multiplying by the number of schools participating in the tournament."""
             "Dr. Who met J. Smith, e.g. at 5 p.m. today",
             ["Dr. Who met J. Smith, e.g. at 5 p.m.", "today"],
         ),
+        ("No. Not 'Mr.' Smith", ["No.", "Not 'Mr.'", "Smith"]),
         ("So am I. Good", ["So am I.", "Good"]),
         ("1. First\n- Second. 3. third\n\n", ["1. First", "- Second.", "3. third"]),
         (CHINESE, [CHINESE[:4], CHINESE[4:8], CHINESE[8:]]),
