@@ -187,6 +187,7 @@ class ExperienceMaker:
         rewards = judged.dense.sequence_rewards[rows]
         return mask, {
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
+            "mask/empty_answers": count_metric((~mask.any(dim=1)).sum(), len(mask)),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
             "reward/rejected": count_metric(rewards[~chosen].sum(), (~chosen).sum()),
         }
