@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -155,14 +155,14 @@ def make_batch(shape: Shape, form: str, vocab_size: int) -> TrainBatch:
         "denominator": torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1),
     }
     prompt_lengths = torch.full((len(rows),), shape.prompt_tokens)
-    return TrainBatch(tuple(rows), prompt_lengths, targets)
+    return TrainBatch.whole(tuple(rows), prompt_lengths, targets)
 
 
 def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     """One optimizer step: its seconds, its passes (micro-batches), and its loss."""
     device = context.mesh.device
     targets = {name: x.to(device) for name, x in batch.targets.items()}
-    batch = TrainBatch(batch.rows, batch.prompt_lengths, targets)
+    batch = replace(batch, targets=targets)
     passes: list[int] = []
     start = time.perf_counter()
     _, metrics = update(
