@@ -9,7 +9,7 @@ from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
 from megatron_amrlhf.algorithms.update import TermsFunction
-from megatron_amrlhf.config.schema import DpoAlgorithm
+from megatron_amrlhf.config.algorithms import DpoAlgorithm
 from megatron_amrlhf.losses.dpo import dpo_loss
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import MaskedBatch, TrainBatch

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_amrlhf.config.schema import (
-    Config,
-    DpoAlgorithm,
-    PpoAlgorithm,
-    RejectionSamplingAlgorithm,
-)
+from megatron_amrlhf.config.algorithms import DpoAlgorithm, PpoAlgorithm, RejectionSamplingAlgorithm
+from megatron_amrlhf.config.schema import Config
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
