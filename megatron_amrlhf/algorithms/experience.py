@@ -154,7 +154,7 @@ class ExperienceMaker:
         context = self.context
         if context.config.algorithm.bootstrap_truncated:
             return score_states(context, rollout, on_block)
-        values = score_tokens(context, "critic", rollout, "before", read_value, on_block)
+        values = score_tokens(context, "critic", rollout, "before", read_value(), on_block)
         return None if values is None else F.pad(values, (0, 1))
 
     def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
