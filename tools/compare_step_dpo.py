@@ -40,8 +40,9 @@ Measured here on the package's own engine, one optimizer step of the same pairs 
             (step-wise DPO, as Lai et al., 2024, train it)
   whole     K passes; each is over the whole answers, and learns from step k
 
-The three take turns in one run; the table has medians of the repetitions. Tokens are random, which
-changes no time; the reference's log-probs are given, as they are once for a whole rollout."""
+The three take turns in one run; the table has medians of the repetitions. On a CPU the seconds are
+CPU time of the process, so that what else runs on the machine does not count. Tokens are random,
+which changes no time; the reference's log-probs are given, as they are once for a whole rollout."""
 
 EXAMPLE = """\
 example:
@@ -163,8 +164,9 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     device = context.mesh.device
     targets = {name: x.to(device) for name, x in batch.targets.items()}
     batch = replace(batch, targets=targets)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
     passes: list[int] = []
-    start = time.perf_counter()
+    start = clock()
     _, metrics = update(
         context,
         "actor",
@@ -178,7 +180,7 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     )
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = time.perf_counter() - start
+    seconds = clock() - start
     loss = context.publish(metrics)["loss/policy"]
     return {"seconds": seconds, "passes": len(passes), "loss": loss}
 
