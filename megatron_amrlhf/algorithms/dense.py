@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.config.schema import DpoAlgorithm, KtoAlgorithm, PpoAlgorithm
+from megatron_amrlhf.config.algorithms import DpoAlgorithm, KtoAlgorithm, PpoAlgorithm
 from megatron_amrlhf.losses.gae import gae, td_errors
 from megatron_amrlhf.mask.messages import message_ids, unit_rewards
 from megatron_amrlhf.mask.schmitt import signs

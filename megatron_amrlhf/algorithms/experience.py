@@ -154,7 +154,7 @@ class ExperienceMaker:
         context = self.context
         if context.config.algorithm.bootstrap_truncated:
             return score_states(context, rollout, on_block)
-        values = score_tokens(context, "critic", rollout, "before", read_value, on_block)
+        values = score_tokens(context, "critic", rollout, "before", read_value(), on_block)
         return None if values is None else F.pad(values, (0, 1))
 
     def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
@@ -187,6 +187,7 @@ class ExperienceMaker:
         rewards = judged.dense.sequence_rewards[rows]
         return mask, {
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
+            "mask/empty_answers": count_metric((~mask.any(dim=1)).sum(), len(mask)),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
             "reward/rejected": count_metric(rewards[~chosen].sum(), (~chosen).sum()),
         }

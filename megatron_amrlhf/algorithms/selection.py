@@ -45,13 +45,8 @@ class SelectionAlgorithm(PolicyAlgorithm):
     ) -> tuple[Metrics, dict]:
         targets, metrics = {}, {}
         if judged.scored is not None:
-            rewards = rewards_by_prompt(judged)
-            is_flat = rewards.amax(dim=1) == rewards.amin(dim=1)
-            prompts, units = rewards.shape[0], len(rows) // self.rows_per_unit
-            metrics = {
-                "selection/per_prompt": count_metric(units, prompts),
-                "selection/flat_groups": count_metric(is_flat.sum(), prompts),
-            }
+            if not self.is_offline:
+                metrics = self.selection_metrics(judged, len(rows) // self.rows_per_unit)
             index = rows.to(batch.mask.device)
             width = batch.mask.shape[1]  # the longest of all answers may be not among them
             valid = judged.scored.response_mask[index, :width]
@@ -64,6 +59,16 @@ class SelectionAlgorithm(PolicyAlgorithm):
         train = TrainBatch.of(batch, targets)
         learned, engine = self.update(train)
         return metrics | learned, engine
+
+    def selection_metrics(self, judged: Judged, units: int) -> Metrics:
+        """How many answers or pairs were selected, and where there was nothing to choose from."""
+        rewards = rewards_by_prompt(judged)
+        is_flat = rewards.amax(dim=1) == rewards.amin(dim=1)
+        prompts = rewards.shape[0]
+        return {
+            "selection/per_prompt": count_metric(units, prompts),
+            "selection/flat_groups": count_metric(is_flat.sum(), prompts),
+        }
 
     def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout, none on nothing. Entered by every rank."""

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_amrlhf.config.schema import (
-    Config,
-    DpoAlgorithm,
-    PpoAlgorithm,
-    RejectionSamplingAlgorithm,
-)
+from megatron_amrlhf.config.algorithms import DpoAlgorithm, PpoAlgorithm, RejectionSamplingAlgorithm
+from megatron_amrlhf.config.schema import Config
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
-    """Every broken rule of the ``algorithm`` section, with its fix."""
+    """Every broken rule of an algorithm on answers, with its fix."""
     algorithm = config.algorithm
+    yield from _group_problems(config)
     if isinstance(algorithm, PpoAlgorithm):
         yield from _ppo_problems(algorithm)
     if isinstance(algorithm, DpoAlgorithm):
         yield from _dpo_problems(config, algorithm)
     if isinstance(algorithm, RejectionSamplingAlgorithm):
         yield from _rejection_sampling_problems(config, algorithm)
+
+
+def _group_problems(config: Config) -> Iterator[str]:
+    mask, samples = config.mask, config.rollout.samples_per_prompt
+    reads_group = mask.kind == "adaptive" and mask.threshold == "group"
+    if reads_group and config.data.format == "prompts" and samples < 2:
+        yield (
+            "mask.threshold: group is the mean over the answers to a prompt, of which there is one "
+            "only: use rollout.samples_per_prompt of at least 2, or threshold sequence"
+        )
 
 
 def _ppo_problems(algorithm: PpoAlgorithm) -> Iterator[str]:

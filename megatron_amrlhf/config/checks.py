@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.config.algorithm_rules import algorithm_problems
-from megatron_amrlhf.config.cut import pipeline_cut
-from megatron_amrlhf.config.deepspeed import read_deepspeed
-from megatron_amrlhf.config.schema import (
-    Config,
+from megatron_amrlhf.config.algorithms import (
     GrpoAlgorithm,
     OrmAlgorithm,
-    ParallelSection,
     PpoAlgorithm,
     PrmAlgorithm,
-    RolesSection,
 )
+from megatron_amrlhf.config.cut import pipeline_cut
+from megatron_amrlhf.config.deepspeed import read_deepspeed
+from megatron_amrlhf.config.schema import Config, ParallelSection, RolesSection
 from megatron_amrlhf.errors import UserError
 
 MODEL_TYPES = ("qwen2", "llama")

@@ -1,56 +1,63 @@
-"""Sentences of a text, and which of them each token of an answer is in.
+"""Sentences of a text, English or Chinese, and which of them each token of an answer is in.
 
-A sentence ends at a newline; at ``. ! ?`` or an ellipsis that white space follows (so not within
-3.14), with the quotes and brackets that close after it; and at the Chinese full stop, exclamation
-and question mark, which no white space follows. The dot of an abbreviation (``ABBREVIATIONS``), of
-an initial and of a number that opens a line (``1.``) ends none.
+A sentence ends before a newline; after ``. ! ?`` or an ellipsis that white space follows (so not
+within 3.14), with the quotes and brackets that close there; and after the Chinese full stop,
+exclamation and question mark, which no white space follows. The dot of an abbreviation
+(``ABBREVIATIONS``) or an initial ends none, and the sign or number of a list item is none.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from itertools import accumulate
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_amrlhf.errors import UserError
 
-ABBREVIATIONS = frozenset("dr e.g fig i.e mr mrs ms no prof st vs".split())
+ABBREVIATIONS = frozenset("dr e.g fig i.e mr mrs ms prof st vs".split())
 _END = re.compile(
-    "\\n"
-    "|[.!?\u2026]+[\"'\u201d\u2019)\\]]*(?=\\s|$)"
+    "(?=\\n)"
+    "|[.!?\u2026]+[\"'\u201d\u2019)\\]]*(?=\\s)"
     "|[\u3002\uff01\uff1f]+\u2026*[\"'\u201d\u2019\u300d\u300f\u300b\u3011\uff09)]*"
 )
-_START = re.compile(r"\S")
+_BARE = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])?\s*")
 _WORD = re.compile(r"[A-Za-z.]*$")
 LONGEST_WORD = 20  # characters that are looked at before a dot
 
 
-def sentence_starts(text: str) -> list[int]:
-    """Index of the first character of each sentence, white space apart; [] for a blank text."""
-    starts: list[int] = []
-    position: int | None = 0
-    while position is not None and (found := _START.search(text, position)):
-        starts.append(found.start())
-        position = _next_end(text, found.start())
-    return starts
+def split_sentences(text: str) -> list[str]:
+    """Cuts a text into sentences.
+
+    White space between two sentences belongs to the one after it, as tokenizers have it; what
+    stands after the last sentence belongs to that one.
+
+    Returns:
+        Pieces whose concatenation is ``text``; each but maybe the only one has a letter, digit or
+        sign of its own.
+    """
+    pieces, start = [], 0
+    for match in _END.finditer(text):
+        piece = text[start : match.end()]
+        if _BARE.fullmatch(piece) or (match.group() == "." and _is_no_stop(text, match.start())):
+            continue
+        pieces.append(piece)
+        start = match.end()
+    rest = text[start:]
+    if rest.strip() or not pieces:
+        pieces.append(rest)
+    else:
+        pieces[-1] += rest
+    return pieces
 
 
-def _next_end(text: str, start: int) -> int | None:
-    """Index behind the first sentence end from ``start`` on."""
-    for match in _END.finditer(text, start):
-        if match.group() != "." or _ends_a_sentence(text, match.start()):
-            return match.end()
-    return None
-
-
-def _ends_a_sentence(text: str, dot: int) -> bool:
-    """Whether the dot at ``dot``, with white space behind it, is a full stop."""
-    line = text[text.rfind("\n", 0, dot) + 1 : dot]
-    word = _WORD.search(line[-LONGEST_WORD:]).group()
+def _is_no_stop(text: str, dot: int) -> bool:
+    """Whether the dot at ``dot`` belongs to an abbreviation or an initial."""
+    word = _WORD.search(text[max(dot - LONGEST_WORD, 0) : dot]).group()
     is_initial = len(word) == 1 and word.isupper() and word != "I"
-    return not (is_initial or word.lower() in ABBREVIATIONS or line.strip().isdecimal())
+    return is_initial or word.lower() in ABBREVIATIONS
 
 
 def token_starts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[int]]:
@@ -78,18 +85,19 @@ def token_starts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[st
 def token_sentences(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int]:
     """Number of the sentence that each token of an answer is in, and the number of sentences.
 
-    A token is in the sentence of its first character that is not white space; white space alone
-    belongs to the sentence before it, and what follows the last sentence (the end token) to that.
-    A sentence that lies within a token with the end of another one has no token of its own.
+    A token is in the sentence of its first character that is not white space; white space alone in
+    the one that it leads to, an end token in the last. A sentence within a token that starts in
+    another one has no token of its own. A blank answer has no sentence; its tokens have number 0.
 
     Raises:
         UserError: the tokenizer is not a fast one.
     """
     text, token_start = token_starts(tokenizer, ids)
-    starts = sentence_starts(text)
+    pieces = split_sentences(text)
+    starts = [0, *accumulate(len(piece) for piece in pieces)][:-1]
     numbers = []
     for start, end in zip(token_start, [*token_start, len(text)][1:], strict=True):
         own = text[start:end]
-        first = start + len(own) - len(own.lstrip()) if own.strip() else max(start, end - 1)
-        numbers.append(max(bisect_right(starts, first) - 1, 0))
-    return numbers, len(starts)
+        first = start + (len(own) - len(own.lstrip()) if own.strip() else 0)
+        numbers.append(bisect_right(starts, first) - 1)
+    return numbers, len(pieces) if text.strip() else 0

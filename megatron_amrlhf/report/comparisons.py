@@ -1,4 +1,4 @@
-"""Pictures of the two comparisons: error of a segmentation (eq. 12) and best-of-n (figure 2)."""
+"""Pictures of comparisons: error of a segmentation (eq. 12), best-of-n (figure 2), update cost."""
 
 from __future__ import annotations
 
@@ -76,6 +76,20 @@ def plot_best_of_n(
     axes.set_xticks(sizes, labels=[str(n) for n in sizes])
     axes.minorticks_off()
     _finish(axes, title)
+    figure.savefig(path, dpi=DPI)
+
+
+def plot_costs(ratios: Mapping[str, Points], path: Path) -> None:
+    """Draws the time of K passes over that of one masked pass, against K, beside K itself."""
+    figure = _figure(1)
+    axes = figure.add_subplot(1, 1, 1)
+    sizes = sorted({steps for points in ratios.values() for steps, _ in points})
+    for name, points in ratios.items():
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=name)
+    axes.plot(sizes, sizes, "--", color="0.5", label="K")
+    axes.axhline(1, color="0.3", ls=":", label="one masked pass")
+    axes.set(xlabel="steps K an answer", ylabel="update time / masked pass", xticks=sizes)
+    _finish(axes, "step-wise DPO against one masked pass")
     figure.savefig(path, dpi=DPI)
 
 

@@ -151,3 +151,13 @@ def test_no_mask_keeps_every_token(reference):
     start(folder, configs["ppo"], 1, 1, 1, "mask.kind=none", "run.name=ppo-none")
     lines = numbers(folder / "runs" / "ppo-none")
     assert lines and all(line["mask/kept_fraction"] == 1 for line in lines)
+
+
+def test_answers_of_neutral_tokens_alone_are_counted_and_teach_nothing(reference):
+    folder, configs, _ = reference
+    neutral = ["mask.delta=1000000.0", "mask.neutral=drop", "run.name=ppo-neutral"]
+    start(folder, configs["ppo"], 1, 1, 1, *neutral)
+    for line in numbers(folder / "runs" / "ppo-neutral"):
+        assert line["mask/empty_answers"] == 1 and line["mask/kept_fraction"] == 0
+        assert line["loss/policy"] == line["engine/grad_norm"] == 0
+        assert line["engine/skipped_steps"] == 0 and line["loss/value"] > 0

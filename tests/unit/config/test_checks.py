@@ -29,7 +29,8 @@ def test_right_runs_pass():
     for kind in ("dpo", "rejection_sampling"):
         # nothing is sampled, so nothing of the rollout's rules applies
         rollout = {"samples_per_prompt": 1, "max_new_tokens": 9999}
-        check_run(make_config(OFFLINE, algorithm={"kind": kind}, rollout=rollout), 8)
+        group = {"threshold": "group"}  # a pair's two answers
+        check_run(make_config(OFFLINE, algorithm={"kind": kind}, rollout=rollout, mask=group), 8)
     for kind in ("grpo", "kto"):
         check_run(make_config(PPO, algorithm={"kind": kind}), 8)
         check_run(make_config(PPO, algorithm={"kind": kind, "minibatches": 16}), 4)
@@ -207,6 +208,15 @@ def test_right_runs_pass():
             },
             2,
             "use at most 8",
+        ),
+        (
+            PPO,
+            {
+                "mask": {"threshold": "group", "label": "batch"},
+                "rollout": {"samples_per_prompt": 1},
+            },
+            1,
+            "mask.threshold: group is the mean over the answers to a prompt, of which there is one",
         ),
         (
             OFFLINE,

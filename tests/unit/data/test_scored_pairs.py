@@ -17,8 +17,8 @@ SECTION = DataSection(train="unused", format="pairs", max_row_tokens=2000)
 CHOSEN, REJECTED = "Go on. Yes\nok", "No."
 PAIR = {"prompt": "Hm?", "chosen": CHOSEN, "rejected": REJECTED}
 SCORES = {"chosen_scores": [4, 1, 2], "rejected_scores": [3]}
-# sentence of each character and of the end token; white space belongs to what it follows
-CHOSEN_SENTENCES = [0] * 7 + [1] * 4 + [2] * 3
+# sentence of each character and of the end token; white space belongs to what follows
+CHOSEN_SENTENCES = [0] * 6 + [1] * 4 + [2] * 4
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizer
 
-from megatron_amrlhf.data.sentences import sentence_starts, token_sentences, token_starts
+from megatron_amrlhf.data.sentences import split_sentences, token_sentences, token_starts
 from megatron_amrlhf.errors import UserError
 from tests.helpers import make_tiny_tokenizer
 
@@ -40,17 +40,11 @@ total was arrived at by adding the number of players and coaches from each schoo
 multiplying by the number of schools participating in the tournament."""
 
 
-def sentences(text: str) -> list[str]:
-    starts = sentence_starts(text)
-    ends = [*starts, len(text)][1:]
-    return [text[a:b].strip() for a, b in zip(starts, ends, strict=True)]
-
-
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("", []),
-        (" \n ", []),
+        ("", [""]),
+        (" \n ", [""]),
         ("No end", ["No end"]),
         ("One. Two! Three? Four", ["One.", "Two!", "Three?", "Four"]),
         ("Pi is 3.14 or so. Yes...\n\nNo?! ok", ["Pi is 3.14 or so.", "Yes...", "No?!", "ok"]),
@@ -59,20 +53,24 @@ def sentences(text: str) -> list[str]:
             "Dr. Who met J. Smith, e.g. at 5 p.m. today",
             ["Dr. Who met J. Smith, e.g. at 5 p.m.", "today"],
         ),
+        ("No. Not 'Mr.' Smith", ["No.", "Not 'Mr.'", "Smith"]),
         ("So am I. Good", ["So am I.", "Good"]),
-        ("1. First\n 2. Second. 3. third", ["1. First", "2. Second.", "3.", "third"]),
+        ("1. First\n- Second. 3. third\n\n", ["1. First", "- Second.", "3. third"]),
         (CHINESE, [CHINESE[:4], CHINESE[4:8], CHINESE[8:]]),
         (f"\u300c\u597d{FULL_STOP}\u300d\u8d70", [f"\u300c\u597d{FULL_STOP}\u300d", "\u8d70"]),
         ("a.b! c", ["a.b!", "c"]),
     ],
 )
 def test_sentences_by_hand(text, expected):
-    assert sentences(text) == expected
+    pieces = split_sentences(text)
+    assert [piece.strip() for piece in pieces] == expected and "".join(pieces) == text
+    # white space leads to the sentence after it
+    assert all(piece == piece.rstrip() for piece in pieces[:-1])
 
 
 def test_the_papers_answers_have_as_many_sentences_as_scores():
-    assert len(sentence_starts(PAPER_CHOSEN)) == 12
-    assert len(sentence_starts(PAPER_REJECTED)) == 5
+    assert len(split_sentences(PAPER_CHOSEN)) == 12
+    assert len(split_sentences(PAPER_REJECTED)) == 5
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_amrlhf.losses.dpo import dpo_loss
+from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
 from megatron_amrlhf.losses.prm import prm_loss
 from megatron_amrlhf.losses.reduce import finish_metrics
@@ -220,6 +221,40 @@ def test_dpo_forms_by_hand():
     # all log-ratios: -0.5 and -1, and 3 of 5 tokens are kept
     assert pair.terms.item() == pytest.approx(0.6 * math.log(1 + math.exp(-0.25)), rel=TOLERANCE)
     assert finish_metrics(pair.metrics)["dpo/margin"] == pytest.approx(0.25)
+
+
+def test_dpo_gradient_by_hand_on_three_tokens():
+    chosen = torch.tensor([[-1.0, -2.0, -3.0]], requires_grad=True)
+    rejected = torch.tensor([[-4.0, -1.0, -1.0]], requires_grad=True)
+    reference = torch.tensor([[-2.0, -2.5, -1.0]]), torch.tensor([[-2.0, -2.0, -1.0]])
+    masks = torch.tensor([[1, 1, 0]]).bool(), torch.tensor([[1, 0, 1]]).bool()
+    dpo_loss(chosen, rejected, *reference, *masks, 0.5, "inside").terms.sum().backward()
+    # kept log-ratios 1.5 and -2, margin 1.75; d(-log sigmoid(m))/dm = -sigmoid(-m)
+    slope = 0.5 / (1 + math.exp(1.75))
+    expected = torch.tensor([[-slope, -slope, 0.0]])
+    torch.testing.assert_close(chosen.grad, expected, rtol=TOLERANCE, atol=0)
+    expected = torch.tensor([[slope, 0.0, slope]])
+    torch.testing.assert_close(rejected.grad, expected, rtol=TOLERANCE, atol=0)
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_ppo_with_a_kl_in_the_loss(estimator):
+    """The KL holds dropped tokens too, padding feels nothing, and all gradients are right."""
+    valid, mask = torch.ones_like(MASK), MASK.clone()
+    valid[1, 3] = False
+
+    def loss(x):
+        surrogate = ppo_actor_loss(x, OTHER[0], OTHER[1], mask, 0.2)
+        return with_kl(surrogate, x, OTHER[2], valid, 0.3, estimator)
+
+    x = randn(9, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x).terms, (x,))
+    loss(x).terms.sum().backward()
+    logratio = (x - OTHER[2]).detach()
+    slope = 0.3 * (logratio if estimator == "k2" else 1 - torch.exp(-logratio))
+    dropped = valid & ~mask
+    torch.testing.assert_close(x.grad[dropped], slope[dropped])
+    assert (x.grad[~valid] == 0).all() and dropped.any()
 
 
 def test_both_dpo_forms_without_a_mask_are_plain_dpo():

@@ -97,14 +97,15 @@ def test_both_dpo_forms_on_all_tokens_are_plain_dpo_bit_for_bit(form):
     assert torch.equal(gradient[VALID], plain_gradient[VALID]) and not gradient[~VALID].any()
 
 
-def test_kind_none_keeps_all_response_tokens_of_both_labels():
+@pytest.mark.parametrize("kind", ["none", "adaptive"])
+def test_of_neutral_answers_kind_none_keeps_all_and_adaptive_nothing(kind):
     config = Config.model_validate(
         {
             "run": {"name": "x"},
             "model": {"path": "x"},
             "data": {"train": "x"},
             "algorithm": {"kind": "ppo"},
-            "mask": {"kind": "none"},
+            "mask": {"kind": kind},
         }
     )
     maker = object.__new__(ExperienceMaker)
@@ -123,6 +124,7 @@ def test_kind_none_keeps_all_response_tokens_of_both_labels():
     judged = Judged(None, ScoredBatch(zeros, zeros, zeros, zeros, zeros[:, 0], VALID), dense)
     rows, chosen = torch.tensor([2, 0, 3]), torch.tensor([True, False, False])
     mask, metrics = maker.mask(judged, rows, chosen)
-    assert torch.equal(mask, VALID[rows])
-    total, count = metrics["mask/kept_fraction"]
-    assert total == count == LENGTHS[rows].sum()
+    kept = VALID[rows] if kind == "none" else torch.zeros_like(VALID[rows])
+    assert torch.equal(mask, kept)
+    assert metrics["mask/kept_fraction"] == (kept.sum(), LENGTHS[rows].sum())
+    assert metrics["mask/empty_answers"] == (0 if kind == "none" else 3, 3)

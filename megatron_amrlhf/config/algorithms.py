@@ -1,0 +1,132 @@
+"""The ``algorithm`` section: one model a kind."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from megatron_amrlhf.config.section import (
+    AnyFloat,
+    Fraction,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Section,
+)
+
+
+class PrmAlgorithm(Section):
+    kind: Literal["prm"] = "prm"
+    epochs: Positive = Field(2, description="passes over the data (paper, app. A.1)")
+    batch_size: Positive = Field(16, description="solutions an optimizer step, over all DP ranks")
+    num_attributes: Literal[1, 5] = Field(
+        1, description="outputs of the head: 1 (step correctness) or HelpSteer's 5"
+    )
+    loss: Literal["bce", "mse"] = Field(
+        "bce", description="bce on labels in [0, 1] or squared error, both at step ends"
+    )
+
+
+class OrmAlgorithm(Section):
+    kind: Literal["orm"] = "orm"
+    epochs: Positive = Field(1, description="passes over the data")
+    batch_size: Positive = Field(16, description="pairs an optimizer step, over all DP ranks")
+
+
+class PpoAlgorithm(Section):
+    kind: Literal["ppo"] = "ppo"
+    clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
+    value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
+    gamma: Fraction = Field(1.0, description="discount")
+    gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
+    bootstrap_truncated: bool = Field(
+        False,
+        description="an answer cut off at the length limit goes on with the critic's value of its "
+        "last state; false: it ends there with value 0",
+    )
+    kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi, pi_ref)")
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="the KL is a penalty in the token reward or a term of the loss"
+    )
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = Field(
+        "k1", description="KL estimator: k1 or abs in the reward, k2 or k3 in the loss"
+    )
+    epochs: Positive = Field(1, description="passes over a rollout")
+    minibatches: Positive = Field(1, description="optimizer steps a pass")
+    whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
+
+
+class GrpoAlgorithm(Section):
+    kind: Literal["grpo"] = "grpo"
+    clip_eps: PositiveFloat = Field(0.2, description="the ratio's clip range below 1")
+    clip_eps_high: PositiveFloat | None = Field(
+        None, description="clip range above 1; null: as clip_eps"
+    )
+    kl_coef: NonNegativeFloat = Field(0.04, description="weight of KL(pi, pi_ref) in the loss")
+    kl_estimator: Literal["k2", "k3"] = Field("k3", description="KL estimator in the loss")
+    scale_rewards: bool = Field(
+        True, description="divide advantages by the group's standard deviation"
+    )
+    length_normalise: Literal["token", "sequence"] = Field(
+        "token", description="mean over all tokens, or over answers of their tokens' means"
+    )
+    epochs: Positive = Field(1, description="passes over a rollout")
+    minibatches: Positive = Field(1, description="optimizer steps a pass")
+
+
+class DpoAlgorithm(Section):
+    kind: Literal["dpo"] = "dpo"
+    beta: PositiveFloat = Field(0.1, description="temperature of eq. 6 and 15")
+    form: Literal["inside", "pair"] = Field(
+        "inside", description="mask inside the log-ratio sums, or eq. 15 as printed"
+    )
+    pairs: Literal["best_worst", "all_pairs", "margin"] = Field(
+        "best_worst",
+        description="a prompt's pairs: its best and worst answer; all that are not tied; those "
+        "whose rewards differ by more than pair_margin",
+    )
+    pair_margin: NonNegativeFloat = Field(
+        0.0, description="least difference for pairs: margin, raw reward units"
+    )
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+class KtoAlgorithm(Section):
+    kind: Literal["kto"] = "kto"
+    beta: PositiveFloat = Field(0.1, description="how fast the value saturates, 1 / nats")
+    desirable_weight: NonNegativeFloat = Field(1.0, description="lambda_D, of chosen answers")
+    undesirable_weight: NonNegativeFloat = Field(1.0, description="lambda_U, of rejected answers")
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+class RejectionSamplingAlgorithm(Section):
+    kind: Literal["rejection_sampling"] = "rejection_sampling"
+    kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
+    kl_estimator: Literal["k2", "k3"] = Field("k2", description="KL estimator in the loss")
+    select: Literal["best", "top_k", "threshold"] = Field(
+        "best",
+        description="answers to learn from: each prompt's best, its k best, or those with a "
+        "reward of at least threshold",
+    )
+    k: Positive = Field(1, description="answers a prompt for select: top_k")
+    threshold: AnyFloat = Field(
+        0.0, description="least reward of an answer for select: threshold, raw reward units"
+    )
+    control: Literal["none", "random"] = Field(
+        "none",
+        description="random: as many answers of each prompt as select picks, but by chance",
+    )
+    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+
+Algorithm = Annotated[
+    PrmAlgorithm
+    | OrmAlgorithm
+    | PpoAlgorithm
+    | GrpoAlgorithm
+    | DpoAlgorithm
+    | KtoAlgorithm
+    | RejectionSamplingAlgorithm,
+    Field(discriminator="kind"),
+]
