@@ -21,6 +21,8 @@ from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.engine.announce import describe_choices
+from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -168,11 +170,19 @@ def _peak_gib(context: Context) -> float:
 
 def _banner(context: Context, algorithm) -> str:
     mesh, config = context.mesh, context.config
-    return (
+    line = (
         f"{config.algorithm.kind}: {algorithm.total_steps} steps, "
         f"TP {mesh.tp_size} x PP {mesh.pp_size} x DP {mesh.dp_size} on {mesh.device.type}, "
         f"{config.model.dtype}, roles {', '.join(context.engine.roles)}"
     )
+    trained = [
+        stage_spec(
+            config, role.shape, mesh.pp_rank, mesh.dp_size, name, True, role.spec.head_outputs
+        )
+        for name, role in context.engine.roles.items()
+        if role.spec.trainable
+    ]
+    return "\n".join([line, *describe_choices(trained)])
 
 
 def _one_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.config.schema import EngineSection
-from megatron_amrlhf.engine.packing import pack_rows, spread_rows
+from megatron_amrlhf.engine.packing import block_positions, even_blocks, pack_rows
 from megatron_amrlhf.models.attention import Packing
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.parallel.mesh import Mesh
@@ -116,13 +116,11 @@ def cut_micro_batches(
     count = max(len(packed), 1)
     if equal:
         count = max_over(count, mesh.dp_group, mesh.device)
-    if mesh.cut.virtual > 1:
-        count = -(-count // mesh.pp_size) * mesh.pp_size  # the interleaved schedule's demand
-    if count > len(packed):
-        packed = spread_rows(lengths, together, count)
-    longest = max(sum(lengths[i] for i in block) for block in packed)
+    # A multiple of PP is the interleaved schedule's demand.
+    multiple = mesh.pp_size if mesh.cut.virtual > 1 else 1
+    packed = even_blocks(lengths, together, packed, count, multiple)
     unit = mesh.tp_size if mesh.sequence_parallel else 1
-    num_positions = max(-(-longest // unit) * unit, unit)
+    num_positions = block_positions(lengths, packed, unit)
     return [_pack(rows, plan, members, num_positions, mesh) for members in packed]
 
 

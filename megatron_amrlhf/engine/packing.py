@@ -52,6 +52,28 @@ def spread_rows(
     return [sorted(block) for block in blocks]
 
 
+def even_blocks(
+    lengths: list[int], together: int, packed: list[list[int]], at_least: int, multiple: int
+) -> list[list[int]]:
+    """``packed``, or spread anew over more micro-batches.
+
+    Args:
+        lengths: tokens of each row.
+        together: this many consecutive rows stay in one micro-batch.
+        packed: row indices of each micro-batch.
+        at_least: micro-batches that there must be.
+        multiple: their number must be a multiple of this.
+    """
+    count = -(-max(len(packed), at_least) // multiple) * multiple
+    return packed if count == len(packed) else spread_rows(lengths, together, count)
+
+
+def block_positions(lengths: list[int], packed: list[list[int]], unit: int) -> int:
+    """Positions of every micro-batch: the longest one's tokens, up to a multiple of ``unit``."""
+    longest = max(sum(lengths[i] for i in block) for block in packed)
+    return max(-(-longest // unit) * unit, unit)
+
+
 def _fits(
     block: list[int],
     lengths: list[int],
