@@ -19,7 +19,9 @@ Examples:
   bash launch/run.sh configs/prm_demo.yaml
   bash launch/run.sh --processes 4 configs/ppo_demo.yaml --set parallel.pipeline=2 rollout.top_k=50
 
-The exit code is the run's: 0 done, 2 a mistake in the input. Ctrl-C ends all processes; started
+The exit code is the run's: 0 done, 2 a mistake in the input, 3 stopped by the watchdog (no progress
+for engine.watchdog_seconds), 247 a process was killed, 1 another error; the last line names the
+rank that failed first. Ctrl-C ends all processes; started
 again, a run goes on from its newest checkpoint. Variables: VENV (default .venv), MASTER_PORT
 (default: a free one), OMP_NUM_THREADS (default: cores / processes).
 TEXT
@@ -65,6 +67,7 @@ else
     WHERE=(--num_gpus "$PROCESSES")
 fi
 
+STARTED="$(date +%s)"
 # The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
 # process group of its own, and a signal to this script goes to the whole group.
 set -m
@@ -89,7 +92,9 @@ CODE=0
 wait "$GROUP" || CODE=$?
 case "$CODE" in
     0 | 2 | 130) ;; # 2: the run has said what is wrong
-    247) echo "run.sh: a process was killed (exit code 247), perhaps for memory" >&2 ;;
-    *) echo "run.sh: the run failed (exit code $CODE), see above" >&2 ;;
+    *)
+        CAUSE="$("$BIN/python" -m megatron_amrlhf status "$@" --ended-since "$STARTED")" || CAUSE=""
+        echo "run.sh: the run failed (exit code $CODE), ${CAUSE:-see above}" >&2
+        ;;
 esac
 exit "$CODE"

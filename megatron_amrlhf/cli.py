@@ -1,6 +1,6 @@
 """The command line: ``amrlhf COMMAND CONFIG.yaml [--set section.key=value ...]``.
 
-``show-masks`` takes a run instead of a configuration.
+``show-masks`` and ``status`` take a run or its configuration.
 
 Configuration mistakes are answered before torch, Megatron or DeepSpeed are imported, so every
 rank of a wrong start is gone within a second.
@@ -28,6 +28,8 @@ from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
+from megatron_amrlhf.report.postmortem import find_cause, status_lines
+from megatron_amrlhf.report.run_folder import note_failure
 from megatron_amrlhf.report.samples import load_samples
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
@@ -44,10 +46,12 @@ examples:
       --set parallel.tensor=2 parallel.pipeline=2          8 processes: TP 2, PP 2, DP 2
   amrlhf config configs/ppo_demo.yaml                      every key with its value
   amrlhf show-masks runs/ppo-demo --html masks.html        answers, their messages and masks
+  amrlhf status runs/ppo-demo                              what each rank does, or why it ended
   amrlhf train --help                                      every key with its meaning
 
-exit codes: 0 done, 2 a mistake in the input (one line says which), 130 interrupted, 1 anything
-else. A run leaves everything in runs/NAME/; started again, it goes on from its newest checkpoint.
+exit codes: 0 done, 2 a mistake in the input (one line says which), 3 stopped by the watchdog
+(engine.watchdog_seconds), 130 interrupted, 247 a process was killed, 1 anything else. A run leaves
+everything in runs/NAME/; started again, it goes on from its newest checkpoint.
 """
 
 TRAIN_EPILOG = """\
@@ -68,6 +72,15 @@ examples:
 Colours: orange above the threshold, green below, stronger the farther away. Bars stand between
 messages; what the mask keeps is bold and underlined. How many answers a step are logged is
 run.log_samples.
+"""
+
+STATUS_EPILOG = """\
+examples:
+  amrlhf status runs/ppo-demo                              what each rank does, since when
+  amrlhf status configs/ppo_demo.yaml --ended-since 1700000000
+                                                           after the launcher has ended: the cause
+
+Ages are by this machine's clock and those of the ranks' nodes.
 """
 
 
@@ -125,10 +138,7 @@ def show_config(config: Config) -> None:
 
 def show_masks(arguments: argparse.Namespace) -> None:
     """Prints logged answers with their messages and masks, or writes them as an HTML page."""
-    source = Path(arguments.source).expanduser()
-    if source.suffix in (".yaml", ".yml"):
-        run = load_config(source, []).run
-        source = Path(run.folder).expanduser() / run.name
+    source = _run_folder(arguments.source, [])
     records = select(load_samples(source), arguments.step, arguments.limit)
     if arguments.html is None:
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
@@ -142,8 +152,19 @@ def show_masks(arguments: argparse.Namespace) -> None:
     print(f"{target}: {len(records)} answers of step {records[0].step}")
 
 
+def show_status(arguments: argparse.Namespace) -> None:
+    """Prints each rank's last heartbeat, or why a run has ended."""
+    folder = _run_folder(arguments.source, arguments.overrides)
+    if arguments.ended_since is None:
+        for line in status_lines(folder):
+            print(line)
+    elif cause := find_cause(folder, arguments.ended_since):
+        note_failure(folder, cause)
+        print(f"cause: {cause}")
+
+
 COMMANDS = {"train": train, "config": show_config}
-VIEWERS = {"show-masks": show_masks}
+VIEWERS = {"show-masks": show_masks, "status": show_status}
 
 
 def describe_keys() -> str:
@@ -180,17 +201,51 @@ def _parser() -> argparse.ArgumentParser:
             name, help=summary, description=summary, epilog=epilog, formatter_class=raw
         )
         command.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-        command.add_argument(
-            "--set",
-            dest="overrides",
-            metavar="KEY=VALUE",
-            nargs="+",
-            action="extend",
-            default=[],
-            help="override keys, such as rollout.top_p=0.9 (after CONFIG.yaml; values are YAML)",
-        )
+        _add_overrides(command)
     _add_show_masks(commands)
+    _add_status(commands)
     return parser
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="override keys, such as rollout.top_p=0.9 (after CONFIG.yaml; values are YAML)",
+    )
+
+
+def _add_status(commands: argparse._SubParsersAction) -> None:
+    summary = "say what each rank of a run does, or why it ended"
+    command = commands.add_parser(
+        "status",
+        help=summary,
+        description=summary,
+        epilog=STATUS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("source", metavar="RUN", help="a run's folder or its configuration")
+    _add_overrides(command)
+    command.add_argument(
+        "--ended-since",
+        type=float,
+        metavar="SECONDS",
+        help="no process of the run started at this Unix time is left: print what ended it, one "
+        "line, and put that into status.json",
+    )
+
+
+def _run_folder(source: str, overrides: list[str]) -> Path:
+    """The path itself, or the folder of the run that a configuration describes."""
+    path = Path(source).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        return path
+    run = load_config(path, overrides).run
+    return Path(run.folder).expanduser() / run.name
 
 
 def _add_show_masks(commands: argparse._SubParsersAction) -> None:

@@ -121,6 +121,7 @@ class PolicyAlgorithm(ABC):
         prompts = maker.prompts_of(step)
         judged, metrics = maker.judge(prompts, step)
         start = time.perf_counter()
+        self.context.console.progress.enter("mask")
         index = mask = labels = None
         if self.context.mesh.is_last_stage:
             index, labels = self.choose(judged, step)

@@ -15,6 +15,7 @@ from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint
 from megatron_amrlhf.config.checks import check_model
@@ -25,12 +26,16 @@ from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.parallel.collectives import max_over
-from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.parallel.mesh import (
+    TIMEOUT_SECONDS,
+    build_mesh,
+    start_processes,
+    stop_processes,
+)
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
@@ -47,6 +52,8 @@ ALGORITHMS = {
     "rejection_sampling": RejectionSampling,
 }
 
+TIMEOUT_AFTER_WATCHDOG_SECONDS = 600.0
+
 
 def run(config: Config) -> None:
     """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
@@ -60,15 +67,12 @@ def run(config: Config) -> None:
     read_shape(hf_config)
     tokenizer = load_tokenizer(model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
-    start_processes()
+    start_processes(_timeout_seconds(config))
     try:
         context = _context(config, model_folder, tokenizer)
-        try:
+        with watch(context):
             algorithm.build(context)
             _train(algorithm, context)
-        except BaseException as error:
-            context.folder.status("failed", -1, _one_line(error))
-            raise
     finally:
         stop_processes()
 
@@ -76,7 +80,8 @@ def run(config: Config) -> None:
 def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Context:
     """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     parallel = config.parallel
-    mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
+    cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
+    mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
     folder = RunFolder.create(config, mesh.rank)
     dist.barrier()
     return Context(
@@ -107,6 +112,7 @@ def _train(algorithm, context: Context) -> None:
         console.step_table(first - 1, total, before)
     after, saved = before, first - 1
     for step in range(first, total + 1):
+        console.progress.enter("step", step)
         metrics = algorithm.step(step)
         if step == first:
             _check_copies(context)
@@ -126,7 +132,9 @@ def _train(algorithm, context: Context) -> None:
     if saved < total:
         _save(algorithm, context, total)
     if config.checkpoint.export:
+        console.progress.enter("export")
         export_role(context.engine, algorithm.trained_role, folder.export, context.tokenizer)
+    console.progress.enter("finish")
     if context.mesh.is_main:
         plot_run(folder.path)
     folder.status("finished", total, "all steps done")
@@ -140,6 +148,7 @@ def _resume(algorithm, context: Context) -> int:
         latest = find_latest(folder.checkpoints)
     step = 0
     if latest is not None:
+        context.console.progress.enter("load")
         state = load_checkpoint(context.engine, latest)
         algorithm.load_state_dict(state["algorithm"])
         step = state["step"]
@@ -151,6 +160,7 @@ def _resume(algorithm, context: Context) -> int:
 
 
 def _save(algorithm, context: Context, step: int) -> None:
+    context.console.progress.enter("save")
     _check_copies(context)
     state = {"step": step, "algorithm": algorithm.state_dict()}
     keep = context.config.checkpoint.keep
@@ -185,6 +195,7 @@ def _banner(context: Context, algorithm) -> str:
     return "\n".join([line, *describe_choices(trained)])
 
 
-def _one_line(error: BaseException) -> str:
-    kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-    return " ".join(f"{kind}{error}".split())
+def _timeout_seconds(config: Config) -> float:
+    """Of the process groups: later than the watchdog, which can say more."""
+    limit = config.engine.watchdog_seconds
+    return limit + TIMEOUT_AFTER_WATCHDOG_SECONDS if limit else TIMEOUT_SECONDS

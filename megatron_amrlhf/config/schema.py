@@ -136,6 +136,11 @@ class EngineSection(Section):
     max_skipped_steps: Positive = Field(
         3, description="stop after this many non-finite optimizer steps in a row"
     )
+    watchdog_seconds: NonNegativeFloat = Field(
+        1200.0,
+        description="end the run, naming the rank that holds it up, after so long without a "
+        "micro-batch, decode round or phase; 0: never; collectives time out 600 s later",
+    )
     roles: RolesSection = RolesSection()
 
     def of_role(self, name: str) -> RoleSection:

@@ -14,6 +14,8 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.parallel import compat
 
+TIMEOUT_SECONDS = 1800.0
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -71,8 +73,12 @@ class Mesh:
         return self.is_last_stage and self.tp_rank == 0 and self.dp_rank == 0
 
 
-def start_processes(timeout_seconds: float = 1800.0) -> None:
-    """Joins torch.distributed by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset."""
+def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """Joins torch.distributed by RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; alone if unset.
+
+    Args:
+        timeout_seconds: longest wait for the other processes at the start and in collectives.
+    """
     compat.patch_for_cpu()
     for name, value in (
         ("RANK", "0"),
@@ -89,13 +95,19 @@ def start_processes(timeout_seconds: float = 1800.0) -> None:
         dist.init_process_group(compat.backend(), timeout=timedelta(seconds=timeout_seconds))
 
 
-def build_mesh(tensor: int, cut: PipelineCut | int, sequence_parallel: bool = False) -> Mesh:
+def build_mesh(
+    tensor: int,
+    cut: PipelineCut | int,
+    sequence_parallel: bool = False,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> Mesh:
     """Makes all process groups; the world size must be a multiple of tensor x stages.
 
     Args:
         tensor: tensor-parallel size.
         cut: the pipeline axis, or its number of even stages.
         sequence_parallel: whether training splits positions over the tensor axis.
+        timeout_seconds: longest wait in a collective of these groups.
     """
     cut = PipelineCut(cut) if isinstance(cut, int) else cut
     pipeline = cut.stages
@@ -105,6 +117,7 @@ def build_mesh(tensor: int, cut: PipelineCut | int, sequence_parallel: bool = Fa
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
     initialize_rng_tracker(inference_rng_tracker=True)  # no dropout, so nothing to keep track of
     pp_group = parallel_state.get_pipeline_model_parallel_group()
@@ -112,7 +125,8 @@ def build_mesh(tensor: int, cut: PipelineCut | int, sequence_parallel: bool = Fa
     pipelines: list = [None] * dist.get_world_size()
     dist.all_gather_object(pipelines, dist.get_process_group_ranks(pp_group))
     token_group, _ = dist.new_subgroups_by_enumeration(
-        [list(ranks) for ranks in sorted({tuple(ranks) for ranks in pipelines})]
+        [list(ranks) for ranks in sorted({tuple(ranks) for ranks in pipelines})],
+        timeout=timedelta(seconds=timeout_seconds),
     )
     compat.scope_trace_check(dp_group)
     pp_rank, pp_size = dist.get_rank(pp_group), pipeline

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.run_folder import RunFolder
 
 PLAIN_WIDTH = 110  # columns, where the output is a file
@@ -62,6 +63,8 @@ class Phase:
 class RunConsole:
     """Console output of one process; says nothing unless it is rank 0's.
 
+    Every rank's ``progress`` is kept, for its heartbeat.
+
     Progress goes to stderr: bars on a terminal, else one line at the start and one at the end of
     a phase. Tables go to stdout.
     """
@@ -74,6 +77,7 @@ class RunConsole:
             out: where tables go; None: stdout.
             err: where progress goes; None: stderr.
         """
+        self.progress = RankProgress()
         self._enabled = rank == 0
         self._out = _console(out or sys.stdout)
         self._err = _console(err or sys.stderr)
@@ -86,6 +90,17 @@ class RunConsole:
             phase: its name, such as ``rollout``.
             total: units of work that ``advance`` will count.
         """
+        self.progress.enter(phase)
+        with self._shown(phase, total) as shown:
+
+            def on_advance(n: int) -> None:
+                self.progress.advance()
+                shown.advance(n)
+
+            yield Phase(on_advance)
+
+    @contextmanager
+    def _shown(self, phase: str, total: int) -> Iterator[Phase]:
         if not self._enabled:
             yield Phase(lambda n: None)
         elif self._err.is_terminal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_amrlhf.report.files import write_atomic
 
 State = Literal["running", "finished", "failed", "stopped"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
+HEARTBEAT_NAME, WATCHDOG_NAME = "heartbeat", "watchdog.txt"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class RunFolder:
             raise UserError(f"run.folder: cannot make {path} ({error.strerror})") from None
         attempt = _last_attempt(path) + 1
         _write_config(path, config, attempt)
+        shutil.rmtree(path / HEARTBEAT_NAME, ignore_errors=True)  # an earlier attempt's
+        (path / WATCHDOG_NAME).unlink(missing_ok=True)
         folder = cls(path, attempt, True)
         folder.status("running", 0, "started")
         return folder
@@ -87,6 +91,11 @@ class RunFolder:
         """The trained model as a Hugging Face folder."""
         return self.path / "export"
 
+    @property
+    def watchdog(self) -> Path:
+        """Who held the others up, with the stacks of all ranks; there once a run has stalled."""
+        return self.path / WATCHDOG_NAME
+
     def status(self, state: State, step: int, message: str) -> None:
         """Writes ``status.json`` (rank 0 only).
 
@@ -105,6 +114,20 @@ class RunFolder:
             "attempt": self.attempt,
         }
         write_atomic(self.path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
+
+
+def note_failure(path: Path, message: str) -> None:
+    """Turns ``status.json`` into ``failed``; any process may, also one that is no writer.
+
+    Args:
+        path: the run's folder.
+        message: one line: why.
+    """
+    status = path / STATUS_NAME
+    record = json.loads(status.read_text(encoding="utf-8"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record |= {"state": "failed", "message": message, "time": now}
+    write_atomic(status, json.dumps(record, indent=2) + "\n")
 
 
 def _refuse_other_run(path: Path, config: Config) -> None:

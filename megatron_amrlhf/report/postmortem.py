@@ -1,0 +1,108 @@
+"""Why a run ended, from the files that its ranks left."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from datetime import datetime
+from pathlib import Path
+
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.report.heartbeat import Beat, read_beats, read_dump
+from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME, STATUS_NAME, WATCHDOG_NAME
+
+# In the message of a rank whose partner has gone; it is a consequence, not the cause.
+LOST_PARTNER = re.compile(
+    r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistBackendError",
+    re.IGNORECASE,
+)
+FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
+
+
+def first_failure(beats: list[Beat]) -> str | None:
+    """One line on the rank that failed first by an exception of its own, or None.
+
+    A lost connection counts only where there is nothing else.
+    """
+    failed = [beat for beat in beats if beat.state == "failed"]
+    own = [beat for beat in failed if not LOST_PARTNER.search(beat.error)]
+    first = min(own or failed, key=lambda beat: beat.time, default=None)
+    return None if first is None else _failure(first)
+
+
+def status_lines(folder: Path) -> list[str]:
+    """The run's state and each rank's last sign of life.
+
+    Raises:
+        UserError: there is no run in the folder.
+    """
+    status = folder / STATUS_NAME
+    if not status.is_file():
+        raise UserError(f"{folder}: no run ({STATUS_NAME} is missing)")
+    record = json.loads(status.read_text(encoding="utf-8"))
+    lines = [f"{record['state']}, step {record['step']}: {record['message']}"]
+    for beat in read_beats(folder):
+        age = time.time() - datetime.fromisoformat(beat.time).timestamp()
+        text = f"{beat.who}: {beat.state}, {beat.where}; last heartbeat {age:.0f} s ago"
+        lines.append(f"{text}, no progress for {beat.still_seconds:.0f} s before it")
+    return lines
+
+
+def find_cause(folder: Path, since: float) -> str | None:
+    """One line on what ended a run none of whose processes is left.
+
+    A rank that was killed by SIGKILL left a heartbeat that still says ``running`` and no stack;
+    one that was ended by SIGTERM, as the launcher does once a rank has failed, left a stack.
+
+    Args:
+        folder: the run's folder.
+        since: when it was started (Unix time); what is older is left out.
+
+    Returns:
+        None where the ranks left nothing, or all finished.
+    """
+    beats = [beat for beat in read_beats(folder) if _is_since(beat, since)]
+    if beats and (folder / WATCHDOG_NAME).exists():
+        return (folder / WATCHDOG_NAME).read_text(encoding="utf-8").split("\n", 1)[0]
+    dumps = {beat.rank: read_dump(folder, beat.rank) for beat in beats}
+    own: list[tuple[str, str]] = []
+    for beat in beats:
+        fatal = FATAL.search(dumps[beat.rank])
+        if beat.state == "failed":
+            if not LOST_PARTNER.search(beat.error):
+                own.append((beat.time, _failure(beat)))
+        elif fatal:
+            own.append((beat.time, f"{beat.who} died: {fatal[1]} ({beat.where})"))
+        elif beat.state == "running" and not _was_terminated(dumps[beat.rank]):
+            text = "was killed by SIGKILL (out of memory, or by hand), last seen in"
+            own.append((beat.time, f"{beat.who} {text} {beat.where}"))
+    # A killed rank's last beat is before the others' errors; the launcher kills after them.
+    if own:
+        return min(own)[1]
+    return first_failure(beats) or _first_terminated(folder, beats)
+
+
+def _failure(beat: Beat) -> str:
+    return f"{beat.who} failed: {beat.error} ({beat.where})"
+
+
+def _first_terminated(folder: Path, beats: list[Beat]) -> str | None:
+    ended = [beat for beat in beats if beat.state == "running"]
+    if not ended:
+        return None
+
+    def dumped_at(beat: Beat) -> float:
+        return (folder / HEARTBEAT_NAME / f"rank-{beat.rank:04d}.stacks.txt").stat().st_mtime
+
+    first = min(ended, key=dumped_at)
+    return f"{first.who} was ended from outside by SIGTERM in {first.where}"
+
+
+def _was_terminated(dump: str) -> bool:
+    """Only a signal's dump has a current thread, the timer's has none."""
+    return "Current thread" in dump
+
+
+def _is_since(beat: Beat, since: float) -> bool:
+    return bool(beat.time) and datetime.fromisoformat(beat.time).timestamp() > since

@@ -1,0 +1,155 @@
+"""A rank that dies, stops or hangs: the run ends in time, says which one, and leaves nobody."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_amrlhf.report.watchdog import EXIT_STALLED
+from tests.distributed.runs import make_models, numbers, start, write_config
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+STEPS = 3
+KEYS = (f"run.steps={STEPS}", "checkpoint.export=false", "evaluation.prompts=0")
+FAULTY = 1
+# Long enough for a busy machine to build the model, and to wake a stopped rank after the warning.
+LIMIT_SECONDS, DELAYED_LIMIT_SECONDS = 8.0, 16.0
+START_SECONDS = 400.0  # from the start to the fault; about 15 where nothing else runs
+# From the fault to the end without any limit: heartbeats, the launcher's poll, the last line.
+END_SECONDS = 25.0
+EXIT_KILLED = 247
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watch")
+    make_models(folder)
+    write_config(folder, "prm")
+    return folder
+
+
+class Launched:
+    """A run of two ranks through launch/run.sh, one of which goes wrong."""
+
+    def __init__(self, folder: Path, plant: str, pp: int, limit: float):
+        name = f"{plant}-{limit:g}"
+        self.folder, self.log = folder / "runs" / name, folder / f"{name}.log"
+        self.mark = f"WATCHED_RUN={self.folder}".encode()
+        environment = {"VENV": sys.prefix, "OMP_NUM_THREADS": "1"}
+        environment |= {"PLANT": plant, "PLANT_RANK": str(FAULTY)}
+        environment |= {"WATCHED_RUN": str(self.folder)}
+        environment |= {"PYTHONPATH": str(Path(__file__).parent / "planted")}
+        keys = [f"run.name={name}", f"parallel.pipeline={pp}", *KEYS]
+        keys += [f"engine.watchdog_seconds={limit}"]
+        command = ["bash", "launch/run.sh", "--processes", "2", str(folder / "prm.yaml")]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--set", *keys],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=log,
+                stderr=log,
+            )
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *error) -> None:
+        for pid in self.living():
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def wait_for_fault(self) -> None:
+        """Until the faulty rank has said that it is where it goes wrong."""
+        self._wait(lambda: (self.beat(FAULTY)["step"], self.beat(FAULTY)["phase"]) == (2, "update"))
+
+    def wait_for(self, words: str) -> None:
+        """Until the output has the words."""
+        self._wait(lambda: words in self.text())
+
+    def _wait(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not happened():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.text()
+            time.sleep(0.05)
+
+    def wait(self, seconds: float) -> int:
+        """The exit code; no process of the run may be left then."""
+        code = self.process.wait(seconds)
+        assert self.living() == []
+        return code
+
+    def living(self) -> list[int]:
+        """Processes that carry the run's environment, whoever their parent is now."""
+        found = []
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                if self.mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+        return found
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def beat(self, rank: int) -> dict:
+        path = self.folder / "heartbeat" / f"rank-{rank:04d}.json"
+        return json.loads(path.read_text()) if path.exists() else {"step": None, "phase": None}
+
+    def assert_failed(self, *words: str) -> None:
+        """The last line and status.json name the cause."""
+        last, status = self.text().splitlines()[-1], self.status()
+        assert status["state"] == "failed" and "\n" not in status["message"]
+        for word in words:
+            assert word in last and word in status["message"], (word, last, status)
+
+    def status(self) -> dict:
+        return json.loads((self.folder / "status.json").read_text())
+
+
+def test_a_killed_rank_ends_the_run_and_is_named(folder):
+    with Launched(folder, "kill", pp=1, limit=0) as run:
+        run.wait_for_fault()
+        assert run.wait(END_SECONDS) == EXIT_KILLED, run.text()
+        run.assert_failed(f"rank {FAULTY} ", "SIGKILL", "phase update of step 2")
+
+
+def test_a_rank_stuck_in_python_is_named_with_its_stack(folder):
+    with Launched(folder, "stick", pp=2, limit=LIMIT_SECONDS) as run:
+        run.wait_for_fault()
+        assert run.wait(LIMIT_SECONDS + END_SECONDS) == EXIT_STALLED, run.text()
+        run.assert_failed(f"rank {FAULTY} ", "is not in a collective", "phase update of step 2")
+        assert run.text().count("error: no progress") == 1
+        assert "go_wrong: time.sleep(0.1)" in run.text()
+        report = (run.folder / "watchdog.txt").read_text()
+        assert "go_wrong: time.sleep(0.1)" in report and "run_forward_backward" in report
+
+
+def test_a_stopped_rank_is_named(folder):
+    with Launched(folder, "stop", pp=2, limit=LIMIT_SECONDS) as run:
+        run.wait_for_fault()
+        assert run.wait(LIMIT_SECONDS + END_SECONDS) == EXIT_STALLED, run.text()
+        run.assert_failed(f"rank {FAULTY} ", "does not run any more", "phase update of step 2")
+
+
+def test_a_delayed_rank_changes_nothing(folder):
+    undisturbed = start(folder, folder / "prm.yaml", 1, 2, 1, *KEYS)
+    with Launched(folder, "stop", pp=2, limit=DELAYED_LIMIT_SECONDS) as run:
+        run.wait_for("warning: no progress")
+        os.kill(run.beat(FAULTY)["pid"], signal.SIGCONT)
+        assert run.wait(START_SECONDS) == 0, run.text()
+        assert f"rank {FAULTY} " in run.text() and not (run.folder / "watchdog.txt").exists()
+        assert run.status()["state"] == "finished"
+        assert numbers(run.folder) == numbers(undisturbed)
+        assert len(numbers(run.folder)) == STEPS

@@ -1,0 +1,110 @@
+"""What a run ended of, told from the files of its ranks."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from megatron_amrlhf import cli
+from megatron_amrlhf.report.heartbeat import Beat
+from megatron_amrlhf.report.postmortem import find_cause, first_failure
+
+START = 0.0
+LOST = "RuntimeError: [gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer"
+TERMINATED = "Current thread 0x1 (most recent call first):\n  File x\n"
+TIMER = "Timeout (0:00:20)!\nThread 0x1 (most recent call first):\n  File x\n"
+
+
+def beat(rank, second, state="running", error=""):
+    time = f"2026-01-01T00:00:{second:02d}.000+00:00"
+    return Beat(rank, "far", 10 + rank, state, 2, "update", 9, 5, 0.0, True, 7, time, error)
+
+
+def put(folder, *beats, dumps=()):
+    (folder / "heartbeat").mkdir()
+    (folder / "status.json").write_text('{"state": "running", "step": 1, "message": "1 of 3"}')
+    for one in beats:
+        path = folder / "heartbeat" / f"rank-{one.rank:04d}.json"
+        path.write_text(json.dumps(asdict(one)))
+        path.with_suffix(".stacks.txt").write_text(dict(dumps).get(one.rank, ""))
+
+
+@pytest.mark.parametrize("timer", ["", TIMER])
+def test_a_rank_without_a_last_word_was_killed(tmp_path, timer):
+    put(
+        tmp_path,
+        beat(0, 9, "failed", LOST),
+        beat(1, 5),
+        beat(2, 6),
+        dumps={1: timer, 2: TERMINATED},
+    )
+    cause = find_cause(tmp_path, START)
+    assert cause.startswith("rank 1 (host far, pid 11) was killed by SIGKILL")
+    assert "phase update of step 2" in cause
+
+
+def test_an_error_of_its_own_comes_before_lost_connections(tmp_path):
+    own = "ValueError: planted"
+    put(
+        tmp_path,
+        beat(0, 5, "failed", LOST),
+        beat(1, 8, "failed", own),
+        beat(2, 9, "failed", "KeyError: later"),
+        beat(3, 30),  # killed by the launcher, because SIGTERM did not end it
+    )
+    assert find_cause(tmp_path, START).startswith(f"rank 1 (host far, pid 11) failed: {own}")
+
+
+def test_a_fatal_signal_is_named(tmp_path):
+    dump = "Fatal Python error: Segmentation fault\n\n" + TERMINATED
+    put(tmp_path, beat(0, 9, "failed", LOST), beat(1, 5), dumps={1: dump})
+    assert "rank 1 (host far, pid 11) died: Segmentation fault" in find_cause(tmp_path, START)
+
+
+def test_ended_from_outside(tmp_path):
+    put(tmp_path, beat(0, 9), beat(1, 9), dumps={0: TERMINATED, 1: TERMINATED})
+    assert "ended from outside by SIGTERM" in find_cause(tmp_path, START)
+
+
+def test_the_watchdogs_word_is_the_last(tmp_path):
+    put(tmp_path, beat(0, 9), beat(1, 5))
+    (tmp_path / "watchdog.txt").write_text("no progress: rank 3\n\nmore\n")
+    assert find_cause(tmp_path, START) == "no progress: rank 3"
+
+
+def test_finished_ranks_and_earlier_attempts_say_nothing(tmp_path):
+    assert find_cause(tmp_path, START) is None
+    put(tmp_path, beat(0, 9, "finished"), beat(1, 5, "finished"))
+    assert find_cause(tmp_path, START) is None
+    put_since = 4e9
+    (tmp_path / "heartbeat" / "rank-0001.json").write_text(json.dumps(asdict(beat(1, 5))))
+    assert find_cause(tmp_path, START) and find_cause(tmp_path, put_since) is None
+
+
+def test_first_failure_is_the_earliest_one_of_its_own():
+    beats = [beat(0, 3, "failed", LOST), beat(1, 9, "failed", "B: b"), beat(2, 8, "failed", "A: a")]
+    assert "A: a" in first_failure(beats)
+    assert LOST in first_failure(beats[:1] + [beat(1, 1)])
+    assert first_failure([beat(0, 1)]) is None
+
+
+def test_status_lists_the_ranks(tmp_path, capsys):
+    put(tmp_path, beat(0, 9), replace(beat(1, 5), still_seconds=30.0))
+    assert cli.main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "running, step 1: 1 of 3"
+    assert "rank 1" in lines[2] and "no progress for 30 s" in lines[2]
+
+
+def test_status_after_the_end_names_the_cause_and_keeps_it(tmp_path, capsys):
+    put(tmp_path, beat(0, 9, "failed", LOST), beat(1, 5))
+    assert cli.main(["status", str(tmp_path), "--ended-since", "0"]) == 0
+    out = capsys.readouterr().out
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "failed" and status["step"] == 1
+    assert out == f"cause: {status['message']}\n" and "rank 1" in out
+
+
+def test_no_run_is_one_line(tmp_path, capsys):
+    assert cli.main(["status", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
