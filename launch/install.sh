@@ -18,7 +18,7 @@ Needs Python 3.11 or 3.12 and pip, no compiler. Run again, it returns at once un
 requirements have changed.
 
   --venv DIR   the virtual environment (default: .venv, or the variable VENV)
-  --test       also what the tests need (pytest, hypothesis, ruff, TRL)
+  --test       also what the tests need (pytest, hypothesis, ruff, TRL, allpairspy)
   --help       this text
 
 torch: one that is already in the environment is kept. With a working nvidia-smi pip's default
