@@ -9,7 +9,7 @@ import torch
 
 from megatron_amrlhf.algorithms import kto
 from megatron_amrlhf.algorithms.kto import KtoBatch, mismatched_pairs
-from megatron_amrlhf.types import MaskedBatch, RolloutBatch
+from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
 
 NUM_PROMPTS, SAMPLES = 4, 3
 
@@ -87,7 +87,8 @@ def test_minibatches_take_their_pairs_along(monkeypatch):
     mesh = SimpleNamespace(dp_rank=0, dp_size=1, dp_group=None)
     mismatched, kept = mismatched_pairs(batch, SAMPLES, mesh)
     rollout = batch.rollout
-    train = KtoBatch(rollout.rows, rollout.prompt_lengths, {"mismatched_mask": kept}, mismatched)
+    of_rows = TrainBatch.of(batch, {"mismatched_mask": kept})
+    train = KtoBatch(**vars(of_rows), mismatched=mismatched)
     part = train.select(torch.tensor([4, 1]))
     assert isinstance(part, KtoBatch)
     for place, index in enumerate((4, 1)):
