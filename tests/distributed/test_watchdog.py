@@ -118,29 +118,31 @@ class Launched:
         return json.loads((self.folder / "status.json").read_text())
 
 
-def test_a_killed_rank_ends_the_run_and_is_named(folder):
-    with Launched(folder, "kill", pp=1, limit=0) as run:
+@pytest.mark.parametrize(
+    ("plant", "code", "word"),
+    [("kill", EXIT_KILLED, "SIGKILL"), ("raise", 1, "ArithmeticError: planted error")],
+)
+def test_a_dying_rank_ends_the_run_and_is_named(folder, plant, code, word):
+    with Launched(folder, plant, pp=1, limit=0) as run:
         run.wait_for_fault()
-        assert run.wait(END_SECONDS) == EXIT_KILLED, run.text()
-        run.assert_failed(f"rank {FAULTY} ", "SIGKILL", "phase update of step 2")
+        assert run.wait(END_SECONDS) == code, run.text()
+        run.assert_failed(f"rank {FAULTY} ", word, "phase update of step 2")
 
 
-def test_a_rank_stuck_in_python_is_named_with_its_stack(folder):
-    with Launched(folder, "stick", pp=2, limit=LIMIT_SECONDS) as run:
-        run.wait_for_fault()
-        assert run.wait(LIMIT_SECONDS + END_SECONDS) == EXIT_STALLED, run.text()
-        run.assert_failed(f"rank {FAULTY} ", "is not in a collective", "phase update of step 2")
-        assert run.text().count("error: no progress") == 1
-        assert "go_wrong: time.sleep(0.1)" in run.text()
-        report = (run.folder / "watchdog.txt").read_text()
+def test_a_rank_that_hangs_or_is_stopped_is_named(folder):
+    """Both at once: half of the time goes by without work."""
+    with (
+        Launched(folder, "stick", pp=2, limit=LIMIT_SECONDS) as stuck,
+        Launched(folder, "stop", pp=2, limit=LIMIT_SECONDS) as stopped,
+    ):
+        for run, word in ((stuck, "is not in a collective"), (stopped, "does not run any more")):
+            run.wait_for_fault()
+            assert run.wait(LIMIT_SECONDS + END_SECONDS) == EXIT_STALLED, run.text()
+            run.assert_failed(f"rank {FAULTY} ", word, "phase update of step 2")
+            assert run.text().count("error: no progress") == 1
+        assert "go_wrong: time.sleep(0.1)" in stuck.text()
+        report = (stuck.folder / "watchdog.txt").read_text()
         assert "go_wrong: time.sleep(0.1)" in report and "run_forward_backward" in report
-
-
-def test_a_stopped_rank_is_named(folder):
-    with Launched(folder, "stop", pp=2, limit=LIMIT_SECONDS) as run:
-        run.wait_for_fault()
-        assert run.wait(LIMIT_SECONDS + END_SECONDS) == EXIT_STALLED, run.text()
-        run.assert_failed(f"rank {FAULTY} ", "does not run any more", "phase update of step 2")
 
 
 def test_a_delayed_rank_changes_nothing(folder):

@@ -78,16 +78,31 @@ def test_an_error_is_the_last_word_and_has_its_own_stack(tmp_path):
 
 
 def test_progress_stops_the_clock_of_stillness(tmp_path):
+    long_ago = 1000.0
     beats = queue.Queue()
     progress = RankProgress()
-    with heartbeat(tmp_path, progress, beats.put):
-        while (beat := beats.get(timeout=PATIENCE_SECONDS)).still_seconds < 5 * EVERY_SECONDS:
-            pass
+    progress.moved_at -= long_ago
+    beating = heartbeat(tmp_path, progress, beats.put)
+    beating._awake_since -= long_ago
+    with beating:
+        assert beats.get(timeout=PATIENCE_SECONDS).still_seconds >= long_ago
         progress.advance()
-        moved = time.monotonic()
         while (beat := beats.get(timeout=PATIENCE_SECONDS)).done == 0:
             pass
-        assert beat.still_seconds <= time.monotonic() - moved + 0.001
+        assert beat.still_seconds < long_ago
+
+
+def test_the_thread_ends_before_the_block(tmp_path):
+    turns = queue.Queue()
+
+    def slow_turn(beat):
+        turns.put("begin")
+        time.sleep(10 * EVERY_SECONDS)
+        turns.put("end")
+
+    with heartbeat(tmp_path, on_beat=slow_turn):
+        assert turns.get(timeout=PATIENCE_SECONDS) == "begin"
+    assert turns.qsize() % 2 == 1
 
 
 def test_a_main_thread_that_keeps_the_interpreter_leaves_its_stack(tmp_path):
