@@ -262,5 +262,7 @@ def test_the_start_up_lines_state_what_each_choice_moves_and_holds():
     )
     replicated = spec_of(data=2, zero_stage=0)
     assert len(describe_choices([replicated])) == 1
+    (alone,) = describe_choices([spec_of(data=1)])
+    assert alone.startswith("one replica: ") and alone.endswith("gradients hold 3.22 KiB")
     assert describe_choices([]) == []
     assert in_units(3 * 2**30) == "3 GiB"
