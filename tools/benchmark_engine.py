@@ -33,6 +33,7 @@ from megatron_amrlhf.report.files import write_atomic
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 WORKER = "megatron_amrlhf.evaluation.engine_speed"
+LAUNCHER_SAYS = "torch/distributed/elastic/"  # what follows is about the launcher
 SIZES = {
     "layers": 8,
     "hidden": 256,
@@ -278,7 +279,8 @@ def _start(layout: Layout, work: Workload, folder: Path, scratch: Path) -> list[
                 process.wait()
         if code:
             log.seek(0)
-            raise subprocess.CalledProcessError(code, layout.name, "".join(log.readlines()[-40:]))
+            said = log.read().split(LAUNCHER_SAYS)[0].splitlines()[-20:]
+            raise subprocess.CalledProcessError(code, layout.name, "\n".join(said))
     return json.loads(out.read_text())
 
 

@@ -14,11 +14,16 @@ UNIT = {"step": "a step", "microbatch": "a micro-batch"}
 def describe_choices(specs: list[StageSpec]) -> list[str]:
     """One line for the weights and one for the gradients of the roles that a rank trains.
 
+    Where there is one replica, one line for both.
+
     Bytes moved are what the rank sends in one optimizer step of each role; bytes held are the
     largest role's, as roles train one after the other.
     """
     if not specs:
         return []
+    if specs[0].data == 1:
+        held = max(held_bytes(spec).gradients for spec in specs)
+        return [f"one replica: nothing to gather or reduce; gradients hold {in_units(held)}"]
     engine = specs[0].engine
     lines = []
     if any(spec.role.zero_stage == 3 for spec in specs):

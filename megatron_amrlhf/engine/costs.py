@@ -1,8 +1,8 @@
 """Bytes that a rank moves in rollout, score and update, and the pipeline's bubble, by arithmetic.
 
 The counterpart of ``parallel/traffic.py``, which counts; ``tools/benchmark_engine.py`` shows both.
-Single numbers (counts, norms, agreements on sizes) and pickled objects are left out. Nothing here
-needs processes or a device.
+Single numbers (counts, norms, agreements on sizes) and pickled objects (rows that even replicas
+out, too) are left out. Nothing here needs processes or a device.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_amrlhf.config.schema import EngineSection
 from megatron_amrlhf.engine.footprint import FLOAT32_BYTES, StageSpec
 from megatron_amrlhf.engine.packing import block_positions, even_blocks, pack_rows
+from megatron_amrlhf.models.mapping import EMBEDDING
 from megatron_amrlhf.parallel.volumes import (
     ALL_GATHER,
     ALL_REDUCE,
@@ -150,6 +151,12 @@ def gather_bytes(spec: StageSpec, num_blocks: int) -> Volumes:
     if spec.gathers_once:
         return _gathers(spec, 1)
     volumes = _gathers(spec, 2 * num_blocks)  # in the forward and again in the backward
+    if spec.role.zero_stage == 3 and spec.has_embedding and spec.cut.stages > 1:
+        # DeepSpeed sees no end of the embedding's backward, for tokens have no gradient: it stays
+        # whole for the next micro-batch.
+        kept = next(size for name, size in spec.sizes.items() if name.endswith(EMBEDDING))
+        kept = -(-kept // spec.data) * spec.data * spec.weight_bytes
+        volumes -= _one(ALL_GATHER, "data", (num_blocks - 1) * kept, spec.data)
     if spec.role.zero_stage == 3 and spec.engine.recompute == "full":
         again = spec.data * sum(
             -(-size // spec.data) * spec.weight_bytes

@@ -94,7 +94,7 @@ class StageSpec:
     @property
     def window_bytes(self) -> int:
         """Whole weights beside the partitions in a gather window (rollout, score)."""
-        gathers = self.role.zero_stage == 3
+        gathers = self.role.zero_stage == 3 and self.data > 1  # one rank's partitions are whole
         return gathers * self.num_partitioned * self.data * self.weight_bytes
 
     @property
@@ -200,14 +200,15 @@ def held_bytes(spec: StageSpec) -> HeldBytes:
     optimized = whole if zero == 0 else spec.num_partitioned
     summed = whole if spec.holds_whole_gradients else spec.num_partitioned
     gathered = 0
-    if spec.trainable and zero == 3:
-        gathered = whole if spec.gathers_once else max(spec.sizes.values())
+    if spec.trainable:
+        largest = max(spec.sizes.values()) * spec.weight_bytes
+        gathered = spec.window_bytes if spec.gathers_once else min(largest, spec.window_bytes)
     train = int(spec.trainable)
     return HeldBytes(
         weights=weights * spec.weight_bytes,
         masters=train * optimized * FLOAT32_BYTES,
         moments=train * optimized * FLOAT32_BYTES * NUM_MOMENTS,
         gradients=train * summed * FLOAT32_BYTES,
-        gathered=gathered * spec.weight_bytes,
+        gathered=gathered,
         buffers=train * (zero == 3) * spec.num_partitioned * spec.weight_bytes,
     )

@@ -192,7 +192,8 @@ class Bench:
         def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, None]:
             return -outputs[: block.num_outputs].sum() * (self.mesh.dp_size / total), None
 
-        self.engine.train_step("actor", self._rows, self._plan(), self._logprobs, loss)
+        ids = torch.arange(len(self._rows))
+        self.engine.train_step("actor", self._rows, ids, self._plan(), self._logprobs, loss)
 
 
 class Memory:

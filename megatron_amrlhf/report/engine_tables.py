@@ -30,7 +30,7 @@ def _times(layouts: Mapping) -> Table:
             f"{measured['seconds'][phase]:.3g} s, {measured['tokens_per_second'][phase]:.0f}/s"
             for phase in phases
         )
-        bubble = f"{measured['bubble']:.1%} of {measured['micro_batches']} micro-batches"
+        bubble = f"{measured['bubble']:.1%} (m = {measured['micro_batches']})"
         table.add_row(name, *pairs, bubble)
     return table
 

@@ -109,6 +109,8 @@ def test_bytes_held_with_whole_and_with_partitioned_gradients():
     assert lean.training == 6 * half + 512
     frozen = held_bytes(replace(spec_of(data=2), trainable=False))
     assert (frozen.resting, frozen.training) == (half, half)
+    alone = held_bytes(spec_of(data=1))  # nothing to gather
+    assert (alone.gathered, alone.weights) == (0, FIRST * 4)
     half_precision = held_bytes(replace(spec_of(data=2), weight_bytes=2))
     assert (half_precision.weights, half_precision.masters) == (half // 2, half)
 
@@ -125,7 +127,6 @@ def test_bytes_held_at_stages_0_and_1():
     ("engine", "gathered", "scattered", "reduced"),
     [  # in halves of the stage's bytes, what a rank of two sends of it; two micro-batches
         ({}, 1, 1, 0),
-        ({"gather": "microbatch"}, 4, 1, 0),
         ({"reduce": "microbatch"}, 1, 2, 0),
         ({"zero_stage": 1}, 1, 1, 0),
         ({"zero_stage": 1, "reduce": "microbatch"}, 1, 2, 0),
@@ -140,10 +141,19 @@ def test_weights_and_gradients_moved_in_an_update(engine, gathered, scattered, r
     assert volumes[ALL_REDUCE, DATA] == reduced * half
 
 
+def test_weights_moved_in_every_micro_batch():
+    half, spec = 4 / 2, spec_of(1, data=2, gather="microbatch")
+    assert update_bytes(spec, BATCH)[ALL_GATHER, DATA] == 4 * spec.num_parameters * half
+    # On the first of several stages the embedding stays whole between micro-batches.
+    first = update_bytes(replace(spec, stage=0), BATCH)
+    assert first[ALL_GATHER, DATA] == (4 * FIRST - EMBEDDING) * half
+
+
 def test_a_recomputed_layer_is_gathered_a_third_time_but_for_its_last_product():
     spec = spec_of(data=2, gather="microbatch", recompute="full")
-    again = 2 * (LAYER - 48) * 4 / 2
-    assert update_bytes(spec, BATCH)[ALL_GATHER, DATA] == 2 * (2 * FIRST * 4 / 2 + again)
+    plain = update_bytes(spec_of(data=2, gather="microbatch"), BATCH)[ALL_GATHER, DATA]
+    again = 2 * 2 * (LAYER - 48) * 4 / 2
+    assert update_bytes(spec, BATCH)[ALL_GATHER, DATA] == plain + again
 
 
 def test_activations_between_stages():
@@ -241,7 +251,7 @@ def test_the_start_up_lines_state_what_each_choice_moves_and_holds():
     actor = spec_of(data=2, reduce="microbatch")
     critic = replace(actor, weight_bytes=2)
     weights, gradients = describe_choices([actor, critic])
-    # 1648 + 824 bytes; 3296 held. Twice as much in each micro-batch; the largest parameter held.
+    # 1648 + 824 bytes moved, 3296 held. Twice as much moved in each micro-batch; qkv held.
     assert weights == (
         "weights:   engine.gather: step moves 2.41 KiB a step and holds 3.22 KiB; "
         "microbatch moves 4.83 KiB a micro-batch and holds 512 B"
@@ -252,5 +262,7 @@ def test_the_start_up_lines_state_what_each_choice_moves_and_holds():
     )
     replicated = spec_of(data=2, zero_stage=0)
     assert len(describe_choices([replicated])) == 1
+    (alone,) = describe_choices([spec_of(data=1)])
+    assert alone.startswith("one replica: ") and alone.endswith("gradients hold 3.22 KiB")
     assert describe_choices([]) == []
     assert in_units(3 * 2**30) == "3 GiB"
