@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
             stop_processes()
         show(results)
         if options.out:
-            write(Path(options.out), vars(options), results)
+            settings = {key: value for key, value in vars(options).items() if key != "out"}
+            write(Path(options.out), settings, results)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
