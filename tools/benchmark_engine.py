@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,14 +24,13 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.costs import bubble_fraction
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
+from megatron_amrlhf.evaluation.start_ranks import start_ranks
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.engine_tables import engine_tables
 from megatron_amrlhf.report.files import write_atomic
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 WORKER = "megatron_amrlhf.evaluation.engine_speed"
-LAUNCHER_SAYS = "torch/distributed/elastic/"  # what follows is about the launcher
 SIZES = {
     "layers": 8,
     "hidden": 256,
@@ -258,29 +255,7 @@ def _start(layout: Layout, work: Workload, folder: Path, scratch: Path) -> list[
     config = layout.config.model_dump(mode="json")
     record = {"config": config, "folder": str(folder), "work": asdict(work), "out": str(out)}
     job.write_text(json.dumps(record))
-    threads = max((os.cpu_count() or 1) // layout.processes, 1)
-    paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(layout.processes), "-m", WORKER, str(job)]
-    with open(scratch / "log.txt", "w+", encoding="utf-8", errors="replace") as log:
-        # A session of its own, so that all ranks can be ended together.
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        try:
-            code = process.wait()
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGTERM)
-                process.wait()
-        if code:
-            log.seek(0)
-            said = log.read().split(LAUNCHER_SAYS)[0].splitlines()[-20:]
-            raise subprocess.CalledProcessError(code, layout.name, "\n".join(said))
+    start_ranks(layout.processes, WORKER, [str(job)], layout.name, scratch / "log.txt")
     return json.loads(out.read_text())
 
 

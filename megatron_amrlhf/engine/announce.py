@@ -53,5 +53,6 @@ def in_units(num_bytes: float) -> str:
     """Bytes with three digits and a binary unit, such as ``1.25 GiB``."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= size:
-            return f"{num_bytes / size:.3g} {unit}"
+            value = num_bytes / size
+            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
     return f"{num_bytes:.0f} B"

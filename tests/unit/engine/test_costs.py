@@ -265,4 +265,5 @@ def test_the_start_up_lines_state_what_each_choice_moves_and_holds():
     (alone,) = describe_choices([spec_of(data=1)])
     assert alone.startswith("one replica: ") and alone.endswith("gradients hold 3.22 KiB")
     assert describe_choices([]) == []
-    assert in_units(3 * 2**30) == "3 GiB"
+    units = {3 * 2**30: "3 GiB", 1023 * 2**20: "1023 MiB", 1234: "1.21 KiB", 7: "7 B"}
+    assert {size: in_units(size) for size in units} == units
