@@ -4,9 +4,10 @@ set -euo pipefail
 
 usage() {
     cat <<'TEXT'
-Usage: bash launch/run.sh [--processes N] CONFIG.yaml [--set key=value ...]
+Usage: bash launch/run.sh [--processes N] [train|score] CONFIG.yaml [--set key=value ...]
 
-Trains what CONFIG.yaml says on N processes of this machine, through the `deepspeed` launcher.
+Trains what CONFIG.yaml says on N processes of this machine, through the `deepspeed` launcher, or
+scores given answers by its PRM (score; see `amrlhf score --help` for its options).
 Processes = TP x PP x DP: parallel.tensor and parallel.pipeline are in the YAML, the rest is data
 parallel. With GPUs one process gets one GPU (CUDA_VISIBLE_DEVICES is respected), else the
 processes share the CPU cores.
@@ -41,6 +42,8 @@ while [[ $# -gt 0 ]]; do
         *) break ;;
     esac
 done
+COMMAND=train
+case "${1:-}" in train | score) COMMAND="$1"; shift ;; esac
 [[ $# -gt 0 ]] || fail "give the CONFIG.yaml of a run, see configs/ (and --help)"
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -72,7 +75,7 @@ STARTED="$(date +%s)"
 # process group of its own, and a signal to this script goes to the whole group.
 set -m
 "$BIN/deepspeed" --log_level critical "${WHERE[@]}" --master_port "$PORT" --no_local_rank \
-    --module megatron_amrlhf train "$@" </dev/null &
+    --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
 GROUP=$!
 set +m
 stop() {

@@ -34,6 +34,7 @@ from megatron_amrlhf.report.samples import load_samples
 
 EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
 TRAINER = "megatron_amrlhf.algorithms.train"
+SCORER = "megatron_amrlhf.algorithms.score_file"
 # A mistake met while running may be seen by every rank or by one. Rank 0 speaks at once; the
 # others wait this long, in which the launcher ends them if rank 0 has already failed.
 OTHER_RANK_DELAY_SECONDS = 10.0
@@ -61,6 +62,24 @@ parallel.tensor and parallel.pipeline are given, what is left is data parallel.
 keys of CONFIG.yaml, each also for --set:
 """
 
+
+SCORE_EPILOG = """\
+FILE.jsonl has one answer a line: {"prompt", "response" or "answer" or "steps": [...]}, and
+"truncated": true where it was cut off. FOLDER gets
+
+  scores.safetensors   the PRM's reward of every response token, the end token included
+  statistics.json      count, mean, std, median, quantiles and the PRM's fingerprint, for
+                       mask.threshold: offline and reward.normalise: offline
+  answers.jsonl        with "steps": the score of each step (and the ORM's with reward.orm_weight
+                       above 0) beside problem_id and correct, for tools/compare_supervision.py
+
+The reward model, the tokenizer, the limits and the layout are CONFIG.yaml's. Started again, it
+goes on where it was stopped.
+
+examples:
+  amrlhf score configs/ppo_demo.yaml --answers answers.jsonl --out runs/scores
+  bash launch/run.sh --processes 4 score configs/ppo_demo.yaml --answers answers.jsonl --out scores
+"""
 
 SHOW_MASKS_EPILOG = """\
 examples:
@@ -107,14 +126,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 VIEWERS[arguments.command](arguments)
                 return EXIT_OK
             config = load_config(arguments.config, arguments.overrides)
-            if arguments.command == "train":
+            if arguments.command in LAUNCHED:
                 check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
                 check_files(config)
         except UserError as error:  # the same on every rank
             if _rank() == 0:
                 _print_error(error)
             return EXIT_USER_ERROR
-        COMMANDS[arguments.command](config)
+        COMMANDS[arguments.command](config, arguments)
     except UserError as error:
         if _rank() != 0:
             time.sleep(OTHER_RANK_DELAY_SECONDS)
@@ -125,12 +144,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_OK
 
 
-def train(config: Config) -> None:
-    """Trains what ``algorithm.kind`` says. The only place that loads torch and Megatron."""
+def train(config: Config, arguments: argparse.Namespace) -> None:
+    """Trains what ``algorithm.kind`` says. Here and in `score` torch and Megatron are loaded."""
     importlib.import_module(TRAINER).run(config)
 
 
-def show_config(config: Config) -> None:
+def score(config: Config, arguments: argparse.Namespace) -> None:
+    """Scores the tokens of given answers by the run's reward models."""
+    scorer = importlib.import_module(SCORER)
+    scorer.run(config, arguments.answers, arguments.out, arguments.part)
+
+
+def show_config(config: Config, arguments: argparse.Namespace) -> None:
     """Prints the configuration with every default filled in, as YAML."""
     if _rank() == 0:
         print(dump_config(config), end="")
@@ -163,7 +188,8 @@ def show_status(arguments: argparse.Namespace) -> None:
         print(f"cause: {cause}")
 
 
-COMMANDS = {"train": train, "config": show_config}
+COMMANDS = {"train": train, "score": score, "config": show_config}
+LAUNCHED = ("train", "score")  # by the deepspeed launcher, on several processes
 VIEWERS = {"show-masks": show_masks, "status": show_status}
 
 
@@ -194,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     texts = {
         "train": ("train a reward model or a policy", TRAIN_EPILOG + "\n" + describe_keys()),
+        "score": ("score the tokens of given answers by the run's PRM", SCORE_EPILOG),
         "config": ("print the whole configuration, defaults included, as YAML", None),
     }
     for name, (summary, epilog) in texts.items():
@@ -202,6 +229,8 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
         _add_overrides(command)
+        if name == "score":
+            _add_score_options(command)
     _add_show_masks(commands)
     _add_status(commands)
     return parser
@@ -246,6 +275,20 @@ def _run_folder(source: str, overrides: list[str]) -> Path:
         return path
     run = load_config(path, overrides).run
     return Path(run.folder).expanduser() / run.name
+
+
+def _add_score_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--answers", required=True, metavar="FILE.jsonl", help="prompts with answers"
+    )
+    command.add_argument("--out", required=True, metavar="FOLDER", help="where the scores go")
+    command.add_argument(
+        "--part",
+        type=_at_least_one,
+        default=64,
+        metavar="N",
+        help="answers scored between two saves (default 64)",
+    )
 
 
 def _add_show_masks(commands: argparse._SubParsersAction) -> None:

@@ -24,15 +24,17 @@ class PromptBatch:
     Attributes:
         rows: token ids of each prompt, 1-D int64 on CPU.
         group_ids: ``[B]`` int64, global id of each prompt in this step (same on every layout).
-        texts: the prompt texts, for the sample log.
+        texts: the users' texts, without the template.
+        answers: the reference answers, None where there is none.
     """
 
     rows: tuple[Tensor, ...]
     group_ids: Tensor
     texts: tuple[str, ...]
+    answers: tuple[str | None, ...]
 
     def __post_init__(self):
-        assert len(self.rows) == len(self.texts) == self.group_ids.shape[0]
+        assert len(self.rows) == len(self.texts) == self.group_ids.shape[0] == len(self.answers)
 
 
 @dataclass(frozen=True)
@@ -93,15 +95,18 @@ class ScoredBatch:
 
     Attributes:
         token_rewards: scalar reward of each response token (raw reward units).
+        sequence_rewards: ``[B]`` reward of each answer (raw units). Of an answer whose reward
+            failed: the mean of its group's others, so that it moves no mean and is never the best.
         logprobs: log-probs of the policy at the start of the step, nats.
         reference_logprobs: log-probs of the reference, nats.
         values: critic values of the state before each token; zeros without a critic.
         bootstrap_values: ``[B]`` critic value of the state after the last token, for answers that
             were cut off if ``algorithm.bootstrap_truncated`` says so; else 0: they ended there.
-        response_mask: ``[B, R]`` bool.
+        response_mask: ``[B, R]`` bool; all False for an answer whose reward failed.
     """
 
     token_rewards: Tensor
+    sequence_rewards: Tensor
     logprobs: Tensor
     reference_logprobs: Tensor
     values: Tensor
@@ -113,6 +118,7 @@ class ScoredBatch:
         assert self.bootstrap_values.shape == shape[:1], (self.bootstrap_values.shape, shape)
         for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
             assert field.shape == shape, (field.shape, shape)
+        assert self.sequence_rewards.shape == shape[:1]
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the file)."""
     options = _parser().parse_args(arguments)
     try:
-        problems = read_solutions(options.answers, options.logits)
+        problems = _with_answers(read_solutions(options.answers, options.logits), options.at_least)
         sizes = _sizes(options.n, problems)
         table = compare_supervision(problems, sizes)
         _print(table, sizes, len(problems))
@@ -69,11 +69,28 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="answers to choose from (default: 1, 2, 4, ... as far as every problem has them)",
     )
+    parser.add_argument(
+        "--at-least",
+        type=int,
+        default=1,
+        metavar="N",
+        help="leave out problems with fewer answers, so that a larger n can be compared",
+    )
     parser.add_argument("--logits", action="store_true", help="step_scores are raw outputs")
     parser.add_argument(
         "--out", metavar="FOLDER", help="also write compare_supervision.json and .png there"
     )
     return parser
+
+
+def _with_answers(problems: dict[str, list], at_least: int) -> dict[str, list]:
+    kept = {name: answers for name, answers in problems.items() if len(answers) >= at_least}
+    if not kept:
+        most = max(len(answers) for answers in problems.values())
+        raise UserError(f"--at-least {at_least}: no problem has more than {most} answers")
+    if len(kept) < len(problems):
+        print(f"{len(problems) - len(kept)} of {len(problems)} problems left out: fewer answers")
+    return kept
 
 
 def _sizes(wanted: list[int] | None, problems: dict[str, list]) -> list[int]:

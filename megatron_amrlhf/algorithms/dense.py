@@ -18,6 +18,7 @@ from megatron_amrlhf.mask.threshold import (
     baseline_and_std,
     delta_in_signal_units,
 )
+from megatron_amrlhf.rewards.offline import OfflineScores
 from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rewards.units import place_on_last
 from megatron_amrlhf.types import RolloutBatch, ScoredBatch
@@ -35,7 +36,7 @@ class DenseRewards:
         messages: ``[B, R]`` int64 message ids, -1 outside responses.
         message_rewards: ``[B, R]`` raw reward of the message that each token is in, eq. 12.
         shaped: ``[B, R]`` normalised reward by ``reward.granularity`` and ``placement``.
-        sequence_rewards: ``[B]`` raw reward of each answer.
+        sequence_rewards: ``[B]`` reward of each answer by ``reward.outcome``, not normalised.
     """
 
     signal: Tensor
@@ -54,25 +55,31 @@ def make_dense(
     rollout: RolloutBatch,
     running: RunningBaseline,
     cut_steps: StepCutter | None,
+    offline: OfflineScores | None,
 ) -> DenseRewards:
     """Cuts the answers into messages. Entered by every last-stage rank (global statistics).
 
-    ``cut_steps`` is needed by ``reward.granularity: step``.
+    ``cut_steps`` is needed by ``reward.granularity: step``, ``offline`` by threshold and
+    normalisation of that name.
     """
     config, group, valid = context.config, context.mesh.dp_group, scored.response_mask
     rewards = scored.token_rewards
     if config.reward.normalise == "batch":
         rewards = whiten(rewards, valid, group)
+    elif config.reward.normalise == "offline":
+        rewards, offline = _whiten_offline(rewards, valid, offline)
     signal = _signal(context, scored, rewards)
     baseline, std = baseline_and_std(
         signal,
         valid,
         config.mask.threshold,
-        config.mask.fixed_value,
+        offline.baseline if config.mask.threshold == "offline" else config.mask.fixed_value,
         running,
         rollout.group_ids.to(valid.device),
         group,
     )
+    if config.mask.threshold == "offline":
+        std = torch.full_like(std, offline.std)
     delta = delta_in_signal_units(config.mask.delta, config.mask.delta_unit, std)
     sign = signs(signal, valid, baseline, delta, config.mask.neutral)
     messages = message_ids(sign, valid)
@@ -81,7 +88,6 @@ def make_dense(
     shaped = unit_rewards(rewards, units, valid, kind)
     if config.reward.placement == "last":
         shaped = place_on_last(shaped, units, valid)
-    whole = torch.zeros_like(messages)
     return DenseRewards(
         signal=signal,
         baseline=baseline,
@@ -90,8 +96,18 @@ def make_dense(
         messages=messages,
         message_rewards=unit_rewards(scored.token_rewards, messages.clamp(min=0), valid, kind),
         shaped=shaped,
-        sequence_rewards=unit_rewards(scored.token_rewards, whole, valid, kind)[:, 0],
+        sequence_rewards=scored.sequence_rewards,
     )
+
+
+def _whiten_offline(
+    rewards: Tensor, valid: Tensor, offline: OfflineScores
+) -> tuple[Tensor, OfflineScores]:
+    """Eq. 11 by the moments of a scored data set: rewards and that data set's scores whitened."""
+    scale = 1 / offline.std if offline.std > 0 else 0.0
+    whitened = torch.where(valid, (rewards - offline.mean) * scale, 0.0)
+    baseline = (offline.baseline - offline.mean) * scale
+    return whitened, OfflineScores(baseline=baseline, mean=0.0, std=float(scale > 0))
 
 
 def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:

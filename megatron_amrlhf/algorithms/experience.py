@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +11,22 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.dense import DenseRewards, make_dense
+from megatron_amrlhf.algorithms.rewarding import Rewarder, Rewards, stop_on_failures
 from megatron_amrlhf.algorithms.scoring import (
     read_logprobs,
     read_logprobs_and_entropy,
-    read_reward,
     read_value,
     score_states,
     score_tokens,
 )
 from megatron_amrlhf.data.order import shard, take
 from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.mask.adaptive import adaptive_mask
 from megatron_amrlhf.mask.messages import message_counts
 from megatron_amrlhf.mask.threshold import RunningBaseline
+from megatron_amrlhf.rewards.offline import OfflineScores
 from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.rollout.sampling import SamplingSettings
@@ -45,13 +46,23 @@ class ExperienceMaker:
     """Samples answers, scores them and cuts them into messages.
 
     Args:
-        context: the run; its engine has the roles actor, reference, prm and maybe critic.
+        context: the run; its engine has the roles actor, reference and maybe critic.
         data: the training prompts.
         temperature: softmax temperature that log-probs are taken at.
+        rewarder: gives the rewards.
+        offline: for threshold or normalisation by a scored data set, else None.
     """
 
-    def __init__(self, context: Context, data: list[EncodedPrompt], temperature: float):
+    def __init__(
+        self,
+        context: Context,
+        data: list[EncodedPrompt],
+        temperature: float,
+        rewarder: Rewarder,
+        offline: OfflineScores | None,
+    ):
         self.context, self.data, self.temperature = context, data, temperature
+        self.rewarder, self.offline = rewarder, offline
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
         reward, self.cut_steps = context.config.reward, None
         if reward.granularity == "step":
@@ -75,6 +86,7 @@ class ExperienceMaker:
             rows=tuple(prompt.row for prompt in chosen),
             group_ids=places,
             texts=tuple(prompt.text for prompt in chosen),
+            answers=tuple(prompt.answer for prompt in chosen),
         )
 
     def settings(self) -> SamplingSettings:
@@ -108,7 +120,9 @@ class ExperienceMaker:
         self.seconds["rollout"] = time.perf_counter() - start
         return answers
 
-    def score(self, rollout: RolloutBatch) -> tuple[ScoredBatch | None, Metrics]:
+    def score(
+        self, rollout: RolloutBatch, prompts: PromptBatch, step: int
+    ) -> tuple[ScoredBatch | None, Metrics]:
         """Log-probs, values and token rewards, on last stages. Entered by every rank."""
         context, start = self.context, time.perf_counter()
         roles = context.engine.roles
@@ -119,19 +133,21 @@ class ExperienceMaker:
 
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
-            rewards = self.token_rewards(rollout, run)
+            rewards = self.rewards(rollout, prompts, bar.advance)
             states = None
             if "critic" in roles:
                 states = self.critic_states(rollout, bar.advance)
         self.seconds["score"] = time.perf_counter() - start
-        if not context.mesh.is_last_stage:
+        stop_on_failures(context, rewards, step)
+        if rewards is None:
             return None, {}
-        valid = rollout.response_mask.to(context.mesh.device)
+        valid = rewards.valid
         if states is None:
-            states = F.pad(torch.zeros_like(rewards), (0, 1))
+            states = F.pad(torch.zeros_like(rewards.tokens), (0, 1))
         after = states.gather(1, valid.sum(dim=1, keepdim=True))[:, 0]
         scored = ScoredBatch(
-            token_rewards=rewards,
+            token_rewards=rewards.tokens,
+            sequence_rewards=rewards.sequences,
             logprobs=policy[..., 0],
             reference_logprobs=reference,
             values=torch.where(valid, states[:, :-1], 0.0),
@@ -143,9 +159,10 @@ class ExperienceMaker:
         return scored, {
             "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
             "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
+            "reward/failed_fraction": count_metric(rewards.failed.sum(), len(rollout.rows)),
         }
 
-    def critic_states(self, rollout: RolloutBatch, on_block: Callable[[], None]) -> Tensor | None:
+    def critic_states(self, rollout: RolloutBatch, on_block: OnBlock) -> Tensor | None:
         """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
 
         Without bootstrapping values are 0 behind the last token, and are read at the places where
@@ -157,20 +174,21 @@ class ExperienceMaker:
         values = score_tokens(context, "critic", rollout, "before", read_value(), on_block)
         return None if values is None else F.pad(values, (0, 1))
 
-    def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
-        """``[B, R]`` raw rewards of the answers' tokens, on last stages. Entered by every rank.
-
-        ``run(role, where, read)`` makes a forward pass of a role.
-        """
-        return run("prm", "at", read_reward(self.context))
+    def rewards(
+        self, rollout: RolloutBatch, prompts: PromptBatch, on_block: OnBlock
+    ) -> Rewards | None:
+        """Rewards of the answers, on last stages. Entered by every rank."""
+        return self.rewarder.score(rollout, prompts, on_block)
 
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         """Rollout, score, cut. Entered by every rank."""
         rollout = self.rollout(prompts, step)
-        scored, metrics = self.score(rollout)
+        scored, metrics = self.score(rollout, prompts, step)
         start, dense = time.perf_counter(), None
         if scored is not None:
-            dense = make_dense(self.context, scored, rollout, self.running, self.cut_steps)
+            dense = make_dense(
+                self.context, scored, rollout, self.running, self.cut_steps, self.offline
+            )
             metrics |= _reward_metrics(rollout, scored, dense)
         self.seconds["mask"] = time.perf_counter() - start
         return Judged(rollout, scored, dense), metrics
@@ -205,13 +223,13 @@ class ExperienceMaker:
 
 
 def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:
-    rows = len(rollout.rows)
+    rows, judged = len(rollout.rows), scored.response_mask.any(dim=1)
     messages = message_counts(dense.messages).sum()
     tokens = scored.response_mask.sum()
     return {
-        "reward/mean": count_metric(dense.sequence_rewards.sum(), rows),
-        "mask/num_messages": count_metric(messages, rows),
+        "reward/mean": count_metric(scored.sequence_rewards[judged].sum(), judged.sum()),
+        "mask/num_messages": count_metric(messages, judged.sum()),
         "mask/mean_message_tokens": count_metric(tokens, messages),
-        "rollout/response_tokens": count_metric(tokens, rows),
+        "rollout/response_tokens": count_metric(rollout.response_lengths.sum(), rows),
         "rollout/ended_fraction": count_metric(rollout.ended.sum(), rows),
     }

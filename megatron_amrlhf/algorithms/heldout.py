@@ -6,11 +6,9 @@ import torch
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker
-from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
 from megatron_amrlhf.data.order import shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.evaluation.answers import is_right
-from megatron_amrlhf.mask.messages import unit_rewards
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
@@ -36,23 +34,22 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
         rows=tuple(prompt.row for prompt in chosen),
         group_ids=torch.tensor(mine),
         texts=tuple(prompt.text for prompt in chosen),
+        answers=tuple(prompt.answer for prompt in chosen),
     )
     size, seed = config.rollout.micro_batch_size, config.run.seed
     with context.console.track("evaluate", len(mine)) as bar:
         rollout = generate(
             context.engine, batch, 1, 0, maker.settings(), seed, EVALUATION_STEP, size, bar.advance
         )
-    rewards = score_tokens(context, "prm", rollout, "at", read_reward(context))
+    rewards = maker.rewarder.score(rollout, batch)
     metrics = {}
     if rewards is not None:
-        valid = rollout.response_mask.to(rewards.device)
-        whole = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
-        totals = unit_rewards(rewards, whole, valid, config.mask.message_reward)[:, 0]
+        judged, tokens = ~rewards.failed, int(rollout.response_lengths.sum())
         right, asked = _right_answers(maker, rollout, chosen)
         metrics = {
-            "eval/reward_mean": count_metric(totals.sum(), len(mine)),
+            "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
             "eval/answer_accuracy": count_metric(right, asked),
-            "eval/response_tokens": count_metric(valid.sum(), len(mine)),
+            "eval/response_tokens": count_metric(tokens, len(mine)),
             "eval/ended_fraction": count_metric(rollout.ended.sum(), len(mine)),
         }
     return context.publish(metrics)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
+from megatron_amrlhf.algorithms.rewarding import Rewards
 from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.data.order import shard
 from megatron_amrlhf.data.scored_pairs import ScoredPair
+from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.losses.orm import pair_accuracy
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -20,20 +20,15 @@ from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
 class PairMaker(ExperienceMaker):
     """Takes the answers of a step's pairs, chosen, rejected, chosen, rejected ...
 
-    Their dense reward comes from the file's scores, or else from role ``prm``. Where there is
+    Their dense reward comes from the reward models, or else from the file's scores. Where there is
     neither, nothing reads a reward, and rewards are 0 and not among the metrics.
-
-    Args:
-        context: the run; its engine has the roles actor, reference and maybe prm.
-        data: the training pairs.
-        temperature: softmax temperature that log-probs are taken at.
     """
 
     data: list[ScoredPair]
 
     @property
     def has_rewards(self) -> bool:
-        return "prm" in self.context.engine.roles or self.data[0].rewards is not None
+        return bool(self.rewarder.models) or self.data[0].rewards is not None
 
     def prompts_of(self, step: int) -> PromptBatch:
         """The prompts of this replica's pairs of a step."""
@@ -42,22 +37,26 @@ class PairMaker(ExperienceMaker):
         rows = tuple(pair.chosen[: pair.prompt_length] for pair in pairs)
         decode = self.context.tokenizer.decode
         texts = tuple(decode(row, skip_special_tokens=True) for row in rows)
-        return PromptBatch(rows=rows, group_ids=places, texts=texts)
+        return PromptBatch(rows, places, texts, answers=(None,) * len(rows))
 
     def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:
         """The answers of this replica's pairs of a step; sample 2 i + 1 is pair i's rejected."""
         places, indices = self.indices_of(step)
         return pair_answers([self.data[i] for i in indices], places, indices)
 
-    def score(self, rollout: RolloutBatch) -> tuple[ScoredBatch | None, Metrics]:
-        scored, metrics = super().score(rollout)
+    def score(
+        self, rollout: RolloutBatch, prompts: PromptBatch, step: int
+    ) -> tuple[ScoredBatch | None, Metrics]:
+        scored, metrics = super().score(rollout, prompts, step)
         metrics.pop("kl/ref_nats", None)  # the policy has not sampled these answers
         return scored, metrics
 
-    def token_rewards(self, rollout: RolloutBatch, run: Callable) -> Tensor | None:
-        """From the PRM if there is one, else as the file says, else 0. Entered by every rank."""
-        if "prm" in self.context.engine.roles:
-            return super().token_rewards(rollout, run)
+    def rewards(
+        self, rollout: RolloutBatch, prompts: PromptBatch, on_block: OnBlock
+    ) -> Rewards | None:
+        """From the models if there are any, else as the file says, else 0. Entered by all ranks."""
+        if self.rewarder.models:
+            return super().rewards(rollout, prompts, on_block)
         if not self.context.mesh.is_last_stage:
             return None
         rewards = torch.zeros(rollout.response_mask.shape)
@@ -66,7 +65,7 @@ class PairMaker(ExperienceMaker):
             if given is not None:
                 own = given[sample % 2]
                 rewards[row, : own.numel()] = own
-        return rewards.to(self.context.mesh.device)
+        return self.rewarder.given(rewards.to(self.context.mesh.device), rollout)
 
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         judged, metrics = super().judge(prompts, step)

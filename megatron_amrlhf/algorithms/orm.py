@@ -12,6 +12,7 @@ from megatron_amrlhf.algorithms.scoring import read_value
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.losses.orm import orm_loss, pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput
@@ -28,7 +29,7 @@ class Orm(RewardTraining[EncodedPair]):
 
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> list[EncodedPair]:
+    ) -> tuple[list[EncodedPair], Selection]:
         return load_pairs(path, tokenizer, config.data)
 
     def num_outputs(self, config: Config) -> int:

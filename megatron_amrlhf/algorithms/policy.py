@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,18 +14,20 @@ from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.algorithms.heldout import evaluate_policy
 from megatron_amrlhf.algorithms.masking import share_index, share_mask
 from megatron_amrlhf.algorithms.offline import PairMaker, evaluate_pairs
+from megatron_amrlhf.algorithms.reward_models import (
+    check_answers,
+    load_offline_scores,
+    load_reward_models,
+)
+from megatron_amrlhf.algorithms.rewarding import Rewarder
 from megatron_amrlhf.algorithms.sample_log import log_samples
 from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
-from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
-from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.losses.reduce import Metrics
-from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -53,10 +54,10 @@ class PolicyAlgorithm(ABC):
         self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
         if config.data.heldout is not None:
             self.heldout_data = self.load(config.data.heldout, config, tokenizer)
-        self.prm_folder, self.num_attributes = None, 0
-        if config.reward_model.path is not None:
-            self.prm_folder = Path(config.reward_model.path).expanduser()
-            self.num_attributes = check_prm(config, self.prm_folder, tokenizer)
+        self.reward_models = load_reward_models(config, tokenizer)
+        self.offline = load_offline_scores(config, self.reward_models)
+        if not self.is_offline:
+            check_answers(config, [*self.train_data, *self.heldout_data])
         per_step = config.rollout.prompts_per_step
         self.total_steps = config.run.steps or -(-len(self.train_data) // per_step)
 
@@ -90,10 +91,12 @@ class PolicyAlgorithm(ABC):
             rate = optim.critic_lr or optim.lr
             context.role("critic", folder, 1, learning_rate=rate, total_steps=updates)
         context.role("reference", folder)
-        if self.prm_folder is not None:
-            context.role("prm", self.prm_folder, self.num_attributes)
+        for model in self.reward_models:
+            context.role(model.role, model.folder, model.num_attributes)
         maker = PairMaker if self.is_offline else ExperienceMaker
-        self.maker = maker(context, self.train_data, self.logprob_temperature())
+        rewarder = Rewarder(context, self.reward_models)
+        temperature = self.logprob_temperature()
+        self.maker = maker(context, self.train_data, temperature, rewarder, self.offline)
 
     def logprob_temperature(self) -> float:
         """Softmax temperature of the log-probs that the loss reads."""
@@ -175,31 +178,3 @@ class PolicyAlgorithm(ABC):
 def all_rows(judged: Judged) -> Tensor:
     """Indices of all answers."""
     return torch.arange(len(judged.rollout.rows))
-
-
-def check_prm(config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Attributes of the PRM in ``folder``, whose tokens and sizes must fit this run.
-
-    Raises:
-        UserError: it has no reward head, other tokens, or does not divide by the layout.
-    """
-    check_model(config, read_hf_config(folder))
-    weights = ShardedWeights(folder)
-    if "head.weight" not in weights:
-        raise UserError(
-            f"reward_model.path: {folder} has no reward head (head.weight): give the export "
-            "folder of a run with algorithm.kind prm"
-        )
-    if load_tokenizer(folder).get_vocab() != tokenizer.get_vocab():
-        raise UserError(
-            f"reward_model.path: the tokenizer of {folder} is not that of {config.model.path}: "
-            "train the PRM on the same model family"
-        )
-    attributes = weights.get("head.weight").shape[0]
-    given = config.reward_model.attribute_weights
-    if given is not None and len(given) != attributes:
-        raise UserError(
-            f"reward_model.attribute_weights: {len(given)} weights, but the PRM has "
-            f"{attributes} attributes"
-        )
-    return attributes

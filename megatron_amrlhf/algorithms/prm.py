@@ -12,6 +12,7 @@ from megatron_amrlhf.algorithms.scoring import Reader
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.evaluation.steps import step_metrics
 from megatron_amrlhf.losses.prm import prm_loss
@@ -32,7 +33,7 @@ class Prm(RewardTraining[PrmExample]):
 
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> list[PrmExample]:
+    ) -> tuple[list[PrmExample], Selection]:
         return load_prm_examples(path, tokenizer, config.data, config.algorithm.num_attributes)
 
     def num_outputs(self, config: Config) -> int:

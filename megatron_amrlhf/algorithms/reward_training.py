@@ -13,6 +13,7 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.update import run_updates
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, shard, take
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.types import TrainBatch
 
@@ -36,16 +37,19 @@ class RewardTraining(ABC, Generic[Example]):
         Raises:
             UserError: the data are wrong.
         """
-        self.examples = self.load(config.data.train, config, tokenizer)
-        self.heldout: list[Example] = []
+        self.examples, selection = self.load(config.data.train, config, tokenizer)
+        self.selections, self.heldout = [selection], []
         if config.data.heldout is not None:
-            self.heldout = self.load(config.data.heldout, config, tokenizer)
+            self.heldout, selection = self.load(config.data.heldout, config, tokenizer)
+            self.selections.append(selection)
         count, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
         self.total_steps = config.run.steps or -(-count // size)
 
     @abstractmethod
-    def load(self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        """The examples of a data file.
+    def load(
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[Example], Selection]:
+        """The examples of a data file, and what became of its rows.
 
         Raises:
             UserError: the data are wrong.
@@ -72,6 +76,9 @@ class RewardTraining(ABC, Generic[Example]):
     def build(self, context: Context) -> None:
         """Adds the one role. Entered by every rank."""
         self.context = context
+        for selection in self.selections:
+            if summary := selection.summary():
+                context.console.line(summary)
         context.role(
             self.trained_role,
             context.model_folder,

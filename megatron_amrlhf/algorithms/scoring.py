@@ -120,14 +120,14 @@ def read_value() -> Reader:
     return Reader(outputs=lambda outputs, block: outputs[:, 0].float())
 
 
-def read_reward(context: Context) -> Reader:
-    """The scalar reward by role ``prm``: attributes weighted, or their mean.
+def read_reward(context: Context, role: str) -> Reader:
+    """The scalar reward by a reward model: the PRM's attributes weighted, or their mean.
 
     The reward of an outcome model stands at an answer's last token; all tokens of the answer get
     it, so that it is the answer's reward whatever the granularity.
     """
-    weights = context.config.reward_model.attribute_weights
-    is_outcome = reward_kind(context.engine.roles["prm"].hf_config.to_dict()) == OUTCOME
+    weights = context.config.reward_model.attribute_weights if role == "prm" else None
+    is_outcome = reward_kind(context.engine.roles[role].hf_config.to_dict()) == OUTCOME
 
     def read(outputs: Tensor, block: MicroBatch) -> Tensor:
         if weights is None:

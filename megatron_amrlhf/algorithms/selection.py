@@ -34,11 +34,16 @@ class SelectionAlgorithm(PolicyAlgorithm):
         """One optimizer step of the policy."""
 
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        """The selected answers; offline both answers of each pair, or its chosen one alone."""
-        if not self.is_offline:
-            return self.select(judged, step)
-        rows = torch.arange(0, len(judged.rollout.rows), 2 // self.rows_per_unit)
-        return rows, (rows % 2 == 0).to(self.context.mesh.device)
+        """The selected answers; offline both answers of each pair, or its chosen one alone.
+
+        Answers whose reward failed are not among them, nor are the other answers of their pairs.
+        """
+        if self.is_offline:
+            rows = torch.arange(0, len(judged.rollout.rows), 2 // self.rows_per_unit)
+            labels = (rows % 2 == 0).to(self.context.mesh.device)
+        else:
+            rows, labels = self.select(judged, step)
+        return without_failed(rows, labels, judged.scored.response_mask, self.rows_per_unit)
 
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
@@ -79,6 +84,22 @@ class SelectionAlgorithm(PolicyAlgorithm):
             if max_over(len(units), mesh.dp_group, mesh.device):
                 parts.append(train.select(rows.flatten()))
         return run_updates(self.context, parts, {"actor": self.update_actor})
+
+
+def without_failed(
+    rows: Tensor, labels: Tensor, response_mask: Tensor, rows_per_unit: int
+) -> tuple[Tensor, Tensor]:
+    """Rows and labels of the units all of whose answers have a reward.
+
+    Args:
+        rows: ``[U * rows_per_unit]`` int64 indices of answers, units one after the other.
+        labels: of each row.
+        response_mask: ``[B, R]`` bool, all False for an answer whose reward failed.
+        rows_per_unit: rows that stay together.
+    """
+    is_judged = response_mask.any(dim=1).to(rows.device)
+    keep = is_judged[rows].reshape(-1, rows_per_unit).all(dim=1).repeat_interleave(rows_per_unit)
+    return rows[keep], labels[keep.to(labels.device)]
 
 
 def rewards_by_prompt(judged: Judged) -> Tensor:

@@ -15,6 +15,7 @@ from megatron_amrlhf.config.algorithms import (
 )
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import read_deepspeed
+from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config, ParallelSection, RolesSection
 from megatron_amrlhf.errors import UserError
 
@@ -23,8 +24,9 @@ CRITIC_SIGNALS = ("td_error", "advantage")
 COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
 PAIR_KINDS = ("dpo", "orm")  # their loss reads two rows at once
 REWARD_KINDS = ("prm", "orm")  # they train a reward model
+STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
 DATA_FORMATS = {  # others need prompts
-    "prm": ("steps",),
+    "prm": STEP_FORMATS,
     "orm": ("pairs",),
     "dpo": ("prompts", "pairs"),
     "rejection_sampling": ("prompts", "pairs"),
@@ -46,6 +48,7 @@ def check_run(config: Config, world_size: int) -> None:
             *_label_problems(config),
             *_mask_problems(config),
             *algorithm_problems(config),
+            *reward_problems(config),
         ]
     _raise_if(problems)
 
@@ -60,15 +63,25 @@ def check_files(config: Config) -> None:
     for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if name is not None and not Path(name).expanduser().is_file():
             problems.append(f"{key}: {name}: no such file")
-    folder = config.reward_model.path
-    needs_rewards = config.algorithm.kind not in REWARD_KINDS
-    if needs_rewards and folder and not Path(folder).expanduser().is_dir():
-        problems.append(f"reward_model.path: {folder}: no such folder, train a prm first")
+    if config.algorithm.kind not in REWARD_KINDS:
+        problems += _missing_reward_files(config)
     try:
         read_deepspeed(config.engine.deepspeed)
     except UserError as error:
         problems.append(str(error))
     _raise_if(problems)
+
+
+def _missing_reward_files(config: Config) -> Iterator[str]:
+    for key, folder, kind in (
+        ("reward_model.path", config.reward_model.path, "prm"),
+        ("reward_model.orm_path", config.reward_model.orm_path, "orm"),
+    ):
+        if folder and not Path(folder).expanduser().is_dir():
+            yield f"{key}: {folder}: no such folder, train a {kind} first"
+    offline = config.mask.offline_file
+    if offline and not Path(offline).expanduser().is_file():
+        yield f"mask.offline_file: {offline}: no such file, make it by tools/score_tokens.py"
 
 
 def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:
@@ -127,12 +140,6 @@ def _run_problems(config: Config) -> Iterator[str]:
     if config.data.format not in wanted:
         choice = " or ".join(wanted)
         yield f"data.format: algorithm.kind {kind} needs {choice} (got {config.data.format})"
-    trains_policy = kind not in REWARD_KINDS
-    if trains_policy and config.data.format == "prompts" and config.reward_model.path is None:
-        yield (
-            "reward_model.path: is required, train one with algorithm.kind prm and give its "
-            "runs/NAME/export folder"
-        )
 
 
 def _layout_problems(config: Config, world_size: int) -> Iterator[str]:

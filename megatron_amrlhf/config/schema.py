@@ -49,6 +49,14 @@ class RewardModelSection(Section):
         description="folder that a prm or orm run exported (runs/NAME/export); required for "
         "rollouts; null with data.format pairs: the scores in the file, if any",
     )
+    orm_path: str | None = Field(
+        None, description="folder that an orm run exported; read by reward.orm_weight"
+    )
+    output: Literal["logit", "score"] = Field(
+        "logit",
+        description="what the PRM's head gives: a logit (loss: bce), whose sigmoid is a step's "
+        "probability, or a score in [0, 1] (loss: mse); read by reward.outcome",
+    )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
         None,
         strict=False,
@@ -171,10 +179,44 @@ class DataSection(Section):
         "rejection_sampling) or prompts (others)"
     )
     heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
-    format: Literal["steps", "pairs", "prompts"] = Field(
+    format: Literal[
+        "auto",
+        "steps",
+        "prm800k",
+        "math_shepherd",
+        "helpsteer",
+        "helpsteer_sentences",
+        "pairs",
         "prompts",
-        description="steps: {prompt, steps, labels}; pairs: {prompt, chosen, rejected}; "
-        "prompts: {prompt}",
+    ] = Field(
+        "prompts",
+        description="steps: {prompt, steps, labels}; prm800k, math_shepherd, helpsteer (whole "
+        "answers) and helpsteer_sentences: as published; pairs: {prompt, chosen, rejected}; "
+        "prompts: {prompt}; auto: by the first line, for prm",
+    )
+    on_wrong_row: Literal["stop", "skip"] = Field(
+        "stop",
+        description="a row that is wrong or too long: stop with its file and line, or leave it "
+        "out, counted and logged",
+    )
+    screening_rows: Literal["drop", "keep"] = Field(
+        "drop", description="quality-control and initial-screening rows of prm800k; counted"
+    )
+    alternatives: bool = Field(
+        True, description="prm800k: also learn from completions that were not chosen"
+    )
+    input_mark: str = Field(
+        "\u043a\u0438",
+        description="math_shepherd: what follows each step in the file",
+        min_length=1,
+    )
+    step_separator: str = Field(
+        "\n", description="text that a PRM sees between steps; empty: nothing"
+    )
+    step_marker: str | None = Field(
+        None,
+        description="token put after each step at which it is judged, such as <extra_0>; null: a "
+        "step is judged at its own last token",
     )
     system_prompt: str | None = Field(None, description="system message put before each prompt")
     max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")
@@ -208,8 +250,29 @@ class RolloutSection(Section):
 
 
 class RewardSection(Section):
-    normalise: Literal["none", "batch"] = Field(
-        "batch", description="whiten token rewards over the global batch (eq. 11) or leave them"
+    prm_weight: NonNegativeFloat = Field(
+        1.0, description="weight of reward_model.path's reward in the sum; 0: not used"
+    )
+    orm_weight: NonNegativeFloat = Field(
+        0.0, description="weight of reward_model.orm_path's reward, the same at all tokens"
+    )
+    verifiable_weight: NonNegativeFloat = Field(
+        0.0,
+        description="weight of 1 for a right answer, 0 for a wrong one (prompts with 'answer', "
+        "compared by math-verify), the same at all tokens",
+    )
+    verify_seconds: PositiveFloat = Field(
+        5.0, description="longest comparison of an answer, seconds; then it counts as failed"
+    )
+    max_failed_fraction: Fraction = Field(
+        0.1,
+        description="stop when a step has a larger share of answers whose reward failed; those "
+        "answers are never learned from",
+    )
+    normalise: Literal["none", "batch", "offline"] = Field(
+        "batch",
+        description="whiten token rewards (eq. 11) over the global batch or by the mean and "
+        "deviation in mask.offline_file, or leave them",
     )
     granularity: Literal["sequence", "step", "token", "message"] = Field(
         "message", description="unit whose tokens share one reward (figure 1)"
@@ -218,6 +281,12 @@ class RewardSection(Section):
         "newline",
         description="what ends a step for granularity: step; sentence: newlines and the "
         "punctuation that ends English and Chinese sentences",
+    )
+    outcome: Literal["tokens", "last", "min", "mean", "product", "prefix"] = Field(
+        "tokens",
+        description="reward of a whole answer: mean or last of its tokens' (message_reward); of "
+        "its steps' probabilities the last, min, mean or product (PRM_O); prefix: share of steps "
+        "before the first below 0.5 (PRM_P)",
     )
     placement: Literal["last", "spread"] = Field(
         "last", description="a unit's reward stands on its last token or on each of its tokens"
@@ -231,8 +300,19 @@ class MaskSection(Section):
     signal: Literal["reward", "td_error", "advantage", "implicit"] = Field(
         "reward", description="the dense signal R(x, y_t) that is cut"
     )
-    threshold: Literal["fixed", "running", "batch", "sequence", "group"] = Field(
+    threshold: Literal["fixed", "offline", "running", "batch", "sequence", "group"] = Field(
         "batch", description="where the baseline b comes from; statistics are global over DP"
+    )
+    offline_file: str | None = Field(
+        None,
+        description="statistics.json that tools/score_tokens.py wrote, for threshold: offline and "
+        "reward.normalise: offline",
+    )
+    offline_statistic: Literal["mean", "median", "quantile"] = Field(
+        "mean", description="which statistic of the file b is"
+    )
+    offline_quantile: Fraction = Field(
+        0.5, description="share of scored tokens at or below b, for offline_statistic: quantile"
     )
     fixed_value: AnyFloat = Field(0.0, description="b for threshold: fixed, signal units")
     running_decay: Fraction = Field(0.9, description="EMA decay of b for threshold: running")

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_amrlhf.errors import UserError
+
+End = Literal["whole", "after step", "within step"]
+"""Where a solution ends: at its end, or it was cut off after or within its last step.
+
+A solution that goes on after its last step has a separator there, as its other steps have: a PRM
+would else learn that the last step of what annotators cut at the first mistake looks different.
+"""
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -80,19 +89,29 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> lis
 
 
 def encode_solution(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], steps: list[str]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    steps: Sequence[str],
+    separator: str = "\n",
+    marker_id: int | None = None,
+    end: End = "whole",
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a prompt with a solution, and the position of each step's last token.
+    """Token ids of a prompt with a solution, and the position at which each step is judged.
 
-    Each step is tokenized on its own, with its newline, and the ids are put one after the other,
-    so that a step's end is known by counting tokens; no separator is ever searched for in text or
-    ids. A step's position is that of its last token, newline included; the last step has no
-    newline and is followed by the end-of-turn token (the tokenizer's EOS), which has no label.
+    Each step is tokenized on its own, with the separator after it, and the ids are put one after
+    the other, so that a step's end is known by counting tokens; no separator is ever searched for
+    in text or ids. A step is judged at its last token, separator included, or at its marker. The
+    last step of a whole solution has no separator and is followed by the end-of-turn token (the
+    tokenizer's EOS), which has no label.
 
     Args:
         tokenizer: any tokenizer with an EOS.
         prompt_ids: from `encode_prompt`.
-        steps: texts; newlines at their ends are taken off first.
+        steps: texts; newlines at their ends are taken off where there is a separator.
+        separator: text between steps; empty if the steps hold it themselves.
+        marker_id: a token put after each step, before the separator, at which the step is judged
+            (public PRMs have such a token); None: no marker.
+        end: where the solution ends (see `End`).
 
     Returns:
         ``ids`` (prompt, steps, end of turn) and ``step_end_positions`` (indices into ``ids``, one
@@ -102,11 +121,36 @@ def encode_solution(
     ids = list(prompt_ids)
     step_end_positions = []
     for number, step in enumerate(steps, start=1):
-        newline = "\n" if number < len(steps) else ""
-        piece = tokenizer.encode(step.rstrip("\n") + newline, add_special_tokens=False)
+        text = step.rstrip("\n") if separator else step
+        between = separator if number < len(steps) or end == "after step" else ""
+        if marker_id is None:
+            text, between = text + between, ""
+        piece = tokenizer.encode(text, add_special_tokens=False)
         assert piece, f"step {number} has no tokens: {step!r}"
-        ids.extend(piece)
+        ids.extend(piece if marker_id is None else [*piece, marker_id])
         step_end_positions.append(len(ids) - 1)
-    ids.append(tokenizer.eos_token_id)
+        ids.extend(tokenizer.encode(between, add_special_tokens=False) if between else [])
+    if end == "whole":
+        ids.append(tokenizer.eos_token_id)
     assert len(step_end_positions) == len(steps)
     return ids, step_end_positions
+
+
+def marker_token_id(tokenizer: PreTrainedTokenizerBase, marker: str, key: str) -> int:
+    """The one token that a step marker is.
+
+    Args:
+        tokenizer: any.
+        marker: its text.
+        key: the configuration key that it came from, for the message.
+
+    Raises:
+        UserError: the tokenizer cuts it into several tokens, or does not know it.
+    """
+    ids = tokenizer.encode(marker, add_special_tokens=False)
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(
+            f"{key}: {marker!r} is {len(ids)} tokens of this tokenizer, not one of its own: "
+            "choose a text that it keeps as one token"
+        )
+    return ids[0]

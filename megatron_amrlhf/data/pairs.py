@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.prompts import check_text, encode_limited_prompt
+from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.turns import encode_limited_turns
 from megatron_amrlhf.errors import UserError
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -49,7 +50,7 @@ class EncodedPair:
 
 def load_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, data_section: DataSection
-) -> list[EncodedPair]:
+) -> tuple[list[EncodedPair], Selection]:
     """Read and encode a file of preference pairs (formats: see the module).
 
     Raises:
@@ -57,10 +58,12 @@ def load_pairs(
             or prompts over the limits; with ``path:line:`` (in a list, the line that the object
             starts on).
     """
-    return [
-        encode_pair(record, tokenizer, data_section, f"{path}:{number}")
-        for number, record in numbered_records(path)
-    ]
+
+    def encode(record: dict, where: str) -> list[EncodedPair]:
+        return [encode_pair(record, tokenizer, data_section, where)]
+
+    skip = data_section.on_wrong_row == "skip"
+    return select_rows(path, numbered_records(path), encode, skip)
 
 
 def encode_pair(
@@ -72,7 +75,8 @@ def encode_pair(
         UserError: as ``load_pairs``; ``where`` is its ``path:line``.
     """
     if "conversations" in record:
-        prompt_ids = _encode_turns(record["conversations"], tokenizer, data_section, where)
+        turns = _messages(record["conversations"], where)
+        prompt_ids = encode_limited_turns(turns, tokenizer, data_section, where)
     else:
         prompt = _text(record, "prompt", where)
         prompt_ids = encode_limited_prompt(prompt, tokenizer, data_section, where)
@@ -147,38 +151,6 @@ def _answer(record: dict, key: str, where: str) -> str:
             raise UserError(f"{where}: '{key}' must be a turn from gpt; correct this line")
         return _text(turn, "value", where)
     return _text(record, key, where)
-
-
-def _encode_turns(
-    turns: Any, tokenizer: PreTrainedTokenizerBase, data_section: DataSection, where: str
-) -> list[int]:
-    """Token ids of a conversation up to where the next answer starts."""
-    messages = _messages(turns, where)
-    system = data_section.system_prompt
-    if messages[0]["role"] == "system":
-        system = messages.pop(0)["content"]
-    section = data_section.model_copy(update={"system_prompt": system})
-    roles = [message["role"] for message in messages]
-    if roles != ["user", "assistant"] * (len(messages) // 2) + ["user"]:
-        raise UserError(f"{where}: turns must go human, gpt, ..., human; correct this line")
-    if len(messages) == 1:
-        return encode_limited_prompt(messages[0]["content"], tokenizer, section, where)
-    if not tokenizer.chat_template:
-        advice = "use a model with a template or single questions"
-        raise UserError(f"{where}: several turns need a chat template; {advice}")
-    if system:
-        messages.insert(0, {"role": "system", "content": system})
-    try:
-        ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except TemplateError as error:
-        raise UserError(f"{where}: the chat template refuses the turns ({error})") from error
-    limit = data_section.max_prompt_tokens
-    if len(ids) > limit:
-        message = f"{where}: the prompt has {len(ids)} tokens, over data.max_prompt_tokens"
-        raise UserError(f"{message} = {limit}; raise the limit or drop this line")
-    return list(ids)
 
 
 def _messages(turns: Any, where: str) -> list[dict[str, str]]:

@@ -1,45 +1,66 @@
-"""Step-labelled solutions for the PRM: JSONL formats to rows with labels at step ends.
+"""Step-labelled solutions for the PRM: public formats to rows with labels at step ends.
 
-Formats, told apart by the keys of a file's first line (all lines of a file must share them):
+``data.format`` names the format; ``auto`` takes it from the keys of the file's first line:
 
-=================================  =====================  ====================================
-keys                               num_attributes         label of a step
-=================================  =====================  ====================================
-``prompt, steps, labels``          1                      0, 1, false, true, or a float in [0, 1]
-``problem, steps, ratings``        1 (PRM800K)            -1, 0 or 1, mapped to (r + 1) / 2
-``prompt, steps, labels``          5                      [5 numbers in 0..4], divided by 4
-``prompt, steps, scores``          5 (HelpSteer, A.2)     as above, but [dimension][sentence]
-=================================  =====================  ====================================
+=======================  ==============================  ================================
+format                   told by                         read by
+=======================  ==============================  ================================
+``steps``                ``steps``                       `step_lists` (PRM800K-like, ...)
+``prm800k``              ``question, label`` (objects)   `prm800k`
+``math_shepherd``        ``input, label`` (texts)        `math_shepherd`
+``helpsteer``            ``response``, or ``text``       `helpsteer.read_whole_answer`
+``helpsteer_sentences``  ``chosen_scores``               `helpsteer.read_sentences`
+=======================  ==============================  ================================
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import encode_solution
-from megatron_amrlhf.data.jsonl import Requirement, read_numbered_jsonl
-from megatron_amrlhf.data.prompts import check_text, encode_limited_prompt
+from megatron_amrlhf.data.chat import encode_solution, marker_token_id
+from megatron_amrlhf.data.helpsteer import read_sentences, read_whole_answer
+from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.math_shepherd import read_math_shepherd
+from megatron_amrlhf.data.prm800k import read_prm800k
+from megatron_amrlhf.data.rows import RowLeftOut, Selection, select_rows
+from megatron_amrlhf.data.step_lists import LABEL_KEYS, detect_keys, read_step_list
+from megatron_amrlhf.data.step_record import ATTRIBUTES, StepRecord
+from megatron_amrlhf.data.turns import encode_limited_turns
 from megatron_amrlhf.errors import UserError
 
-MAX_SCORE = 4
-"""HelpSteer's highest score; scores are divided by it."""
+Reader = Callable[[dict, str], list[StepRecord]]
+MARKS = {
+    "helpsteer_sentences": ("chosen_scores",),
+    "prm800k": ("question", "label"),
+    "math_shepherd": ("input", "label"),
+    "helpsteer": ("response", ATTRIBUTES[0]),
+    "steps": ("steps",),
+}
+"""Keys of the first line that tell a format; the first that fits."""
+NUM_ATTRIBUTES = {
+    "prm800k": 1,
+    "math_shepherd": 1,
+    "helpsteer": len(ATTRIBUTES),
+    "helpsteer_sentences": len(ATTRIBUTES),
+}
 
 
 @dataclass(frozen=True)
 class PrmExample:
-    """One solution with a label for each step.
+    """One solution with a label for each judged step.
 
     Attributes:
         row: token ids of prompt, steps and end-of-turn token, 1-D int64 on CPU.
         prompt_length: tokens of the prompt.
-        label_positions: ``[S]`` int64, index in ``row`` of each step's last token.
+        label_positions: ``[S]`` int64, index in ``row`` where each judged step is read.
         labels: ``[S, D]`` float32 in [0, 1].
     """
 
@@ -57,97 +78,111 @@ class PrmExample:
 def load_prm_examples(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    data_section: DataSection,
+    section: DataSection,
     num_attributes: int,
-) -> list[PrmExample]:
+) -> tuple[list[PrmExample], Selection]:
     """Read and encode a file of step-labelled solutions (formats: see the module).
 
     Args:
         path: JSONL file.
         tokenizer: the PRM's, with an EOS.
-        data_section: limits and system prompt.
+        section: format, limits, system prompt, separators, what to do with wrong rows.
         num_attributes: D, 1 or 5.
 
     Raises:
         UserError: `read_jsonl`'s errors, keys of no known format, wrong counts or ranges, rows or
             prompts over the limits; with ``path:line:``.
     """
-    prompt_key, label_key = _detect_keys(path, num_attributes)
-    required: dict[str, Requirement] = {prompt_key: check_text, "steps": _check_steps}
-    required[label_key] = list
-    examples = []
-    for number, record in read_numbered_jsonl(path, required):
-        where = f"{path}:{number}"
-        labels = _read_labels(record[label_key], label_key, num_attributes, where)
-        if len(labels) != len(record["steps"]):
-            counts = f"{len(record['steps'])} steps but {len(labels)} in '{label_key}'"
-            raise UserError(f"{where}: {counts}; give one label a step")
-        prompt_ids = encode_limited_prompt(record[prompt_key], tokenizer, data_section, where)
-        ids, positions = encode_solution(tokenizer, prompt_ids, record["steps"])
-        if len(ids) > data_section.max_row_tokens:
-            limit = f"data.max_row_tokens = {data_section.max_row_tokens}"
-            advice = "raise the limit or drop this line"
-            raise UserError(f"{where}: the row has {len(ids)} tokens, over {limit}; {advice}")
-        example = PrmExample(
-            row=torch.tensor(ids, dtype=torch.int64),
-            prompt_length=len(prompt_ids),
-            label_positions=torch.tensor(positions, dtype=torch.int64),
-            labels=torch.tensor(labels, dtype=torch.float32),
+    marker_id = None
+    if section.step_marker is not None:
+        marker_id = marker_token_id(tokenizer, section.step_marker, "data.step_marker")
+    records = read_numbered_jsonl(path, {})
+    read = step_reader(path, records[0], section, num_attributes)
+
+    def encode(record: dict, where: str) -> list[PrmExample]:
+        return [
+            _encode(found, tokenizer, section, marker_id, where) for found in read(record, where)
+        ]
+
+    return select_rows(path, records, encode, section.on_wrong_row == "skip")
+
+
+def step_reader(
+    path: str | Path, first: tuple[int, dict], section: DataSection, num_attributes: int
+) -> Reader:
+    """What makes step records of a file's lines.
+
+    Args:
+        path: the file, for messages.
+        first: its first line's number and object.
+        section: format and its options.
+        num_attributes: D, 1 or 5.
+
+    Raises:
+        UserError: keys of no known format, or a format with another number of attributes.
+    """
+    assert num_attributes in LABEL_KEYS, num_attributes
+    number, record = first
+    kind = _detect(record) if section.format == "auto" else section.format
+    found = ", ".join(map(repr, record)) or "none"
+    if kind is None:
+        raise UserError(
+            f"{path}:{number}: keys {found} are no known format of step labels; see data.format"
         )
-        examples.append(example)
-    return examples
+    wanted = NUM_ATTRIBUTES.get(kind, num_attributes)
+    if wanted != num_attributes:
+        raise UserError(
+            f"{path}: {kind} rows have {wanted} label{'s' if wanted > 1 else ''} a step: set "
+            f"algorithm.num_attributes to {wanted} (it is {num_attributes})"
+        )
+    if kind == "steps":
+        keys = detect_keys(record, num_attributes)
+        if keys is None:
+            names = " or ".join(map(repr, LABEL_KEYS[num_attributes]))
+            needed = f"num_attributes = {num_attributes} needs 'prompt', 'steps' and {names}"
+            raise UserError(f"{path}:{number}: keys {found} are no known format; {needed}")
+        return partial(read_step_list, keys=keys, num_attributes=num_attributes)
+    return {
+        "prm800k": partial(
+            read_prm800k,
+            keep_screening=section.screening_rows == "keep",
+            alternatives=section.alternatives,
+        ),
+        "math_shepherd": partial(read_math_shepherd, mark=section.input_mark),
+        "helpsteer": read_whole_answer,
+        "helpsteer_sentences": read_sentences,
+    }[kind]
 
 
-def _detect_keys(path: str | Path, num_attributes: int) -> tuple[str, str]:
-    """(prompt key, label key) of a file, from its first line."""
-    assert num_attributes in (1, 5), num_attributes
-    number, first = read_numbered_jsonl(path, {})[0]
-    label_keys = ("labels", "ratings") if num_attributes == 1 else ("labels", "scores")
-    for prompt_key in ("prompt", "problem"):
-        for label_key in label_keys:
-            if prompt_key in first and "steps" in first and label_key in first:
-                return prompt_key, label_key
-    found = ", ".join(map(repr, first)) or "none"
-    known = f"'prompt', 'steps' and '{label_keys[0]}' or '{label_keys[1]}'"
-    needed = f"num_attributes = {num_attributes} needs {known}"
-    raise UserError(f"{path}:{number}: keys {found} are no known format; {needed}")
+def _detect(record: dict) -> str | None:
+    if isinstance(record.get("text"), str) and "label" in record:
+        return "helpsteer"
+    return next((kind for kind, keys in MARKS.items() if all(key in record for key in keys)), None)
 
 
-def _read_labels(value: list, label_key: str, num_attributes: int, where: str) -> list[list[float]]:
-    """Labels in [0, 1] as [step][attribute]."""
-    if num_attributes == 1:
-        low, high = (-1, 1) if label_key == "ratings" else (0, 1)
-        numbers = [_number(item, low, high, label_key, where) for item in value]
-        if label_key == "labels":
-            return [[number] for number in numbers]
-        if any(number % 1 for number in numbers):
-            raise UserError(f"{where}: 'ratings' must be -1, 0 or 1; correct this line")
-        return [[(number + 1) / 2] for number in numbers]
-    if not all(isinstance(item, list) for item in value):
-        raise UserError(f"{where}: '{label_key}' must be lists of scores; correct this line")
-    table = [[_number(item, 0, MAX_SCORE, label_key, where) for item in row] for row in value]
-    if label_key == "scores":
-        if len(table) != num_attributes or len({len(row) for row in table}) != 1:
-            shape = f"{num_attributes} lists (one a dimension) of one length (one score a step)"
-            raise UserError(f"{where}: 'scores' must be {shape}; correct this line")
-        table = [list(column) for column in zip(*table, strict=True)]
-    if not all(len(row) == num_attributes for row in table):
-        raise UserError(f"{where}: '{label_key}' must have {num_attributes} scores a step")
-    return [[number / MAX_SCORE for number in row] for row in table]
-
-
-def _number(item: Any, low: int, high: int, label_key: str, where: str) -> float:
-    types = (bool, int, float) if (low, high) == (0, 1) else (int, float)
-    if type(item) not in types or not low <= item <= high:
-        shown = repr(item)[:40]
-        message = f"{where}: '{label_key}' has {shown}, must be numbers from {low} to {high}"
-        raise UserError(f"{message}; correct this line")
-    return float(item)
-
-
-def _check_steps(value: Any) -> str | None:
-    if not isinstance(value, list) or not value:
-        return "must be a list with at least one step"
-    if any(check_text(step) for step in value):
-        return "must be a list of strings that are not blank"
-    return None
+def _encode(
+    record: StepRecord,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    marker_id: int | None,
+    where: str,
+) -> PrmExample:
+    """Token ids with the labels of the judged steps."""
+    judged = [place for place, label in enumerate(record.labels) if label is not None]
+    if not judged:
+        raise RowLeftOut("rows without a label")
+    prompt_ids = encode_limited_turns(record.turns, tokenizer, section, where)
+    separator = "" if record.joined else section.step_separator
+    ids, positions = encode_solution(
+        tokenizer, prompt_ids, record.steps, separator, marker_id, record.end
+    )
+    if len(ids) > section.max_row_tokens:
+        limit = f"data.max_row_tokens = {section.max_row_tokens}"
+        advice = "raise the limit or drop this line"
+        raise UserError(f"{where}: the row has {len(ids)} tokens, over {limit}; {advice}")
+    return PrmExample(
+        row=torch.tensor(ids, dtype=torch.int64),
+        prompt_length=len(prompt_ids),
+        label_positions=torch.tensor([positions[place] for place in judged]),
+        labels=torch.tensor([record.labels[place] for place in judged], dtype=torch.float32),
+    )

@@ -24,11 +24,13 @@ class EncodedPrompt:
         row: token ids up to where the answer starts, 1-D int64 on CPU.
         text: the user's text, without the template.
         answer: the reference answer, if the file gives one.
+        where: ``path:line`` that it comes from.
     """
 
     row: Tensor
     text: str
     answer: str | None
+    where: str
 
 
 def load_prompts(
@@ -49,7 +51,7 @@ def load_prompts(
         ids = encode_limited_prompt(record["prompt"], tokenizer, data_section, where)
         row = torch.tensor(ids, dtype=torch.int64)
         answer = None if answer is None else str(answer)
-        prompts.append(EncodedPrompt(row=row, text=record["prompt"], answer=answer))
+        prompts.append(EncodedPrompt(row, record["prompt"], answer, where))
     return prompts
 
 

@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.pairs import EncodedPair, encode_pair, numbered_records
 from megatron_amrlhf.data.sentences import token_sentences
+from megatron_amrlhf.data.step_record import MAX_SCORE
 from megatron_amrlhf.errors import UserError
 
-MAX_SCORE = 4
 NUM_DIMENSIONS = (1, 5)
 SCORE_KEYS = ("chosen_scores", "rejected_scores")
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.errors import UserError
-
-RIGHT_STEP = 0.5  # a step with this probability or more counts as right
+from megatron_amrlhf.rewards.outcome import OUTCOMES, aggregate_steps
 
 
 @dataclass(frozen=True)
@@ -30,25 +31,20 @@ class ScoredSolution:
     steps: tuple[float, ...]
 
 
-def right_prefix(steps: Sequence[float]) -> float:
-    """PRM_P as read here: the share of the steps before the first one judged wrong.
-
-    Process supervision judges each step on its own, and as in PRM800K nothing after the first
-    wrong step counts. Answers without a wrong step tie.
-    """
-    wrong = (i for i, probability in enumerate(steps) if probability < RIGHT_STEP)
-    return next(wrong, len(steps)) / len(steps)
-
-
-SCORES: dict[str, Callable[[ScoredSolution], float | None]] = {
-    "ORM": lambda solution: solution.orm,
-    "PRM_O last": lambda solution: solution.steps[-1],
-    "PRM_O min": lambda solution: min(solution.steps),
-    "PRM_O mean": lambda solution: math.fsum(solution.steps) / len(solution.steps),
-    "PRM_O product": lambda solution: math.prod(solution.steps),
-    "PRM_P": lambda solution: right_prefix(solution.steps),
-}
+CHOICES = {"PRM_P" if kind == "prefix" else f"PRM_O {kind}": kind for kind in OUTCOMES}
 RANDOM, ORACLE = "random", "oracle (pass@n)"
+
+
+def outcome_scores(solutions: Sequence[ScoredSolution], kind: str) -> list[float]:
+    """One score a solution from its steps; ``kind`` as for `aggregate_steps`."""
+    width = max(len(solution.steps) for solution in solutions)
+    scores = torch.zeros(len(solutions), width, dtype=torch.float64)
+    present = torch.zeros(len(solutions), width, dtype=torch.bool)
+    for row, solution in enumerate(solutions):
+        count = len(solution.steps)
+        scores[row, :count] = torch.tensor(solution.steps, dtype=torch.float64)
+        present[row, :count] = True
+    return aggregate_steps(scores, present, kind).tolist()
 
 
 def best_of_n_accuracy(scores: Sequence[float], correct: Sequence[bool], n: int) -> float:
@@ -91,10 +87,9 @@ def compare_supervision(
     Returns:
         Name of the choice to its accuracy at each size. ORM is there only if every answer has one.
     """
-    chosen = {
-        name: [[score(solution) for solution in solutions] for solutions in problems.values()]
-        for name, score in SCORES.items()
-    }
+    chosen = {"ORM": [[solution.orm for solution in each] for each in problems.values()]}
+    for name, kind in CHOICES.items():
+        chosen[name] = [outcome_scores(each, kind) for each in problems.values()]
     correct = [[solution.correct for solution in each] for each in problems.values()]
     table = {RANDOM: [_mean([sum(c) / len(c) for c in correct])] * len(sizes)}
     for name, scores in chosen.items():

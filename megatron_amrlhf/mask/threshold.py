@@ -67,9 +67,10 @@ def baseline_and_std(
     Args:
         signal: ``[B, R]`` dense signal R(x, y_t); not read outside ``valid``.
         valid: ``[B, R]`` bool, response tokens.
-        kind: ``fixed``, ``running`` (updates ``running``, then uses it), ``batch`` (global mean),
-            ``sequence`` (mean of the row) or ``group`` (mean over tokens of a prompt's answers).
-        fixed_value: b of ``fixed``.
+        kind: ``fixed`` or ``offline`` (both: ``fixed_value``), ``running`` (updates ``running``,
+            then uses it), ``batch`` (global mean), ``sequence`` (mean of the row) or ``group``
+            (mean over tokens of a prompt's answers).
+        fixed_value: b of ``fixed`` and ``offline``.
         running: state of ``running``, changed in place; call once a step.
         group_ids: ``[B]`` int64, needed by ``group``.
         group: last stage's data-parallel group; None: this process only.
@@ -83,7 +84,7 @@ def baseline_and_std(
     """
     moments = masked_moments(signal, valid, group)
     num_rows = signal.shape[0]
-    if kind == "fixed":
+    if kind in ("fixed", "offline"):
         baseline_B = moments.mean.new_full((num_rows,), fixed_value)
     elif kind == "running":
         assert running is not None, "threshold 'running' needs its state"

@@ -7,15 +7,18 @@ from pathlib import Path
 import torch
 
 from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.reward_models import RewardModel
+from megatron_amrlhf.algorithms.rewarding import Rewarder
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.report.console import RunConsole
-from megatron_amrlhf.types import RolloutBatch
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 # So small that no weight changes: a float32 or bfloat16 weight plus 1e-30 is the weight.
 FROZEN_LEARNING_RATE = 1e-30
 SILENT_RANK = 1
+NO_PROMPTS = PromptBatch((), torch.zeros(0, dtype=torch.int64), (), ())
 
 
 def make_config(
@@ -40,6 +43,11 @@ def make_context(config: Config, mesh: Mesh) -> Context:
     engine = Zero3Engine(config, mesh)
     console = RunConsole(SILENT_RANK)
     return Context(config, mesh, engine, None, (), Path(config.model.path), console, None)
+
+
+def prm_rewarder(context: Context) -> Rewarder:
+    """Rewards of the role ``prm`` in the context, which has the policy's tokenizer."""
+    return Rewarder(context, (RewardModel("prm", Path(context.config.model.path), 1, None),))
 
 
 def shard_rollout(rollout: RolloutBatch, mesh: Mesh) -> RolloutBatch:

@@ -12,8 +12,10 @@ from megatron_amrlhf.algorithms.experience import ExperienceMaker
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests import reference
 from tests.distributed.contexts import (
+    NO_PROMPTS,
     make_config,
     make_context,
+    prm_rewarder,
     random_rollout,
     shard_rollout,
 )
@@ -44,7 +46,8 @@ def score(folder: str, tensor: int, pipeline: int, bootstrap: bool):
         context.role(role, Path(folder), head)
     maker = object.__new__(ExperienceMaker)
     maker.context, maker.temperature, maker.seconds = context, 1.0, {}
-    scored, _ = maker.score(shard_rollout(whole_rollout(), mesh))
+    maker.rewarder = prm_rewarder(context)
+    scored, _ = maker.score(shard_rollout(whole_rollout(), mesh), NO_PROMPTS, 1)
     if scored is None or mesh.tp_rank:
         return None
     lengths = scored.response_mask.sum(dim=1).tolist()

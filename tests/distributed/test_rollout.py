@@ -52,7 +52,9 @@ def prompt_rows() -> list[torch.Tensor]:
 def my_prompts(mesh: Mesh) -> PromptBatch:
     rows = prompt_rows()
     mine = torch.arange(len(rows)).tensor_split(mesh.dp_size)[mesh.dp_rank]
-    return PromptBatch(tuple(rows[i] for i in mine), mine, tuple("" for _ in mine))
+    return PromptBatch(
+        tuple(rows[i] for i in mine), mine, tuple("" for _ in mine), (None,) * len(mine)
+    )
 
 
 def roll_out(policy: str, reference: str, tensor: int, pipeline: int) -> Rollouts:

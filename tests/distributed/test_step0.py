@@ -23,8 +23,10 @@ from megatron_amrlhf.types import TrainBatch
 from tests import reference
 from tests.distributed.contexts import (
     FROZEN_LEARNING_RATE,
+    NO_PROMPTS,
     make_config,
     make_context,
+    prm_rewarder,
     random_rollout,
     shard_rollout,
 )
@@ -103,7 +105,8 @@ def _update(algorithm, context, rollout, index, logprobs):
 def kl_to_itself(context, rollout) -> float:
     maker = object.__new__(ExperienceMaker)
     maker.context, maker.temperature, maker.seconds = context, TEMPERATURE, {}
-    _, metrics = maker.score(rollout)
+    maker.rewarder = prm_rewarder(context)
+    _, metrics = maker.score(rollout, NO_PROMPTS, 1)
     return context.publish(metrics)["kl/ref_nats"]
 
 

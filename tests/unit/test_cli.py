@@ -162,3 +162,15 @@ def test_the_module_runs_and_returns_the_exit_code():
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: no/such.yaml") and "Traceback" not in done.stderr
+
+
+def test_score_hands_over_its_files(config_path, monkeypatch):
+    calls = []
+    scorer = types.SimpleNamespace(run=lambda config, *rest: calls.append(rest))
+    monkeypatch.setitem(sys.modules, cli.SCORER, scorer)
+    files = ["--answers", "a.jsonl", "--out", "scores"]
+    assert cli.main(["score", config_path, *files, "--part", "8"]) == 0
+    assert calls == [("a.jsonl", "scores", 8)]
+    assert cli.main(["score", config_path, "--out", "scores"]) == 2
+    assert cli.main(["score", config_path, *files, "--set", "parallel.tensor=2"]) == 2
+    assert len(calls) == 1

@@ -32,8 +32,8 @@ def context(hf_config: dict, weights=None):
 )
 def test_kinds(hf_config, expected):
     block = SimpleNamespace(output_rows=ROWS)
-    assert read_reward(context(hf_config)).outputs(OUTPUTS, block).tolist() == expected
-    doubled = read_reward(context(hf_config, (2.0,))).outputs(OUTPUTS, block)
+    assert read_reward(context(hf_config), "prm").outputs(OUTPUTS, block).tolist() == expected
+    doubled = read_reward(context(hf_config, (2.0,)), "prm").outputs(OUTPUTS, block)
     assert doubled.tolist() == [2 * x for x in expected]
 
 

@@ -15,6 +15,9 @@ SMOLLM2 = {
 }
 
 
+BY_FILE = {"mask": {"threshold": "offline", "offline_file": "statistics.json"}}
+
+
 def message_of(check, *arguments) -> str:
     with pytest.raises(UserError) as caught:
         check(*arguments)
@@ -35,6 +38,12 @@ def test_right_runs_pass():
         check_run(make_config(PPO, algorithm={"kind": kind}), 8)
         check_run(make_config(PPO, algorithm={"kind": kind, "minibatches": 16}), 4)
     check_run(make_config(PPO, parallel={"tensor": 2, "pipeline": 3}), 12)
+    for normalise in ("none", "offline"):
+        check_run(make_config(PPO, **BY_FILE, reward={"normalise": normalise}), 1)
+    weights = {"prm_weight": 0, "verifiable_weight": 1}
+    check_run(make_config(PPO, reward=weights, reward_model={"path": None}), 1)
+    for kind in ("auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences"):
+        check_run(make_config(PRM, data={"format": kind}), 1)
 
 
 @pytest.mark.parametrize(
@@ -248,6 +257,26 @@ def test_right_runs_pass():
             {"algorithm": {"kind": "rejection_sampling", "select": "threshold"}},
             1,
             "algorithm.select: the pairs of data.format: pairs are given",
+        ),
+        (OFFLINE, {"reward": {"verifiable_weight": 1}}, 1, "are not compared with anything"),
+        (PPO, {"reward": {"prm_weight": 0}}, 1, "one of the reward's weights must be above 0"),
+        (PPO, {"reward": {"orm_weight": 1}}, 1, "reward_model.orm_path: is required by"),
+        (PPO, {"reward_model": {"orm_path": "x"}}, 1, "is read by reward.orm_weight only"),
+        (PPO, {"mask": {"offline_file": "x"}}, 1, "mask.offline_file: is read by mask.threshold"),
+        (PPO, {"mask": {"threshold": "offline"}}, 1, "mask.threshold: offline needs mask.offline"),
+        (PPO, {"reward": {"normalise": "offline"}}, 1, "reward.normalise: offline needs mask.off"),
+        (PPO, BY_FILE, 1, "does not fit rewards that are whitened by batch"),
+        (
+            PPO,
+            {"mask": {**BY_FILE["mask"], "signal": "implicit"}, "reward": {"normalise": "none"}},
+            1,
+            "offline is about rewards, use mask.signal: reward (got implicit)",
+        ),
+        (
+            PPO,
+            {**BY_FILE, "reward": {"normalise": "offline", "verifiable_weight": 1}},
+            1,
+            "offline is about the PRM's scores alone",
         ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),

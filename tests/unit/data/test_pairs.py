@@ -36,7 +36,7 @@ def load(tmp_path, tokenizer, content, section=SECTION):
     if not isinstance(content, str):
         content = "".join(json.dumps(record) + "\n" for record in content)
     path.write_text(content)
-    return load_pairs(path, tokenizer, section)
+    return load_pairs(path, tokenizer, section)[0]
 
 
 def message_of(tmp_path, tokenizer, content, section=SECTION) -> str:
@@ -118,6 +118,15 @@ def test_limits_are_kept(tmp_path, tokenizer):
     talk = conversation(turn("human", "Hi"), turn("gpt", "Hello"), question)
     message = message_of(tmp_path, tokenizer, [talk], section)
     assert "over data.max_prompt_tokens = 30" in message
+
+
+def test_a_wrong_pair_can_be_skipped_and_is_counted(tmp_path, tokenizer):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in (PAIR, {**PAIR, "chosen": " "}, TALK)))
+    section = SECTION.model_copy(update={"on_wrong_row": "skip"})
+    pairs, selection = load_pairs(path, tokenizer, section)
+    assert len(pairs) == 2 and selection.left_out == {"wrong": 1}
+    assert "pairs.jsonl:2: 'chosen' must be" in selection.first_wrong
 
 
 def test_several_turns_need_a_chat_template(tmp_path, tokenizer_folder):

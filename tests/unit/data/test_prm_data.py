@@ -21,7 +21,7 @@ STEPS = ["3 x 4 = 12.", "12 - 5 = 8.", "The answer is 8."]
 def load(tmp_path, tokenizer, records, num_attributes=1, section=SECTION):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return load_prm_examples(path, tokenizer, section, num_attributes)
+    return load_prm_examples(path, tokenizer, section, num_attributes)[0]
 
 
 def problem(label_key="labels", labels=(1, 0, 0), prompt_key="prompt", **more):
@@ -31,7 +31,7 @@ def problem(label_key="labels", labels=(1, 0, 0), prompt_key="prompt", **more):
 def test_generated_problems_have_one_label_at_the_end_of_each_step(tmp_path, tokenizer):
     problems = generate_problems(40, 0)
     write_jsonl(tmp_path / "x.jsonl", problems)
-    examples = load_prm_examples(tmp_path / "x.jsonl", tokenizer, SECTION, 1)
+    examples, _ = load_prm_examples(tmp_path / "x.jsonl", tokenizer, SECTION, 1)
     for source, example in zip(problems, examples, strict=True):
         assert example.labels.flatten().tolist() == source["labels"]
         assert example.row.dtype == example.label_positions.dtype == torch.int64
@@ -72,7 +72,8 @@ def test_scores_by_dimension_equal_labels_by_step(tmp_path, tokenizer):
         (problem(labels=[1, 0]), 1, "3 steps but 2 in 'labels'"),
         (problem(labels=[1, 0, 2]), 1, "'labels' has 2, must be numbers from 0 to 1"),
         (problem(labels=[1, 0, "0"]), 1, "'labels' has '0'"),
-        (problem(labels=[1, 0, None]), 1, "'labels' has None"),
+        ({**problem(), "truncated": True}, 1, "truncated, so its last step is not whole"),
+        ({**problem(), "truncated": 1}, 1, "'truncated' must be true or false"),
         (problem(labels=[1, 0, [0]]), 1, r"'labels' has \[0\]"),
         (problem("ratings", [1, 0, 0]), 1, "key 'labels' is missing"),
         (problem(prompt_key="problem"), 1, "key 'prompt' is missing"),
@@ -112,10 +113,10 @@ def test_a_wrong_format_is_named(tmp_path, tokenizer, record, num_attributes, wo
 def test_rows_and_prompts_over_the_limits_are_refused(tmp_path, tokenizer):
     (example,) = load(tmp_path, tokenizer, [problem()])
     limits = {"max_prompt_tokens": example.prompt_length, "max_row_tokens": example.row.numel()}
-    exact = DataSection(train="unused", **limits)
+    exact = DataSection(train="unused", format="steps", **limits)
     assert len(load(tmp_path, tokenizer, [problem()], section=exact)) == 1
     for name, limit in limits.items():
-        tight = DataSection(train="unused", **{**limits, name: limit - 1})
+        tight = DataSection(train="unused", format="steps", **{**limits, name: limit - 1})
         with pytest.raises(UserError, match=rf"data\.jsonl:1: .*data\.{name} = {limit - 1}"):
             load(tmp_path, tokenizer, [problem()], section=tight)
 

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.evaluation.best_of_n import (
+    CHOICES,
     ORACLE,
     RANDOM,
-    SCORES,
     ScoredSolution,
     best_of_n_accuracy,
     compare_supervision,
+    outcome_scores,
     pass_at_n,
     read_solutions,
-    right_prefix,
 )
 
 answers = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=7)
@@ -47,18 +47,19 @@ def test_every_choice_lies_between_never_and_the_oracle(pairs):
 
 
 def test_the_scores_by_hand():
-    solution = ScoredSolution(True, 1.5, (0.8, 0.4, 0.9))
-    values = {name: score(solution) for name, score in SCORES.items()}
+    solutions = [
+        ScoredSolution(True, 1.5, steps) for steps in ((0.8, 0.4, 0.9), (0.5, 0.9), (0.1, 0.9))
+    ]
+    values = {name: outcome_scores(solutions, kind) for name, kind in CHOICES.items()}
     expected = {
-        "ORM": 1.5,
         "PRM_O last": 0.9,
         "PRM_O min": 0.4,
         "PRM_O mean": 0.7,
         "PRM_O product": 0.288,
         "PRM_P": 1 / 3,
     }
-    assert values == pytest.approx(expected)
-    assert right_prefix([0.5, 0.9]) == 1.0 and right_prefix([0.1, 0.9]) == 0.0
+    assert {name: scores[0] for name, scores in values.items()} == pytest.approx(expected)
+    assert values["PRM_P"][1:] == [1.0, 0.0]
 
 
 def test_the_table_by_hand():

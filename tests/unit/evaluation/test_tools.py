@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ MAX_PNG_BYTES = 100_000
 
 def load(name):
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -99,3 +100,22 @@ def test_best_of_n_gives_table_json_and_picture(tmp_path, capsys):
     assert compare_supervision.main([str(path), "--n", "6"]) == 2
     assert "must be from 1 to 5" in capsys.readouterr().err
     assert compare_supervision.main([str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_problems_with_few_answers_can_be_left_out(tmp_path, capsys):
+    path = tmp_path / "answers.jsonl"
+    counts = {"few": 2, "many": 4, "more": 5}
+    lines = [
+        {"problem_id": name, "correct": i == 0, "step_scores": [0.5]}
+        for name, count in counts.items()
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    arguments = [str(path), "--out", str(tmp_path), "--at-least"]
+    assert compare_supervision.main([*arguments, "4"]) == 0
+    assert "1 of 3 problems left out" in capsys.readouterr().out
+    found = json.loads((tmp_path / "compare_supervision.json").read_text())
+    assert (found["n"], found["problems"]) == ([1, 2, 4], 2)
+    assert found["accuracy"]["random"][0] == (1 / 4 + 1 / 5) / 2
+    assert compare_supervision.main([*arguments, "6"]) == 2
+    assert "no problem has more than 5 answers" in capsys.readouterr().err

@@ -121,7 +121,9 @@ def test_of_neutral_answers_kind_none_keeps_all_and_adaptive_nothing(kind):
         shaped=zeros,
         sequence_rewards=rewards,
     )
-    judged = Judged(None, ScoredBatch(zeros, zeros, zeros, zeros, zeros[:, 0], VALID), dense)
+    firsts = zeros[:, 0]
+    scored = ScoredBatch(zeros, firsts, zeros, zeros, zeros, firsts, VALID)
+    judged = Judged(None, scored, dense)
     rows, chosen = torch.tensor([2, 0, 3]), torch.tensor([True, False, False])
     mask, metrics = maker.mask(judged, rows, chosen)
     kept = VALID[rows] if kind == "none" else torch.zeros_like(VALID[rows])

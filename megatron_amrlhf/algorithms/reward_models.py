@@ -1,0 +1,129 @@
+"""The reward models of a run on answers: which folders, what they need, whether they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.config.checks import check_model
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.fingerprint import model_fingerprint
+from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
+from megatron_amrlhf.rewards.offline import OfflineScores, load_offline
+from megatron_amrlhf.rewards.verifiable import check_library
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """One reward model.
+
+    Attributes:
+        role: ``prm`` or ``orm``, its name in the engine.
+        folder: Hugging Face folder with a head.
+        num_attributes: outputs of the head.
+        tokenizer: its own, or None if that is the policy's: then it scores the policy's ids.
+    """
+
+    role: str
+    folder: Path
+    num_attributes: int
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def load_reward_models(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RewardModel, ...]:
+    """The reward models that have a weight, checked. No process group is needed.
+
+    Raises:
+        UserError: a folder has no head, or its sizes do not divide by the layout.
+    """
+    section, models = config.reward_model, []
+    if config.reward.prm_weight and section.path:
+        models.append(_load(config, "prm", "reward_model.path", section.path, tokenizer))
+        given, found = section.attribute_weights, models[0].num_attributes
+        if given is not None and len(given) != found:
+            raise UserError(
+                f"reward_model.attribute_weights: {len(given)} weights, but the PRM has "
+                f"{found} attributes"
+            )
+    if config.reward.orm_weight and section.orm_path:
+        models.append(_load(config, "orm", "reward_model.orm_path", section.orm_path, tokenizer))
+    return tuple(models)
+
+
+def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> OfflineScores | None:
+    """The scored data set that threshold or normalisation need, checked; None if neither does.
+
+    Raises:
+        UserError: the file is wrong or from another PRM.
+    """
+    if "offline" not in (config.mask.threshold, config.reward.normalise):
+        return None
+    (prm,) = (model for model in models if model.role == "prm")
+    return load_offline(
+        config.mask.offline_file,
+        config.mask.offline_statistic,
+        config.mask.offline_quantile,
+        model_fingerprint(prm.folder),
+        config.reward_model.attribute_weights,
+    )
+
+
+def check_answers(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
+    """Whether every prompt has what the verifiable reward compares with.
+
+    Raises:
+        UserError: a prompt has no answer, or math-verify is not installed.
+    """
+    if not config.reward.verifiable_weight:
+        return
+    check_library()
+    for prompt in prompts:
+        if prompt.answer is None or not prompt.answer.strip():
+            raise UserError(
+                f"{prompt.where}: 'answer' is missing, which reward.verifiable_weight compares "
+                "with: add it or drop this line"
+            )
+
+
+def _load(
+    config: Config, role: str, key: str, path: str, policy_tokenizer: PreTrainedTokenizerBase
+) -> RewardModel:
+    folder = Path(path).expanduser()
+    check_model(config, read_hf_config(folder))
+    weights = ShardedWeights(folder)
+    if "head.weight" not in weights:
+        raise UserError(
+            f"{key}: {folder} has no reward head (head.weight): give the export folder of a run "
+            f"with algorithm.kind {role}"
+        )
+    own = load_tokenizer(folder)
+    end_token_ids(own, folder)
+    is_same = _same(own, policy_tokenizer)
+    if not is_same and config.data.format == "pairs":
+        raise UserError(
+            f"{key}: the tokenizer of {folder} is not that of {config.model.path}, which "
+            "data.format: pairs needs: train it on the same model family"
+        )
+    return RewardModel(
+        role=role,
+        folder=folder,
+        num_attributes=weights.get("head.weight").shape[0],
+        tokenizer=None if is_same else own,
+    )
+
+
+def _same(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> bool:
+    """Whether ids and the template are the same, so that a row of one is a row of the other."""
+    return (
+        a.get_vocab() == b.get_vocab()
+        and a.chat_template == b.chat_template
+        and a.eos_token_id == b.eos_token_id
+    )

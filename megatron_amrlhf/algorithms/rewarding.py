@@ -1,0 +1,186 @@
+"""Rewards of answers: PRM, ORM and verified numbers, weighted; failures never become numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.reward_models import RewardModel
+from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
+from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
+from megatron_amrlhf.algorithms.translation import read_back, translate
+from megatron_amrlhf.engine.zero3 import OnBlock, nothing
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.mask.statistics import group_means
+from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
+from megatron_amrlhf.rewards.units import newline_token_ids
+from megatron_amrlhf.rewards.verifiable import Verifier
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the reward says about a batch of answers. On last stages only.
+
+    Attributes:
+        tokens: ``[B, R]`` weighted sum at each token, raw units; 0 outside ``valid``.
+        sequences: ``[B]`` weighted sum of each answer (see `ScoredBatch.sequence_rewards`).
+        valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
+        problem: why the first failed answer failed, or an empty text.
+    """
+
+    tokens: Tensor
+    sequences: Tensor
+    valid: Tensor
+    problem: str
+
+    @property
+    def failed(self) -> Tensor:
+        """``[B]`` bool."""
+        return ~self.valid.any(dim=1)
+
+
+class Rewarder:
+    """Scores answers by every reward that has a weight.
+
+    Args:
+        context: the run; its engine has a role for each of ``models``.
+        models: from `load_reward_models`.
+    """
+
+    def __init__(self, context: Context, models: tuple[RewardModel, ...]):
+        self.context, self.models = context, models
+        self.newline_ids = None
+        if context.config.reward.outcome != "tokens":
+            self.newline_ids = newline_token_ids(context.tokenizer)
+        seconds, wanted = context.config.reward.verify_seconds, context.config.reward
+        self.verifier = Verifier(seconds) if wanted.verifiable_weight else None
+
+    def score(
+        self,
+        rollout: RolloutBatch,
+        prompts: PromptBatch,
+        on_block: OnBlock = nothing,
+    ) -> Rewards | None:
+        """Rewards on last stages, None elsewhere. Entered by every rank."""
+        found = {
+            model.role: model_rewards(self.context, model, rollout, prompts, on_block)
+            for model in self.models
+        }
+        if not self.context.mesh.is_last_stage:
+            return None
+        weights, device = self.context.config.reward, self.context.mesh.device
+        valid = rollout.response_mask.to(device)
+        tokens = torch.zeros(valid.shape, device=device)
+        sequences, problem = torch.zeros(valid.shape[0], device=device), ""
+        if "prm" in found:
+            tokens += weights.prm_weight * found["prm"]
+            sequences += weights.prm_weight * sequence_rewards(
+                self.context, rollout, found["prm"], valid, self.newline_ids
+            )
+        if "orm" in found:
+            last = (valid.sum(dim=1) - 1).clamp(min=0)[:, None]
+            sequences += (whole := weights.orm_weight * found["orm"].gather(1, last)[:, 0])
+            tokens += whole[:, None]
+        if self.verifier is not None:
+            verdicts, problem = self._verdicts(rollout, prompts)
+            sequences += (whole := weights.verifiable_weight * verdicts)
+            tokens += whole[:, None]
+        return without_failures(tokens, sequences, valid, rollout.group_ids, problem)
+
+    def given(self, tokens: Tensor, rollout: RolloutBatch) -> Rewards:
+        """Rewards of which the tokens' are known, ``[B, R]`` raw units. On last stages."""
+        valid = rollout.response_mask.to(tokens.device)
+        whole = sequence_rewards(self.context, rollout, tokens, valid, self.newline_ids)
+        return Rewards(tokens, whole, valid, problem="")
+
+    def _verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
+        """``[B]`` 1, 0 or NaN (failed), the same on all tensor ranks, and the first problem."""
+        mesh, rewards, problem = self.context.mesh, [], ""
+        first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
+        for row, length, group in zip(
+            rollout.rows, rollout.prompt_lengths.tolist(), rollout.group_ids.tolist(), strict=True
+        ):
+            if mesh.tp_rank != 0:
+                rewards.append(0.0)
+                continue
+            text = self.context.tokenizer.decode(row[length:], skip_special_tokens=True)
+            verdict = self.verifier.judge(prompts.answers[group - first] or "", text)
+            rewards.append(torch.nan if verdict.reward is None else verdict.reward)
+            problem = problem or verdict.problem
+        verdicts = torch.tensor(rewards, dtype=torch.float32, device=mesh.device)
+        if mesh.tp_size > 1:
+            source = dist.get_process_group_ranks(mesh.tp_group)[0]
+            dist.broadcast(verdicts, source, group=mesh.tp_group)
+        return verdicts, problem
+
+
+def model_rewards(
+    context: Context,
+    model: RewardModel,
+    rollout: RolloutBatch,
+    prompts: PromptBatch,
+    on_block: OnBlock = nothing,
+) -> Tensor | None:
+    """``[B, R]`` a reward model's raw reward at the policy's tokens (last stages; else None).
+
+    A model with another tokenizer reads the same text in its own tokens. Entered by every rank.
+    """
+    read = read_reward(context, model.role)
+    if model.tokenizer is None:
+        return score_tokens(context, model.role, rollout, "at", read, on_block)
+    system = context.config.data.system_prompt
+    texts = translate(rollout, prompts, context.tokenizer, model.tokenizer, system)
+    scores = score_tokens(context, model.role, texts.rollout, "at", read, on_block)
+    return None if scores is None else read_back(scores, texts, rollout)
+
+
+def without_failures(
+    tokens: Tensor, sequences: Tensor, valid: Tensor, group_ids: Tensor, problem: str
+) -> Rewards:
+    """Takes answers with a reward that is not finite out of the valid ones.
+
+    Args:
+        tokens: ``[B, R]`` rewards, NaN or infinite where one failed.
+        sequences: ``[B]`` as this.
+        valid: ``[B, R]`` bool, response tokens.
+        group_ids: ``[B]`` int64, which prompt an answer is to.
+        problem: why the first one failed, if that is known.
+    """
+    finite = torch.where(valid, tokens, 0.0).isfinite().all(dim=1) & sequences.isfinite()
+    if not problem and not finite.all():
+        problem = "a reward model gave a number that is not finite"
+    valid = valid & finite[:, None]
+    sequences = torch.where(finite, sequences, 0.0)
+    others = group_means(sequences[:, None], finite[:, None], group_ids).to(sequences.dtype)
+    return Rewards(
+        tokens=torch.where(valid, tokens, 0.0),
+        sequences=torch.where(finite, sequences, others),
+        valid=valid,
+        problem=problem,
+    )
+
+
+def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> None:
+    """Ends the run where too many rewards of a step failed. Entered by every rank.
+
+    Raises:
+        UserError: on every rank, more than ``reward.max_failed_fraction`` of all replicas' answers.
+    """
+    found = None
+    if rewards is not None:
+        mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem)
+        everyone = gather_objects(mine, context.mesh.dp_group)
+        problems = [problem for _, _, problem in everyone if problem]
+        found = (sum(x[0] for x in everyone), sum(x[1] for x in everyone), [*problems, ""][0])
+    failed, total, problem = broadcast_object_from_last_stage(found, context.mesh)
+    limit = context.config.reward.max_failed_fraction
+    if failed > limit * total:
+        raise UserError(
+            f"step {step}: the reward of {failed} of {total} answers failed, more than "
+            f"reward.max_failed_fraction = {limit:g} of them; the first: {problem}"
+        )

@@ -1,0 +1,90 @@
+"""Answers in the tokens of a reward model that has a tokenizer of its own, and its scores back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.data.chat import encode_prompt
+from megatron_amrlhf.rewards.retokenise import align, decode, encode_with_ends, token_ends
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+
+@dataclass(frozen=True)
+class Translation:
+    """Answers in another tokenizer's tokens.
+
+    Attributes:
+        rollout: the same answers, rows of the other tokenizer.
+        index: for each answer, 1-D int64: of each policy token the number of the response token
+            in ``rollout`` that is read for it.
+    """
+
+    rollout: RolloutBatch
+    index: tuple[Tensor, ...]
+
+
+def translate(
+    rollout: RolloutBatch,
+    prompts: PromptBatch,
+    tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+    system_prompt: str | None,
+) -> Translation:
+    """Cuts prompts and answers anew. The same on every rank of a replica.
+
+    The prompt goes through the other tokenizer's chat template; an end token becomes its EOS.
+
+    Args:
+        rollout: answers in the policy's tokens.
+        prompts: their prompts.
+        tokenizer: the policy's.
+        other: the reward model's.
+        system_prompt: of the run, or None.
+    """
+    first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
+    heads = [encode_prompt(other, text, system_prompt) for text in prompts.texts]
+    rows, lengths, index = [], [], []
+    for row, length, group, ended in zip(
+        rollout.rows,
+        rollout.prompt_lengths.tolist(),
+        rollout.group_ids.tolist(),
+        rollout.ended.tolist(),
+        strict=True,
+    ):
+        head = heads[group - first]
+        ids, places = _answer(row[length:].tolist(), ended, tokenizer, other)
+        rows.append(torch.tensor(head + ids, dtype=torch.int64))
+        lengths.append(len(head))
+        index.append(torch.tensor(places, dtype=torch.int64))
+    lengths = torch.tensor(lengths, dtype=torch.int64)
+    there = replace(rollout, rows=tuple(rows), prompt_lengths=lengths)
+    return Translation(there, tuple(index))
+
+
+def _answer(
+    ids: list[int],
+    ended: bool,
+    tokenizer: PreTrainedTokenizerBase,
+    other: PreTrainedTokenizerBase,
+) -> tuple[list[int], list[int]]:
+    """The answer's ids there, and for each id here the place there that it reads."""
+    end = [other.eos_token_id] if ended else []
+    text_ids = ids[:-1] if ended else ids
+    there, there_ends = encode_with_ends(other, decode(tokenizer, text_ids))
+    if not there:  # no text at all: everything is read at the end token
+        return [other.eos_token_id], [0] * len(ids)
+    places = align(token_ends(tokenizer, text_ids), there_ends)
+    return there + end, places + [len(there)] * len(end)
+
+
+def read_back(scores: Tensor, texts: Translation, rollout: RolloutBatch) -> Tensor:
+    """``[B, R']`` scores of the translated answers to ``[B, R]`` at the policy's tokens."""
+    places = torch.zeros(rollout.response_mask.shape, dtype=torch.int64)
+    for row, index in enumerate(texts.index):
+        places[row, : index.numel()] = index
+    found = scores.gather(1, places.to(scores.device))
+    return torch.where(rollout.response_mask.to(scores.device), found, 0.0)

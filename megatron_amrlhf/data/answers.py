@@ -1,0 +1,101 @@
+"""Given answers to score: a JSONL file to rows of token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.chat import encode_solution, marker_token_id
+from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.prompts import encode_limited_prompt
+from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.step_record import answer_end, need_steps, need_text
+from megatron_amrlhf.errors import UserError
+
+PROMPT_KEYS, ANSWER_KEYS = ("prompt", "problem"), ("steps", "response", "answer")
+
+
+@dataclass(frozen=True)
+class GivenAnswer:
+    """A prompt with its answer.
+
+    Attributes:
+        row: token ids of prompt, answer and end-of-turn token, 1-D int64 on CPU.
+        prompt_length: tokens of the prompt.
+        prompt: the user's text.
+        ended: the answer is whole; False: it was cut off and has no end-of-turn token.
+        step_ends: index in the response of the token that each step is judged at; empty without
+            ``steps``.
+        extra: what else the line says (``problem_id``, ``correct``).
+    """
+
+    row: Tensor
+    prompt_length: int
+    prompt: str
+    ended: bool
+    step_ends: tuple[int, ...]
+    extra: dict[str, Any]
+
+
+def load_answers(
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection
+) -> tuple[list[GivenAnswer], Selection]:
+    """Reads ``{"prompt" or "problem", "steps" or "response" or "answer"}`` lines.
+
+    ``"finished": false`` and ``"truncated": true`` mean what they mean in `step_lists`.
+
+    Raises:
+        UserError: missing keys, empty answers, rows over the limits; with ``path:line:``.
+    """
+    records, marker_id = read_numbered_jsonl(path, {}), None
+    if section.step_marker is not None:
+        marker_id = marker_token_id(tokenizer, section.step_marker, "data.step_marker")
+
+    def encode(record: dict, where: str) -> list[GivenAnswer]:
+        return [_encode(record, where, tokenizer, section, marker_id)]
+
+    return select_rows(path, records, encode, section.on_wrong_row == "skip")
+
+
+def _encode(
+    record: dict,
+    where: str,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    marker_id: int | None,
+) -> GivenAnswer:
+    prompt = need_text(record, _first(record, PROMPT_KEYS, where), where)
+    key = _first(record, ANSWER_KEYS, where)
+    is_steps = key == "steps"
+    pieces = need_steps(record, key, where) if is_steps else (need_text(record, key, where),)
+    end = answer_end(record, where)
+    head = encode_limited_prompt(prompt, tokenizer, section, where)
+    separator, marker_id = (section.step_separator, marker_id) if is_steps else ("", None)
+    ids, ends = encode_solution(tokenizer, head, pieces, separator, marker_id, end)
+    if len(ids) > section.max_row_tokens:
+        limit = f"data.max_row_tokens = {section.max_row_tokens}"
+        advice = "raise the limit or drop this line"
+        raise UserError(f"{where}: the row has {len(ids)} tokens, over {limit}; {advice}")
+    return GivenAnswer(
+        row=torch.tensor(ids, dtype=torch.int64),
+        prompt_length=len(head),
+        prompt=prompt,
+        ended=end == "whole",
+        step_ends=tuple(end - len(head) for end in ends) if is_steps else (),
+        extra={name: record[name] for name in ("problem_id", "correct") if name in record},
+    )
+
+
+def _first(record: dict, keys: tuple[str, ...], where: str) -> str:
+    for key in keys:
+        if key in record:
+            return key
+    found = ", ".join(map(repr, record)) or "none"
+    wanted = " or ".join(map(repr, keys))
+    raise UserError(f"{where}: no key {wanted} (keys here: {found}); add one")

@@ -1,0 +1,152 @@
+"""Statistics of a data set's token scores: written by tools/score_tokens.py, read by runs.
+
+A folder has ``scores.safetensors`` (``scores`` [N] float32, of all answers one after the other,
+``offsets`` [answers + 1] int64) and ``statistics.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from megatron_amrlhf.errors import UserError
+
+SCORES_NAME, STATISTICS_NAME = "scores.safetensors", "statistics.json"
+LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class ScoreStatistics:
+    """Statistics over all scored tokens, raw reward units.
+
+    Attributes:
+        count: tokens.
+        num_answers: answers they are of.
+        mean: arithmetic mean.
+        std: population standard deviation.
+        median: quantile 0.5.
+        quantiles: level, as text, to the largest score that at most that share is below
+            (linear between scores).
+        prm: fingerprint of the PRM's weights.
+        attribute_weights: of the scalar reward; None: the mean of the attributes.
+        data: sha256 of the file of answers.
+    """
+
+    count: int
+    num_answers: int
+    mean: float
+    std: float
+    median: float
+    quantiles: dict[str, float]
+    prm: str
+    attribute_weights: list[float] | None
+    data: str
+
+    def as_json(self) -> str:
+        """The content of ``statistics.json``."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+
+def score_statistics(
+    scores: np.ndarray, num_answers: int, prm: str, attribute_weights: Any, data: str
+) -> ScoreStatistics:
+    """Statistics of ``[N]`` finite scores, N > 0, computed in float64."""
+    assert scores.size and np.isfinite(scores).all()
+    wide = scores.astype(np.float64)
+    return ScoreStatistics(
+        count=int(wide.size),
+        num_answers=num_answers,
+        mean=float(wide.mean()),
+        std=float(wide.std()),
+        median=float(np.median(wide)),
+        quantiles={f"{level:g}": float(np.quantile(wide, level)) for level in LEVELS},
+        prm=prm,
+        attribute_weights=None if attribute_weights is None else list(attribute_weights),
+        data=data,
+    )
+
+
+@dataclass(frozen=True)
+class OfflineScores:
+    """What a run takes from a statistics file.
+
+    Attributes:
+        baseline: the configured statistic, raw reward units.
+        mean: for normalisation.
+        std: for normalisation and for delta in deviations.
+    """
+
+    baseline: float
+    mean: float
+    std: float
+
+
+def load_offline(
+    path: str | Path,
+    statistic: str,
+    quantile: float,
+    prm: str,
+    attribute_weights: tuple[float, ...] | None,
+) -> OfflineScores:
+    """Reads and checks a statistics file.
+
+    Args:
+        path: ``statistics.json`` with its scores beside it.
+        statistic: ``mean``, ``median`` or ``quantile``.
+        quantile: the level for ``quantile``, in [0, 1].
+        prm: fingerprint of this run's PRM.
+        attribute_weights: of this run.
+
+    Raises:
+        UserError: the file is missing, malformed, or from another PRM or other weights.
+    """
+    file = Path(path).expanduser()
+    found = _read(file)
+    if found.prm != prm:
+        raise UserError(
+            f"mask.offline_file: {file} has scores of another PRM ({found.prm[:12]}, this run's "
+            f"is {prm[:12]}): score the data with this one by tools/score_tokens.py"
+        )
+    wanted = None if attribute_weights is None else list(attribute_weights)
+    if found.attribute_weights != wanted:
+        raise UserError(
+            f"mask.offline_file: {file} was made with reward_model.attribute_weights "
+            f"{found.attribute_weights}, this run has {wanted}: use the same"
+        )
+    baseline = {"mean": found.mean, "median": found.median}.get(statistic)
+    if baseline is None:
+        assert statistic == "quantile", statistic
+        baseline = float(np.quantile(_scores(file).astype(np.float64), quantile))
+    return OfflineScores(baseline=baseline, mean=found.mean, std=found.std)
+
+
+def _read(file: Path) -> ScoreStatistics:
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+        found = ScoreStatistics(**fields)
+        numbers = (found.mean, found.std, found.median)
+        right = all(type(x) is float and math.isfinite(x) for x in numbers) and found.std >= 0
+    except OSError as error:
+        raise UserError(f"mask.offline_file: {file}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"mask.offline_file: {file}: no statistics file ({error})") from None
+    if not right:
+        raise UserError(f"mask.offline_file: {file}: mean, std and median must be finite numbers")
+    return found
+
+
+def _scores(file: Path) -> np.ndarray:
+    beside = file.with_name(SCORES_NAME)
+    try:
+        return load_file(beside)["scores"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise UserError(
+            f"mask.offline_file: quantiles are read from {beside}, which cannot be ({error})"
+        ) from None

@@ -1,0 +1,105 @@
+"""Verifiable rewards: whether an answer's number is the reference answer, by math-verify."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+
+from megatron_amrlhf.errors import UserError
+
+WORKER = "megatron_amrlhf.rewards.verify_worker"
+START_SECONDS = 120.0  # importing sympy on a busy machine
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """``reward`` is 1 or 0, or None with the ``problem`` that kept the answer from being judged."""
+
+    reward: float | None
+    problem: str = ""
+
+
+class Verifier:
+    """Judges answers in a process of its own, which is ended when an answer takes too long.
+
+    Args:
+        timeout_seconds: for one answer.
+        command: starts the worker; None: the package's own.
+    """
+
+    def __init__(self, timeout_seconds: float, command: list[str] | None = None):
+        self.timeout_seconds = timeout_seconds
+        self._command = command or [sys.executable, "-m", WORKER]
+        self._process: subprocess.Popen | None = None
+        self._replies: queue.Queue[str | None] = queue.Queue()
+
+    def judge(self, gold: str, text: str) -> Verdict:
+        """1 if ``text`` gives the answer ``gold``, else 0; neither if it cannot be told."""
+        if self._process is None and (problem := self._start()):
+            return Verdict(None, problem)
+        try:
+            self._process.stdin.write(json.dumps({"gold": gold, "text": text}) + "\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            self.close()
+            return Verdict(None, f"the worker has ended ({error})")
+        reply = self._reply(self.timeout_seconds)
+        if reply is None:
+            self.close()
+            return Verdict(None, f"no verdict within {self.timeout_seconds:g} s")
+        if "reward" in reply:
+            return Verdict(reply["reward"])
+        return Verdict(None, reply["problem"])
+
+    def close(self) -> None:
+        """Ends the worker; the next answer starts a new one."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.stdin.close()
+            self._process = None
+
+    def _start(self) -> str | None:
+        """Starts the worker; what went wrong, or None."""
+        self._replies = queue.Queue()
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        reader = threading.Thread(
+            target=_read_lines, args=(self._process.stdout, self._replies), daemon=True
+        )
+        reader.start()
+        if self._reply(START_SECONDS) is None:
+            self.close()
+            return "the worker that compares answers does not start"
+        return None
+
+    def _reply(self, seconds: float) -> dict | None:
+        try:
+            line = self._replies.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        return None if line is None else json.loads(line)
+
+
+def _read_lines(stream, replies: queue.Queue) -> None:
+    """Passes a worker's lines on; None at its end."""
+    with stream:
+        for line in stream:
+            replies.put(line)
+    replies.put(None)
+
+
+def check_library() -> None:
+    """Whether answers can be compared here.
+
+    Raises:
+        UserError: math-verify is not installed.
+    """
+    if importlib.util.find_spec("math_verify") is None:
+        raise UserError("reward.verifiable_weight: needs the library math-verify: install it")

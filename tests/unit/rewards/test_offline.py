@@ -1,0 +1,115 @@
+"""Statistics of scored data: right numbers, and refused where they are another PRM's."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.fingerprint import SAMPLED_BYTES, model_fingerprint
+from megatron_amrlhf.rewards.offline import (
+    SCORES_NAME,
+    STATISTICS_NAME,
+    load_offline,
+    score_statistics,
+)
+
+SCORES = np.random.default_rng(3).normal(2.0, 3.0, size=501).astype(np.float32)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / STATISTICS_NAME
+    path.write_text(score_statistics(SCORES, 7, "f" * 32, (1.0, 0.5), "d").as_json())
+    save_file({"scores": SCORES}, tmp_path / SCORES_NAME)
+    return path
+
+
+def load(file, statistic="mean", quantile=0.5, prm="f" * 32, weights=(1.0, 0.5)):
+    return load_offline(file, statistic, quantile, prm, weights)
+
+
+def test_statistics_are_those_of_the_scores(file):
+    wide = np.sort(SCORES.astype(np.float64))
+    found = json.loads(file.read_text())
+    assert (found["count"], found["num_answers"]) == (501, 7)
+    assert found["mean"] == pytest.approx(wide.sum() / 501)
+    assert found["std"] == pytest.approx(np.sqrt(((wide - wide.mean()) ** 2).sum() / 501))
+    assert found["median"] == wide[250] == found["quantiles"]["0.5"]
+    assert found["quantiles"]["0.1"] == pytest.approx(wide[50])
+
+
+def test_the_baseline_is_the_configured_statistic(file):
+    wide = np.sort(SCORES.astype(np.float64))
+    assert load(file).baseline == pytest.approx(wide.mean())
+    assert load(file, "median").baseline == wide[250]
+    assert load(file, "quantile", 0.02).baseline == pytest.approx(wide[10])
+    assert load(file, "quantile", 1.0).baseline == wide[-1]
+    assert (load(file).mean, load(file).std) == pytest.approx((wide.mean(), wide.std()))
+
+
+def test_scores_of_another_prm_or_other_weights_are_refused(file):
+    with pytest.raises(UserError, match="scores of another PRM .ffffffffffff, this run's is aaaa"):
+        load(file, prm="a" * 32)
+    for weights in (None, (1.0, 0.6)):
+        with pytest.raises(UserError, match="attribute_weights .1.0, 0.5., this run has"):
+            load(file, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("{", "no statistics file"),
+        ('{"mean": 1.0}', "no statistics file"),
+        ('"std": -1.0', "finite numbers"),
+        ('"mean": NaN', "finite numbers"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_broken_file_is_named(file, change, words):
+    if change is None:
+        file.unlink()
+    elif change.startswith("{"):
+        file.write_text(change)
+    else:
+        fields = json.loads(file.read_text())
+        key, value = change.split(": ")
+        fields[key.strip('"')] = float(value)
+        file.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=words) as caught:
+        load(file)
+    assert str(file) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_quantiles_need_the_scores_beside(file):
+    file.with_name(SCORES_NAME).unlink()
+    assert load(file, "median").baseline
+    with pytest.raises(UserError, match="quantiles are read from .*scores.safetensors"):
+        load(file, "quantile", 0.2)
+
+
+def test_a_fingerprint_sees_every_file_its_name_size_beginning_and_end(tmp_path):
+    def of(**files):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / f"{name}.safetensors").write_bytes(content)
+        return model_fingerprint(folder)
+
+    long = bytes(2 * SAMPLED_BYTES + 10)
+    first = of(a=long, b=b"12")
+    assert first == of(a=long, b=b"12") and len(first) == 32
+    variants = [
+        of(a=long, b=b"13"),
+        of(a=long, c=b"12"),
+        of(a=long[:-1] + b"1", b=b"12"),
+        of(a=b"1" + long[1:], b=b"12"),
+        of(a=long + b"\0", b=b"12"),
+        of(a=long),
+    ]
+    assert len({first, *variants}) == len(variants) + 1
+    with pytest.raises(UserError, match="no .*safetensors file"):
+        of()

@@ -1,0 +1,106 @@
+"""Verified answers: right, wrong and not to be judged are three things."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_amrlhf.rewards.verifiable import Verifier
+
+SLOW_SECONDS = 60.0  # for a busy machine
+
+
+@pytest.fixture(scope="module")
+def verifier():
+    verifier = Verifier(SLOW_SECONDS)
+    yield verifier
+    verifier.close()
+
+
+@pytest.mark.parametrize(
+    ("gold", "text", "reward"),
+    [
+        ("72", "24 + 48 = 72 clips.\n#### 72", 1.0),
+        ("72", "The answer is 71.", 0.0),
+        ("72", "I do not know.", 0.0),
+        ("0.5", "It is $\\frac{1}{2}$", 1.0),
+        ("1200", "It costs 1,200 dollars", 1.0),
+        ("12", "\u7b54\u6848\u662f12\u3002", 1.0),
+        ("-3", "The answer is 3", 0.0),
+    ],
+)
+def test_a_number_is_right_or_wrong(verifier, gold, text, reward):
+    verdict = verifier.judge(gold, text)
+    assert (verdict.reward, verdict.problem) == (reward, "")
+
+
+def test_a_reference_answer_without_a_number_is_no_wrong_answer(verifier):
+    verdict = verifier.judge("unknown", "12")
+    assert verdict.reward is None and "'unknown'" in verdict.problem
+
+
+def test_an_answer_that_keeps_it_busy_fails_and_the_next_one_is_judged():
+    verifier = Verifier(2.0)
+    try:
+        verifier.judge("1", "1")
+        start = time.monotonic()
+        verdict = verifier.judge("9", "$9^{9^{9^{9^9}}}$")
+        assert verdict.reward is None and "within 2 s" in verdict.problem
+        assert time.monotonic() - start < SLOW_SECONDS
+        verifier.timeout_seconds = SLOW_SECONDS
+        assert verifier.judge("9", "9").reward == 1.0
+    finally:
+        verifier.close()
+
+
+PARENT = """
+import os, sys
+from megatron_amrlhf.rewards.verifiable import Verifier
+verifier = Verifier(60.0)
+assert verifier.judge("1", "1").reward == 1.0
+verifier._process.stdin.write('{"gold": "9", "text": "$9^{9^{9^{9^9}}}$"}\\n')
+verifier._process.stdin.flush()
+print(verifier._process.pid, flush=True)
+sys.stdin.readline()
+os._exit(0)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def test_a_busy_worker_does_not_outlive_its_run():
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", PARENT], **pipes) as parent:
+        pid = int(parent.stdout.readline())
+        time.sleep(2.0)
+        assert is_running(pid)
+        parent.communicate("go\n")
+    end = time.monotonic() + SLOW_SECONDS
+    while is_running(pid) and time.monotonic() < end:
+        time.sleep(0.1)
+    try:
+        assert not is_running(pid)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_a_failure():
+    code = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.readline()"
+    verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", code])
+    verdict = verifier.judge("1", "1")
+    assert verdict.reward is None and verdict.problem
+    dead = Verifier(SLOW_SECONDS, [sys.executable, "-c", "pass"])
+    assert "does not start" in dead.judge("1", "1").problem

@@ -1,0 +1,190 @@
+"""Splits step-labelled solutions by problem, and makes answers and pairs of them."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
+from megatron_amrlhf.data.prm_data import step_reader
+from megatron_amrlhf.data.rows import select_rows
+from megatron_amrlhf.data.step_record import StepRecord
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.rewards.outcome import RIGHT_STEP
+
+DESCRIPTION = """\
+Splits a file of step-labelled solutions (any format with one label a step that data.format knows)
+so that all solutions of a problem are on one side. Writes into FOLDER
+
+  train.jsonl, heldout.jsonl              the lines as they are, for algorithm.kind prm
+  pairs_train.jsonl, pairs_heldout.jsonl  a right and a wrong beginning of a solution, for orm
+  answers.jsonl                           held-out beginnings with problem_id and correct, to be
+                                          scored by tools/score_tokens.py
+
+Annotators stop at the first wrong step, so wrong solutions are cut and whole ones are right. Pairs
+and answers therefore are beginnings: a wrong one, and a right one of the same problem cut to as
+many steps. A beginning is wrong if a step is labelled 0, right if all steps have 0.5 or more."""
+
+EXAMPLE = """\
+example:
+  python tools/split_steps.py prm800k_human_steps.jsonl --heldout 0.2 --out data/prm800k"""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A line with what it says; ``right`` is None where it says neither."""
+
+    line: dict
+    prompt: str
+    steps: tuple[str, ...]
+    right: bool | None
+    whole: bool
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the tool; returns the exit code (2: a mistake in the arguments or the file)."""
+    options = _parser().parse_args(arguments)
+    try:
+        if not 0 < options.heldout < 1:
+            raise UserError(f"--heldout {options.heldout}: must be between 0 and 1")
+        train, heldout = _split(_read(options.source, options.format), options.heldout)
+        _write(Path(options.out), train, heldout, options.pairs)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=DESCRIPTION,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="FILE.jsonl", help="step-labelled solutions")
+    parser.add_argument("--out", metavar="FOLDER", required=True, help="where the files go")
+    parser.add_argument("--format", default="auto", help="as data.format (default: auto)")
+    parser.add_argument(
+        "--heldout", type=float, default=0.2, metavar="SHARE", help="of problems (default 0.2)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=8, metavar="N", help="pairs a problem at most (default 8)"
+    )
+    return parser
+
+
+def _read(path: str, kind: str) -> list[Solution]:
+    section = DataSection(train=path, format=kind)
+    records = read_numbered_jsonl(path, {})
+    read = step_reader(path, records[0], section, 1)
+
+    def solutions(line: dict, where: str) -> Iterable[Solution]:
+        return [_solution(line, record) for record in read(line, where)]
+
+    found, selection = select_rows(path, records, solutions, skip_wrong=False)
+    print(selection.summary() or f"{path}: {selection.num_rows} rows")
+    return found
+
+
+def _solution(line: dict, record: StepRecord) -> Solution:
+    labels = [label[0] for label in record.labels if label is not None]
+    right = None
+    if 0.0 in labels:
+        right = False
+    elif len(labels) == len(record.labels) and min(labels) >= RIGHT_STEP:
+        right = True
+    whole = record.end == "whole"
+    return Solution(line, record.turns[-1]["content"], record.steps, right, whole)
+
+
+def _split(
+    solutions: list[Solution], heldout: float
+) -> tuple[dict[str, list[Solution]], dict[str, list[Solution]]]:
+    """Solutions by problem, on each side; the side depends on the problem's text alone."""
+    problems: dict[str, list[Solution]] = {}
+    for solution in solutions:
+        problems.setdefault(solution.prompt, []).append(solution)
+    order = sorted(problems, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+    count = round(heldout * len(order))
+    if not 0 < count < len(order):
+        raise UserError(f"--heldout {heldout}: {len(order)} problems do not split that way")
+    sides = (sorted(order[count:]), sorted(order[:count]))
+    return tuple({text: problems[text] for text in side} for side in sides)
+
+
+def _write(folder: Path, train: dict, heldout: dict, limit: int) -> None:
+    sides = {"train": train, "heldout": heldout}
+    files = {f"{name}.jsonl": _lines(side) for name, side in sides.items()}
+    files |= {f"pairs_{name}.jsonl": _pairs(side, limit) for name, side in sides.items()}
+    files["answers.jsonl"] = _answers(heldout)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, lines in files.items():
+            write_jsonl(folder / name, lines)
+            print(f"{folder / name}: {len(lines)} lines")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
+    print(f"{len(train)} problems to train on, {len(heldout)} held out")
+
+
+def _lines(problems: dict[str, list[Solution]]) -> list[dict]:
+    lines = [solution.line for solutions in problems.values() for solution in solutions]
+    return list({id(line): line for line in lines}.values())  # a line may give several solutions
+
+
+def _pairs(problems: dict[str, list[Solution]], limit: int) -> list[dict]:
+    """Each wrong beginning against a right one of as many steps, where there is one."""
+    return [
+        {"prompt": prompt, "chosen": _text(right), "rejected": _text(wrong)}
+        for prompt, solutions in problems.items()
+        for right, wrong in _matched(solutions)[:limit]
+    ]
+
+
+def _answers(problems: dict[str, list[Solution]]) -> list[dict]:
+    """As many right as wrong beginnings of each problem, matched in their number of steps."""
+    return [
+        {
+            "problem_id": name,
+            "prompt": prompt,
+            "steps": list(steps),
+            "finished": False,
+            "correct": is_right,
+        }
+        for name, (prompt, solutions) in enumerate(problems.items())
+        for pair in _matched(solutions)
+        for steps, is_right in zip(pair, (True, False), strict=True)
+    ]
+
+
+def _matched(solutions: list[Solution]) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
+    """(right, wrong) beginnings of equal length: whatever differs but the steps is taken away.
+
+    Annotators stop at the first wrong step, so whole solutions are right ones; a model that sees
+    the end of a solution has learned only that. A right solution without its last step is right
+    up to each of its steps. Each beginning is used once.
+    """
+    wrong = [s.steps for s in solutions if s.right is False and not s.whole]
+    right = [s.steps[:-1] if s.whole else s.steps for s in solutions if s.right is True]
+    pairs, used = [], set()
+    for steps in wrong:
+        for other in right:
+            cut = other[: len(steps)]
+            if len(cut) == len(steps) and cut not in used:
+                used.add(cut)
+                pairs.append((cut, steps))
+                break
+    return pairs
+
+
+def _text(steps: tuple[str, ...]) -> str:
+    return "\n".join(steps) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
