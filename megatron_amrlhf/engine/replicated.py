@@ -55,7 +55,9 @@ class ReplicatedWeights(Weights):
         if make_optimizer is None:
             return
         flat = self._flatten()
-        self._master = nn.Parameter((flat[mesh.dp_rank] if shard_optimizer else flat).flatten())
+        # A copy, so that the other ranks' rows are freed.
+        own = flat[mesh.dp_rank].clone() if shard_optimizer else flat.flatten()
+        self._master = nn.Parameter(own)
         self.optimizer, self.scheduler = make_optimizer([self._master])
         gradients.watch(module.named_parameters())
 

@@ -84,7 +84,6 @@ def test_the_message_cut_does_not_see_the_truth():
     assert message_units([answer(noisy, truth)], AdaptiveCut(0.0))[0].tolist() == [0, 0, 1, 1]
 
 
-@settings(deadline=None)
 @given(rewards, st.floats(0.05, 5), st.floats(0, 2), st.sampled_from(["hold", "drop"]))
 def test_no_cut_is_below_the_optimum(row, noise, delta, neutral):
     steps = np.arange(len(row)) // 3
@@ -93,14 +92,14 @@ def test_no_cut_is_below_the_optimum(row, noise, delta, neutral):
         assert errors[name].total >= errors[OPTIMUM].total - ROUNDING
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(arrays(np.float64, st.integers(1, 8), elements=st.floats(-3, 3, width=32)))
 def test_the_optimum_is_the_best_of_all_cuts(row):
     error = cut_error(row, optimal_units(row, 0.49), 0.7, "mean")
     assert error.total == pytest.approx(brute_force_optimum(row, 0.7), abs=ROUNDING)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(rewards, st.floats(0.01, 20))
 def test_the_fast_search_costs_what_pelt_with_l2_costs(row, penalty):
     search = ruptures.Pelt(model="l2", min_size=1, jump=1)
@@ -112,7 +111,6 @@ def test_the_fast_search_costs_what_pelt_with_l2_costs(row, penalty):
     assert fast == pytest.approx(slow, abs=ROUNDING)
 
 
-@settings(deadline=None)
 @given(rewards, st.floats(0, 2), st.sampled_from(["batch", "sequence"]))
 def test_hold_never_yields_more_messages_than_drop_or_no_delta(row, delta, threshold):
     def count(delta, neutral):

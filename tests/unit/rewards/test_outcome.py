@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
@@ -36,7 +36,6 @@ BY_HAND = {
 answers = st.lists(st.lists(st.floats(0, 1), min_size=1, max_size=6), min_size=1, max_size=4)
 
 
-@settings(deadline=None)
 @given(answers, st.data())
 def test_aggregates_equal_plain_python_wherever_the_steps_stand(steps, data):
     width = 9
