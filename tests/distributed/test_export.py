@@ -82,15 +82,15 @@ def export_all(sources: str, exports: str, tensor: int, pipeline: int) -> None:
         engine = Zero3Engine(config, mesh)
         training = {"trainable": True, "learning_rate": 1e-3} if case.trainable else {}
         head = HEAD_OUTPUTS if case.head else None
-        engine.add_role(RoleSpec("r", source, getattr(torch, case.dtype), head, **training))
-        export_role(engine, "r", Path(exports) / "new" / case.name, load_tokenizer(source))
+        engine.add_role(RoleSpec("actor", source, getattr(torch, case.dtype), head, **training))
+        export_role(engine, "actor", Path(exports) / "new" / case.name, load_tokenizer(source))
     _refuses_a_folder_that_is_no_export(engine, Path(sources))
 
 
 def _refuses_a_folder_that_is_no_export(engine: Zero3Engine, folder: Path) -> None:
     tokenizer = load_tokenizer(folder / CASES[0].name)
     with pytest.raises(UserError, match="something else than an export"):
-        export_role(engine, "r", folder, tokenizer)
+        export_role(engine, "actor", folder, tokenizer)
 
 
 def assert_same_tensors(case: Case, source: Path, export: Path) -> None:
