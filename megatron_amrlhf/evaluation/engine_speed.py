@@ -166,7 +166,8 @@ class Bench:
         first = self.mesh.dp_rank * count
         random, size = torch.Generator().manual_seed(first), (count, self.work.prompt_tokens)
         tokens = torch.randint(0, self.shape.vocab_size, size, generator=random)
-        return PromptBatch(tuple(tokens), torch.arange(first, first + count), ("",) * count)
+        places = torch.arange(first, first + count)
+        return PromptBatch(tuple(tokens), places, ("",) * count, (None,) * count)
 
     def _plan(self) -> OutputPlan:
         lengths = torch.tensor([row.numel() for row in self._rows])
