@@ -16,7 +16,7 @@ from megatron_amrlhf.engine.microbatch import (
     response_outputs,
 )
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
-from megatron_amrlhf.models.stage import LogitsFunction
+from megatron_amrlhf.models.layers import LogitsFunction
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
 from megatron_amrlhf.rewards.kinds import OUTCOME, reward_kind
 from megatron_amrlhf.types import RolloutBatch

@@ -15,14 +15,15 @@ from megatron_amrlhf.config.algorithms import (
 )
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import read_deepspeed
+from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
+from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.reward_rules import reward_problems
-from megatron_amrlhf.config.schema import Config, ParallelSection, RolesSection
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 
 MODEL_TYPES = ("qwen2", "llama")
 CRITIC_SIGNALS = ("td_error", "advantage")
 COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
-PAIR_KINDS = ("dpo", "orm")  # their loss reads two rows at once
 REWARD_KINDS = ("prm", "orm")  # they train a reward model
 STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
 DATA_FORMATS = {  # others need prompts
@@ -40,7 +41,7 @@ def check_run(config: Config, world_size: int) -> None:
         UserError: names every broken rule on one line, each with its fix.
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
-    problems += [*_engine_problems(config), *_pair_problems(config)]
+    problems += [*axis_problems(config.parallel), *engine_problems(config)]
     if config.algorithm.kind not in REWARD_KINDS:
         if config.data.format == "prompts":
             problems += _rollout_problems(config)
@@ -146,22 +147,6 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
     """Processes, data-parallel size and what must divide by it."""
     parallel = config.parallel
     tensor, pipeline = parallel.tensor, parallel.pipeline
-    if parallel.context > 1:
-        yield (
-            f"parallel.context = {parallel.context}: context parallelism is not supported (our "
-            "attention keeps whole rows on a rank): use parallel.tensor with parallel.sequence, "
-            "or engine.recompute"
-        )
-    if parallel.sequence and tensor == 1:
-        yield "parallel.sequence: splits positions over the tensor axis, use parallel.tensor >= 2"
-    if parallel.virtual_stages > 1 and pipeline == 1:
-        yield "parallel.virtual_stages: interleaves pipeline stages, use parallel.pipeline >= 2"
-    uneven = parallel.first_stage_layers or parallel.last_stage_layers
-    if uneven and (pipeline == 1 or parallel.virtual_stages > 1):
-        yield (
-            "parallel.first_stage_layers, parallel.last_stage_layers: need parallel.pipeline >= 2 "
-            "and parallel.virtual_stages 1"
-        )
     model_parallel = tensor * pipeline
     if world_size % model_parallel:
         yield (
@@ -214,36 +199,6 @@ def _rollout_problems(config: Config) -> Iterator[str]:
         yield (
             f"data.max_prompt_tokens + rollout.max_new_tokens = {longest} is more than "
             f"data.max_row_tokens = {data.max_row_tokens}: raise it to {longest}"
-        )
-
-
-def _engine_problems(config: Config) -> Iterator[str]:
-    """Roles that ask for what their ZeRO stage has not."""
-    engine = config.engine
-    for name in RolesSection.model_fields:
-        section = engine.of_role(name)
-        for key in ("offload_parameters", "offload_optimizer"):
-            device = getattr(section, key)
-            if device != "none" and section.zero_stage < 3:
-                yield (
-                    f"engine.roles.{name}.{key}: {device} needs zero_stage 3, this role has "
-                    f"{section.zero_stage}"
-                )
-    tokens, longest = engine.micro_batch_tokens, config.data.max_row_tokens
-    together = 2 if config.algorithm.kind in PAIR_KINDS else 1
-    if tokens is not None and tokens < longest * together:
-        unit = "a pair of rows" if together > 1 else "a row"
-        yield (
-            f"engine.micro_batch_tokens = {tokens} does not hold {unit} of data.max_row_tokens = "
-            f"{longest}: use at least {longest * together}"
-        )
-
-
-def _pair_problems(config: Config) -> Iterator[str]:
-    kind, size = config.algorithm.kind, config.engine.micro_batch_size
-    if kind in PAIR_KINDS and size % 2:
-        yield (
-            f"engine.micro_batch_size: {kind} keeps pairs together, use an even number (got {size})"
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_amrlhf.config.schema import ParallelSection
+from megatron_amrlhf.config.layout import ParallelSection
 
 
 @dataclass(frozen=True)

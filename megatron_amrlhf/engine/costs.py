@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_amrlhf.config.schema import EngineSection
+from megatron_amrlhf.config.layout import EngineSection
 from megatron_amrlhf.engine.footprint import FLOAT32_BYTES, StageSpec
 from megatron_amrlhf.engine.packing import block_positions, even_blocks, pack_rows
 from megatron_amrlhf.models.mapping import EMBEDDING

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_amrlhf.config.cut import PipelineCut, pipeline_cut
-from megatron_amrlhf.config.schema import Config, EngineSection, RoleSection
+from megatron_amrlhf.config.layout import EngineSection, RoleSection
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.models.mapping import EMBEDDING, HEAD, stage_entries, tied_name
 from megatron_amrlhf.models.shape import ModelShape
 

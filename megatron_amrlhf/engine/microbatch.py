@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.config.schema import EngineSection
+from megatron_amrlhf.config.layout import EngineSection
 from megatron_amrlhf.engine.packing import block_positions, even_blocks, pack_rows
 from megatron_amrlhf.models.attention import Packing
 from megatron_amrlhf.parallel.collectives import max_over

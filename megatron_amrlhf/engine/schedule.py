@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.engine.microbatch import MicroBatch
-from megatron_amrlhf.models.stage import LogitsFunction, StageModel
+from megatron_amrlhf.models.layers import LogitsFunction
+from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.pipeline import run_pipeline
 
 # (last stage's output, micro-batch) -> (loss of the micro-batch scaled for the step, anything)

@@ -24,7 +24,7 @@ from megatron_amrlhf.engine.schedule import (
     run_forward,
     run_forward_backward,
 )
-from megatron_amrlhf.models.stage import LogitsFunction
+from megatron_amrlhf.models.layers import LogitsFunction
 from megatron_amrlhf.parallel.mesh import Mesh
 
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from megatron_amrlhf.config.cut import PipelineCut
-from megatron_amrlhf.config.schema import EngineSection
+from megatron_amrlhf.config.layout import EngineSection
 from megatron_amrlhf.engine.announce import describe_choices, in_units
 from megatron_amrlhf.engine.costs import (
     BatchShape,

@@ -1,0 +1,122 @@
+"""What a stage is made of: norms and layers that recompute, and a head read in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megatron_amrlhf.models.attention import NO_DROPOUT, RotarySdpaAttention
+from megatron_amrlhf.models.shape import ModelShape
+
+# ([n, V_padded / TP] logits, [n] int64 token ids that follow) -> [n, ...] float32
+LogitsFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+class Norm:
+    """Builds torch's RMSNorm; megatron-core's own wrapper refuses sequence parallelism."""
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused):
+        norm = nn.RMSNorm(hidden_size, eps, dtype=config.params_dtype)
+        # Each tensor rank sees a part of the positions: engine/gradients.py sums over them.
+        norm.weight.sequence_parallel = config.sequence_parallel
+        return norm
+
+
+class Layer(TransformerLayer):
+    """A layer that can throw its activations away and compute them again in the backward."""
+
+    recompute: bool = False
+
+    def forward(self, *args, **kwargs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().forward, *args, **kwargs, **NO_DROPOUT)
+        return super().forward(*args, **kwargs)
+
+
+def layer_spec() -> ModuleSpec:
+    """A Llama-style layer without Transformer Engine, the same on CPU and GPU."""
+    return ModuleSpec(
+        module=Layer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=Norm,
+            self_attention=ModuleSpec(
+                module=RotarySdpaAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=IdentityOp,
+                    linear_proj=RowParallelLinear,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=Norm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear
+                ),
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+class LmHead(ColumnParallelLinear):
+    """The vocabulary-parallel head; its input holds all positions on every tensor rank."""
+
+    def __init__(self, config: TransformerConfig, shape: ModelShape, tp_size: int, own: bool):
+        super().__init__(
+            config.hidden_size,
+            shape.padded_vocab(tp_size),
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            skip_weight_param_allocation=not own,
+        )
+        self.sequence_parallel, self.allreduce_dgrad = False, tp_size > 1
+
+    def forward(
+        self,
+        hidden_NH: Tensor,
+        weight: Tensor | None = None,
+        targets: Tensor | None = None,
+        function: LogitsFunction | None = None,
+        positions: int = 0,
+    ) -> Tensor:
+        """``[N, V_padded / TP]`` logits, or what ``function`` makes of them.
+
+        Args:
+            hidden_NH: ``[N, H]``.
+            weight: the embedding's, where it is tied and on this stage.
+            targets: ``[N]``, the function's second argument.
+            function: reads the logits, ``positions`` at a time.
+            positions: how many positions' logits exist at a time.
+        """
+
+        def logits(hidden: Tensor) -> Tensor:
+            return super(LmHead, self).forward(hidden[:, None], weight=weight)[0][:, 0]
+
+        def read(hidden: Tensor, following: Tensor) -> Tensor:
+            return function(logits(hidden), following)
+
+        if function is None:
+            return logits(hidden_NH)
+        if hidden_NH.shape[0] <= positions:
+            return read(hidden_NH, targets)
+        # Nearly equal chunks: products of few rows round otherwise than those of many.
+        count = -(-hidden_NH.shape[0] // positions)
+        chunks = zip(hidden_NH.tensor_split(count), targets.tensor_split(count), strict=True)
+        return torch.cat([checkpoint(read, *chunk, **NO_DROPOUT) for chunk in chunks])
