@@ -36,7 +36,7 @@ Examples:
   bash launch/quickstart.sh --name ppo-plain -- mask.kind=none      the same without the mask
   bash launch/quickstart.sh --model ~/models/Qwen2-0.5B-Instruct --tp 2 --pp 2 --processes 4
 
-Exit code: the run's (0 done, 2 a mistake in the input). Variables: VENV (default .venv).
+Exit code: the run's (0 done, 2 a mistake in the input, 75 stopped by Ctrl-C: start it again). Variables: VENV (default .venv).
 TEXT
 }
 
@@ -94,14 +94,19 @@ REPLICAS=$((PROCESSES / (TP * PP)))
 round_up() { echo $((($1 + REPLICAS - 1) / REPLICAS * REPLICAS)); }
 COMMON=("model.path=$MODEL" "parallel.tensor=$TP" "parallel.pipeline=$PP")
 
-# Runs one training as a child that a signal to this script ends too.
+# Runs one training as a child that gets the signals to this script: the first one asks it to save
+# and stop, a second one ends it.
 train() {
-    bash launch/run.sh --processes "$PROCESSES" "$@" &
-    local child=$!
-    trap 'kill -TERM "$child" || true; wait "$child" || exit 130' INT
-    trap 'kill -TERM "$child" || true; wait "$child" || exit 143' TERM HUP
-    wait "$child"
+    bash launch/train.sh --processes "$PROCESSES" "$@" &
+    local child=$! code signalled
+    trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
+    while :; do
+        code=0 signalled=0
+        wait "$child" || code=$?
+        [[ "$signalled" == 1 ]] || break
+    done
     trap - INT TERM HUP
+    [[ "$code" == 0 ]] || exit "$code"
 }
 
 echo "[2/4] demonstration data data/demo"

@@ -1,6 +1,6 @@
 """The command line: ``amrlhf COMMAND CONFIG.yaml [--set section.key=value ...]``.
 
-``show-masks`` and ``status`` take a run or its configuration.
+``show-masks`` and ``status`` take a run or its configuration, ``doctor`` needs none.
 
 Configuration mistakes are answered before torch, Megatron or DeepSpeed are imported, so every
 rank of a wrong start is gone within a second.
@@ -19,11 +19,14 @@ from typing import NoReturn
 
 from rich.console import Console
 
+from megatron_amrlhf.arguments import at_least_one
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.describe import list_keys
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.doctor.options import add_doctor
+from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
+from megatron_amrlhf.planning import options as plan_options
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.masks import print_records, select
@@ -31,10 +34,14 @@ from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.postmortem import find_cause, status_lines
 from megatron_amrlhf.report.run_folder import note_failure
 from megatron_amrlhf.report.samples import load_samples
+from megatron_amrlhf.report.stop_request import EXIT_AGAIN
+from megatron_amrlhf.slurm import set_ranks
 
-EXIT_OK, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 2, 130
+EXIT_OK, EXIT_NOT_SO, EXIT_INTERRUPTED = 0, 1, 130
 TRAINER = "megatron_amrlhf.algorithms.train"
 SCORER = "megatron_amrlhf.algorithms.score_file"
+PLANNER = "megatron_amrlhf.algorithms.planner"
+DOCTOR = "megatron_amrlhf.doctor.command"
 # A mistake met while running may be seen by every rank or by one. Rank 0 speaks at once; the
 # others wait this long, in which the launcher ends them if rank 0 has already failed.
 OTHER_RANK_DELAY_SECONDS = 10.0
@@ -45,14 +52,17 @@ examples:
   amrlhf train configs/ppo_demo.yaml --set optimizer.lr=1e-6 rollout.top_k=50
   deepspeed --num_gpus 8 --module megatron_amrlhf train configs/ppo_demo.yaml \\
       --set parallel.tensor=2 parallel.pipeline=2          8 processes: TP 2, PP 2, DP 2
+  amrlhf plan configs/ppo_qwen2_7b.yaml --gpus 8           memory of each GPU, layouts that fit
   amrlhf config configs/ppo_demo.yaml                      every key with its value
   amrlhf show-masks runs/ppo-demo --html masks.html        answers, their messages and masks
   amrlhf status runs/ppo-demo                              what each rank does, or why it ended
+  amrlhf doctor configs/ppo_demo.yaml                      is everything here that the run needs?
   amrlhf train --help                                      every key with its meaning
 
 exit codes: 0 done, 2 a mistake in the input (one line says which), 3 stopped by the watchdog
-(engine.watchdog_seconds), 130 interrupted, 247 a process was killed, 1 anything else. A run leaves
-everything in runs/NAME/; started again, it goes on from its newest checkpoint.
+(engine.watchdog_seconds), 75 asked to stop (start it again), 130 interrupted, 247 a process was
+killed, 1 anything else. A run leaves everything in runs/NAME/; started again, it goes on from its
+newest checkpoint.
 """
 
 TRAIN_EPILOG = """\
@@ -78,7 +88,7 @@ goes on where it was stopped.
 
 examples:
   amrlhf score configs/ppo_demo.yaml --answers answers.jsonl --out runs/scores
-  bash launch/run.sh --processes 4 score configs/ppo_demo.yaml --answers answers.jsonl --out scores
+  bash launch/train.sh --processes 4 score configs/ppo_demo.yaml --answers A.jsonl --out scores
 """
 
 SHOW_MASKS_EPILOG = """\
@@ -117,14 +127,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None: those of the process.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 130 for Ctrl-C. Other errors are raised.
+        The exit code: 0, 2 for a user's mistake, 75 for a run that was asked to stop and goes on
+        when started again, 130 for Ctrl-C. Other errors are raised.
     """
     try:
         try:
-            arguments = _parser().parse_args(_without_local_rank(argv))
+            arguments = read_arguments(argv)
+            if arguments.command in LAUNCHED:
+                set_ranks(os.environ)
             if arguments.command in VIEWERS:
                 VIEWERS[arguments.command](arguments)
                 return EXIT_OK
+            if arguments.command == "doctor":
+                return importlib.import_module(DOCTOR).run(arguments)
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
                 check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
@@ -133,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if _rank() == 0:
                 _print_error(error)
             return EXIT_USER_ERROR
-        COMMANDS[arguments.command](config, arguments)
+        return COMMANDS[arguments.command](config, arguments)
     except UserError as error:
         if _rank() != 0:
             time.sleep(OTHER_RANK_DELAY_SECONDS)
@@ -141,24 +156,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    return EXIT_OK
 
 
-def train(config: Config, arguments: argparse.Namespace) -> None:
+def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command and its options.
+
+    Raises:
+        UserError: there is no such command or option.
+    """
+    return _parser().parse_args(_without_local_rank(argv))
+
+
+def train(config: Config, arguments: argparse.Namespace) -> int:
     """Trains what ``algorithm.kind`` says. Here and in `score` torch and Megatron are loaded."""
-    importlib.import_module(TRAINER).run(config)
+    is_done = importlib.import_module(TRAINER).run(config)
+    return EXIT_OK if is_done else EXIT_AGAIN
 
 
-def score(config: Config, arguments: argparse.Namespace) -> None:
+def score(config: Config, arguments: argparse.Namespace) -> int:
     """Scores the tokens of given answers by the run's reward models."""
     scorer = importlib.import_module(SCORER)
     scorer.run(config, arguments.answers, arguments.out, arguments.part)
+    return EXIT_OK
 
 
-def show_config(config: Config, arguments: argparse.Namespace) -> None:
+def plan(config: Config, arguments: argparse.Namespace) -> int:
+    """Tells what the run takes of each rank."""
+    fits = importlib.import_module(PLANNER).run(config, arguments)
+    return EXIT_OK if fits else EXIT_NOT_SO
+
+
+def show_config(config: Config, arguments: argparse.Namespace) -> int:
     """Prints the configuration with every default filled in, as YAML."""
     if _rank() == 0:
         print(dump_config(config), end="")
+    return EXIT_OK
 
 
 def show_masks(arguments: argparse.Namespace) -> None:
@@ -188,8 +220,8 @@ def show_status(arguments: argparse.Namespace) -> None:
         print(f"cause: {cause}")
 
 
-COMMANDS = {"train": train, "score": score, "config": show_config}
-LAUNCHED = ("train", "score")  # by the deepspeed launcher, on several processes
+COMMANDS = {"train": train, "score": score, "plan": plan, "config": show_config}
+LAUNCHED = ("train", "score", "doctor")  # by the deepspeed launcher, on several processes
 VIEWERS = {"show-masks": show_masks, "status": show_status}
 
 
@@ -221,6 +253,7 @@ def _parser() -> argparse.ArgumentParser:
     texts = {
         "train": ("train a reward model or a policy", TRAIN_EPILOG + "\n" + describe_keys()),
         "score": ("score the tokens of given answers by the run's PRM", SCORE_EPILOG),
+        "plan": (plan_options.SUMMARY, plan_options.EPILOG),
         "config": ("print the whole configuration, defaults included, as YAML", None),
     }
     for name, (summary, epilog) in texts.items():
@@ -231,8 +264,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_overrides(command)
         if name == "score":
             _add_score_options(command)
+        elif name == "plan":
+            plan_options.add_plan_options(command)
     _add_show_masks(commands)
     _add_status(commands)
+    _add_overrides(add_doctor(commands))
     return parser
 
 
@@ -284,7 +320,7 @@ def _add_score_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", required=True, metavar="FOLDER", help="where the scores go")
     command.add_argument(
         "--part",
-        type=_at_least_one,
+        type=at_least_one,
         default=64,
         metavar="N",
         help="answers scored between two saves (default 64)",
@@ -309,16 +345,9 @@ def _add_show_masks(commands: argparse._SubParsersAction) -> None:
         "--step", type=int, metavar="N", help="step of the rollout; else the newest"
     )
     command.add_argument(
-        "--limit", type=_at_least_one, default=4, metavar="N", help="answers at most (default 4)"
+        "--limit", type=at_least_one, default=4, metavar="N", help="answers at most (default 4)"
     )
     command.add_argument("--html", metavar="FILE", help="write a page instead, in one file")
-
-
-def _at_least_one(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, found {number}")
-    return number
 
 
 def _without_local_rank(argv: Sequence[str] | None) -> list[str]:

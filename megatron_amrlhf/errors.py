@@ -1,4 +1,12 @@
-"""The one exception that means "the user can fix this"."""
+"""The one exception that means "the user can fix this", and how a tool ends on it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
 
 
 class UserError(Exception):
@@ -6,3 +14,17 @@ class UserError(Exception):
 
     The message says what is wrong, where, and what to do about it.
     """
+
+
+def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
+    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2."""
+
+    @functools.wraps(main)
+    def run(*args, **kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_USER_ERROR
+
+    return run

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +18,7 @@ CHATML_TEMPLATE = (
 )
 
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_SENTENCES = (
+SENTENCES = (
     "Solve it step by step. Write one short step with one calculation on each line.",
     'End with "The answer is" and the number. The answer is 12.',
     "First, Ann buys 3 x 4 = 12 apples. Then, Ann gives 12 - 5 = 7 apples to a friend.",
@@ -26,6 +29,15 @@ _SENTENCES = (
     "Explain how a refrigerator keeps food cold. Describe a busy morning at the market.",
     "user assistant system Step 1: Step 2: Step 3: There are passengers, trees, crates, liters.",
 )
+
+
+def load_tool(name: str) -> ModuleType:
+    """A program of ``tools/`` as a module."""
+    file = Path(__file__).parents[1] / "tools" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_tiny_tokenizer(
@@ -50,7 +62,7 @@ def make_tiny_tokenizer(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    tokenizer.train_from_iterator(SENTENCES, trainer)
     assert tokenizer.get_vocab_size() == vocab_size, (tokenizer.get_vocab_size(), vocab_size)
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

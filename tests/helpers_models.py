@@ -10,12 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 CHATML = (
@@ -41,7 +39,7 @@ def make_tiny_model(
     head_dim: int = 8,
     intermediate: int = 80,
     layers: int = 4,
-    rope_theta: float = 10000.0,
+    rope: dict | None = None,
     max_positions: int = 512,
     weight_std: float = 0.2,
     qkv_bias_std: float = 0.5,
@@ -52,8 +50,9 @@ def make_tiny_model(
 
     Args:
         folder: where to save; made if absent.
-        family: ``qwen2`` (with q/k/v biases) or ``llama`` (without).
+        family: ``model_type``: qwen2 (with q/k/v biases), llama, mistral or qwen3 (q/k norms).
         tied: one matrix for the embedding and the output layer.
+        rope: ``rope_parameters``; None for plain rotary positions of base 10000.
         seed: of the weights; the global random state is left alone.
         weight_std: standard deviation of matrices (and of norm weights around 1).
         qkv_bias_std: standard deviation of the q/k/v biases of ``qwen2``; 0 for zero biases.
@@ -61,11 +60,8 @@ def make_tiny_model(
     Returns:
         The model, in eval mode.
     """
-    config_class, model_class = {
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "llama": (LlamaConfig, LlamaForCausalLM),
-    }[family]
-    config = config_class(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=vocab_size,
         hidden_size=hidden,
         num_attention_heads=heads,
@@ -73,7 +69,8 @@ def make_tiny_model(
         head_dim=head_dim,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0} | (rope or {}),
+        **({"sliding_window": None} if family == "mistral" else {}),
         max_position_embeddings=max_positions,
         rms_norm_eps=1e-6,
         tie_word_embeddings=tied,
@@ -81,7 +78,7 @@ def make_tiny_model(
         eos_token_id=END_TOKEN_ID,
         pad_token_id=END_TOKEN_ID,
     )
-    model = model_class(config).to(torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config).to(torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

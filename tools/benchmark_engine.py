@@ -18,13 +18,15 @@ from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from megatron_amrlhf.config.checks import check_model, check_run
+from megatron_amrlhf.arguments import at_least_one
+from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.costs import bubble_fraction
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
 from megatron_amrlhf.evaluation.start_ranks import start_ranks
+from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.engine_tables import engine_tables
@@ -59,8 +61,8 @@ this machine, layouts taking turns, and prints for each
   time       median seconds of each phase, tokens/s, and the pipeline's bubble, (p-1)/(v m + p-1)
   bytes      what a rank sends, by kind of operation and axis of the mesh: counted from
              torch.distributed's operators beside calculated (engine/costs.py)
-  memory     peak bytes of tensors on a rank, beside what weights, gradients, masters and moments
-             take by calculation; what is above that are activations, the KV cache and copies
+  memory     peak bytes of tensors on a rank, beside what amrlhf plan says, and what of it are
+             weights, gradients, masters and moments; the rest are activations and the KV cache
 
 A layout is tpT-ppP-dpD with T x P x D processes, and any of these behind it:
 
@@ -122,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, count = parser.add_argument, _count
+    add, count = parser.add_argument, at_least_one
     add("--layouts", nargs="+", required=True, metavar="LAYOUT", help="such as tp2-pp2-dp1-sp")
     model = parser.add_mutually_exclusive_group()
     model.add_argument("--model", metavar="PATH", help="Hugging Face folder, .gguf or pip:PACKAGE")
@@ -138,12 +140,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="run keys, for every layout")
     add("--out", metavar="FOLDER", help="also write benchmark_engine.json there")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
-    return int(text)
 
 
 def _model(options: argparse.Namespace, scratch: Path) -> Path:
@@ -196,7 +192,7 @@ def _layout(name: str, options: argparse.Namespace, folder: Path, scratch: Path)
         config = load_config(path, [*overrides, *options.set])
         layout = Layout(name, config, data)
         check_run(config, layout.processes)
-        check_model(config, read_hf_config(folder))
+        check_shape(config, folder)
     except UserError as error:
         raise UserError(f"--layouts {name}: {str(error).removeprefix(f'{path}: ')}") from None
     gpus = torch.cuda.device_count()

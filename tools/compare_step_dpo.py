@@ -21,7 +21,7 @@ from megatron_amrlhf.algorithms.update import response_plan, update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.comparisons import plot_costs
@@ -63,24 +63,21 @@ class Shape:
     step_tokens: int
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments)."""
     options = _parser().parse_args(arguments)
+    folder = resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
+    config = make_config(options)
+    start_processes()
     try:
-        folder = resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
-        config = make_config(options)
-        start_processes()
-        try:
-            results = compare(make_context(config, folder), options)
-        finally:
-            stop_processes()
-        show(results)
-        if options.out:
-            settings = {key: value for key, value in vars(options).items() if key != "out"}
-            write(Path(options.out), settings, results)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        results = compare(make_context(config, folder), options)
+    finally:
+        stop_processes()
+    show(results)
+    if options.out:
+        settings = {key: value for key, value in vars(options).items() if key != "out"}
+        write(Path(options.out), settings, results)
     return 0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.best_of_n import compare_supervision, read_solutions
 from megatron_amrlhf.report.comparisons import plot_best_of_n
 from megatron_amrlhf.report.console import PLAIN_WIDTH
@@ -39,19 +39,16 @@ example:
   python tools/compare_supervision.py answers.jsonl --n 1 2 4 8 --out comparison"""
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the file)."""
     options = _parser().parse_args(arguments)
-    try:
-        problems = _with_answers(read_solutions(options.answers, options.logits), options.at_least)
-        sizes = _sizes(options.n, problems)
-        table = compare_supervision(problems, sizes)
-        _print(table, sizes, len(problems))
-        if options.out:
-            _write(Path(options.out), table, sizes, len(problems))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    problems = _with_answers(read_solutions(options.answers, options.logits), options.at_least)
+    sizes = _sizes(options.n, problems)
+    table = compare_supervision(problems, sizes)
+    _print(table, sizes, len(problems))
+    if options.out:
+        _write(Path(options.out), table, sizes, len(problems))
     return 0
 
 

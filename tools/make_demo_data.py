@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from megatron_amrlhf.data.demo import NUM_HELDOUT, NUM_PROBLEMS, write_demo_data
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import tells_user_errors
 
 DESCRIPTION = """\
 Write the demonstration data into FOLDER. Nothing is downloaded; the same seed gives the same files.
@@ -33,6 +33,7 @@ example:
   python tools/make_demo_data.py data/small --num-problems 64 --num-heldout 16"""
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the folder)."""
     parser = argparse.ArgumentParser(
@@ -57,13 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
         help="held-out problems (default: %(default)s)",
     )
     options = parser.parse_args(arguments)
-    try:
-        written = write_demo_data(
-            options.folder, options.seed, options.num_problems, options.num_heldout
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    written = write_demo_data(
+        options.folder, options.seed, options.num_problems, options.num_heldout
+    )
     state = "written" if written else "already there, unchanged"
     print(f"{options.folder}: demonstration data {state}")
     return 0

@@ -12,10 +12,11 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.segmentation import (
     CUTS,
     OPTIMUM,
+    PRICES,
     AdaptiveCut,
     CutError,
     DenseAnswer,
@@ -45,7 +46,9 @@ white noise of standard deviation c. SNR is an amplitude ratio, the truth's stan
 over c; two levels (good and bad) then lie 2 SNR c apart. The message cut sees the noisy rewards
 only, r_t of eq. 12 is the truth (--judge true): then eq. 12 is the expected squared error of
 rewarding each token with the mean of its unit's noisy rewards. With --judge observed r_t is the
-noisy reward itself, as it must be for a run.
+noisy reward itself, as it must be for a run; then --price schwarz charges 2 c^2 ln T a unit in
+place of c^2, the usual price in penalised change-point detection: below it the optimum is a cut
+that follows the noise.
 
 The optimum knows the truth. Three searches beside it see the noisy rewards only, like the message
 cut: PELT with penalty c^2, PELT with Schwarz' penalty 2 c^2 ln T, and for two levels a Viterbi
@@ -53,12 +56,12 @@ decoder that knows both levels and c (the best of several costs of a switch).
 
 With SAMPLES_OR_RUN (a run's folder or samples.jsonl) on the logged token rewards; a newline ends
 a step. c is --noise, or else estimated from the differences of neighbouring tokens (median
-absolute deviation). Mind that observed r_t hold the noise as well: there a cut that follows the
-noise looks good, and the optimum follows it best."""
+absolute deviation)."""
 
 EXAMPLE = """\
 example:
   python tools/reward_error.py --out docs/figures
+  python tools/reward_error.py --judge observed --price schwarz
   python tools/reward_error.py --levels many --snr 2 4 8
   python tools/reward_error.py runs/ppo-demo --delta 0.3"""
 
@@ -68,16 +71,13 @@ DECODER_PENALTIES = (0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 CURVE_DELTAS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.25)
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the file)."""
     options = _parser().parse_args(arguments)
-    try:
-        result, picture = _of_run(options) if options.source else _of_synthetic(options)
-        if options.out:
-            _write(Path(options.out), result, picture)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    result, picture = _of_run(options) if options.source else _of_synthetic(options)
+    if options.out:
+        _write(Path(options.out), options.name, result, picture)
     return 0
 
 
@@ -89,8 +89,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("source", nargs="?", metavar="SAMPLES_OR_RUN", help="a run; without: synthetic rewards")
-    add("--out", metavar="FOLDER", help="also write reward_error.json and .png there")
+    add("--out", metavar="FOLDER", help="also write NAME.json and NAME.png there")
+    add("--name", default="reward_error", help="of these files (default %(default)s)")
     add("--noise", type=_positive, metavar="C", help="c (synthetic: 1; run: estimated)")
+    add(
+        "--price",
+        choices=tuple(PRICES),
+        default="variance",
+        help="of a unit: variance c^2 or schwarz 2 c^2 ln T (default %(default)s)",
+    )
     cut = parser.add_argument_group("the message cut")
     cut.add_argument(
         "--delta",
@@ -132,28 +139,32 @@ def _of_synthetic(options: argparse.Namespace) -> tuple[dict, ErrorPicture]:
         options.levels,
     )
 
+    price = PRICES[options.price](options.length) * noise**2
+
     def draw(snr: float) -> list[DenseAnswer]:
         return make_answers(recipe, snr, noise, options.seed, options.judge)
 
     by_snr, ratios, grid = {}, {}, {}
     for snr in options.snr:
         answers = draw(snr)
-        errors = compare_cuts(answers, noise, cut, kind)
-        errors[FOUND] = found_in_noise(answers, noise, schwarz=False)
-        errors[SCHWARZ] = found_in_noise(answers, noise, schwarz=True)
+        errors = compare_cuts(answers, price, cut, kind)
+        errors[FOUND] = found_in_noise(answers, noise, "variance", price)
+        errors[SCHWARZ] = found_in_noise(answers, noise, "schwarz", price)
         if recipe.levels == "two":
-            errors[DECODER] = decode_two_levels(answers, snr * noise, noise, DECODER_PENALTIES)
+            errors[DECODER] = decode_two_levels(
+                answers, snr * noise, noise, DECODER_PENALTIES, price
+            )
         best = errors[OPTIMUM].total
         by_snr[f"{snr:g}"] = errors
         for delta in options.deltas:
             units = message_units(answers, replace(cut, delta=delta))
-            ratio = total_error(answers, units, noise, kind).total / best
+            ratio = total_error(answers, units, price, kind).total / best
             grid.setdefault(f"{delta:g}", {})[f"{snr:g}"] = ratio
             ratios.setdefault(f"delta {delta:g}", []).append((snr, ratio))
         for name in (FOUND, SCHWARZ, DECODER)[: len(errors) - len(CUTS)]:
             ratios.setdefault(name, []).append((snr, errors[name].total / best))
-    title = f"true rewards of {recipe.levels} levels, SNR {options.show_snr:g}"
-    picture = _picture(draw(options.show_snr), noise, cut, kind, title, ratios)
+    title = f"{options.judge} rewards, {recipe.levels} levels, SNR {options.show_snr:g}"
+    picture = _picture(draw(options.show_snr), price, cut, kind, title, ratios)
     _print_by_snr(by_snr, options.samples, noise)
     _print_grid(grid, list(by_snr), options.judge)
     return {
@@ -173,8 +184,10 @@ def _of_run(options: argparse.Namespace) -> tuple[dict, ErrorPicture]:
             "noise c cannot be estimated; give it with --noise"
         )
     cut, kind = _cut(options), options.message_reward
-    errors = compare_cuts(answers, noise, cut, kind)
-    picture = _picture(answers, noise, cut, kind, f"{len(answers)} answers, c = {noise:.3g}", {})
+    length = np.mean([len(answer.observed) for answer in answers])
+    price = PRICES[options.price](length) * noise**2
+    errors = compare_cuts(answers, price, cut, kind)
+    picture = _picture(answers, price, cut, kind, f"{len(answers)} answers, c = {noise:.3g}", {})
     _print_cuts(errors, len(answers), f"{options.source}: {len(answers)} answers, c = {noise:.4g}")
     return {
         "source": str(options.source),
@@ -201,7 +214,7 @@ def _logged_answers(records: list[SampleRecord], source: str) -> list[DenseAnswe
     return answers
 
 
-def _picture(answers, noise, cut, kind, title, ratios) -> ErrorPicture:
+def _picture(answers, price, cut, kind, title, ratios) -> ErrorPicture:
     """Everything as means an answer."""
 
     def point(error: CutError) -> tuple[float, float]:
@@ -209,13 +222,13 @@ def _picture(answers, noise, cut, kind, title, ratios) -> ErrorPicture:
 
     def with_delta(delta: float) -> CutError:
         units = message_units(answers, replace(cut, delta=delta))
-        return total_error(answers, units, noise, kind)
+        return total_error(answers, units, price, kind)
 
-    errors = compare_cuts(answers, noise, cut, kind)
+    errors = compare_cuts(answers, price, cut, kind)
     return ErrorPicture(
         title=title,
         cuts={name: point(error) for name, error in errors.items()},
-        frontier=[point(error) for error in error_frontier(answers, noise)],
+        frontier=[point(error) for error in error_frontier(answers, price)],
         adaptive=[point(with_delta(delta)) for delta in CURVE_DELTAS],
         ratios=ratios,
     )
@@ -223,7 +236,7 @@ def _picture(answers, noise, cut, kind, title, ratios) -> ErrorPicture:
 
 def _print_cuts(errors: dict[str, CutError], answers: int, title: str) -> None:
     table = Table(title=title)
-    headings = ("cut", "K an answer", "sum (r_t - r_k)^2", "c^2 K", "error", "of the optimum")
+    headings = ("cut", "K an answer", "sum (r_t - r_k)^2", "price x K", "error", "of the optimum")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "cut" else "right")
     for name, error in errors.items():
@@ -254,14 +267,14 @@ def _print_grid(grid: dict[str, dict[str, float]], snrs: list[str], judge: str) 
     _console().print(table)
 
 
-def _write(folder: Path, result: dict, picture: ErrorPicture) -> None:
+def _write(folder: Path, name: str, result: dict, picture: ErrorPicture) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(folder / "reward_error.json", json.dumps(result, indent=1) + "\n")
-        plot_errors(picture, folder / "reward_error.png")
+        write_atomic(folder / f"{name}.json", json.dumps(result, indent=1) + "\n")
+        plot_errors(picture, folder / f"{name}.png")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-    print(f"written: {folder / 'reward_error.json'} and .png")
+    print(f"written: {folder / name}.json and .png")
 
 
 def _as_json(errors: dict[str, CutError]) -> dict[str, dict[str, float]]:

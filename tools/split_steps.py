@@ -14,7 +14,7 @@ from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
 from megatron_amrlhf.data.prm_data import step_reader
 from megatron_amrlhf.data.rows import select_rows
 from megatron_amrlhf.data.step_record import StepRecord
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.rewards.outcome import RIGHT_STEP
 
 DESCRIPTION = """\
@@ -46,17 +46,14 @@ class Solution:
     whole: bool
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the file)."""
     options = _parser().parse_args(arguments)
-    try:
-        if not 0 < options.heldout < 1:
-            raise UserError(f"--heldout {options.heldout}: must be between 0 and 1")
-        train, heldout = _split(_read(options.source, options.format), options.heldout)
-        _write(Path(options.out), train, heldout, options.pairs)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 0 < options.heldout < 1:
+        raise UserError(f"--heldout {options.heldout}: must be between 0 and 1")
+    train, heldout = _split(_read(options.source, options.format), options.heldout)
+    _write(Path(options.out), train, heldout, options.pairs)
     return 0
 
 

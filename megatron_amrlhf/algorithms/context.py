@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stag
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.stop_request import StopRequest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -34,6 +35,7 @@ class Context:
         model_folder: Hugging Face folder of ``model.path``.
         console: progress and tables (speaks on rank 0).
         folder: the run's folder.
+        stop: whether this rank has seen a request to stop; by default there is none.
     """
 
     config: Config
@@ -44,6 +46,7 @@ class Context:
     model_folder: Path
     console: RunConsole
     folder: RunFolder
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def vocab_size(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.dense import DenseRewards, make_dense
+from megatron_amrlhf.algorithms.preemption import check_stop, until_stopped
 from megatron_amrlhf.algorithms.rewarding import Rewarder, Rewards, stop_on_failures
 from megatron_amrlhf.algorithms.scoring import (
     read_logprobs,
@@ -19,7 +20,7 @@ from megatron_amrlhf.algorithms.scoring import (
     score_states,
     score_tokens,
 )
-from megatron_amrlhf.data.order import shard, take
+from megatron_amrlhf.data.order import DataPosition, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.losses.reduce import Metrics
@@ -48,6 +49,7 @@ class ExperienceMaker:
     Args:
         context: the run; its engine has the roles actor, reference and maybe critic.
         data: the training prompts.
+        position: which of them a step takes.
         temperature: softmax temperature that log-probs are taken at.
         rewarder: gives the rewards.
         offline: for threshold or normalisation by a scored data set, else None.
@@ -57,11 +59,13 @@ class ExperienceMaker:
         self,
         context: Context,
         data: list[EncodedPrompt],
+        position: DataPosition,
         temperature: float,
         rewarder: Rewarder,
         offline: OfflineScores | None,
     ):
-        self.context, self.data, self.temperature = context, data, temperature
+        self.context, self.data, self.position = context, data, position
+        self.temperature = temperature
         self.rewarder, self.offline = rewarder, offline
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
         reward, self.cut_steps = context.config.reward, None
@@ -71,11 +75,9 @@ class ExperienceMaker:
 
     def indices_of(self, step: int) -> tuple[Tensor, list[int]]:
         """This replica's places in a step's data, and their indices; of seed and step alone."""
-        config, mesh = self.context.config, self.context.mesh
-        count = config.rollout.prompts_per_step
-        indices = take(len(self.data), config.run.seed, (step - 1) * count, count)
-        first = mesh.dp_rank * (count // mesh.dp_size)
-        mine = shard(indices, mesh.dp_rank, mesh.dp_size)
+        mesh = self.context.mesh
+        first = mesh.dp_rank * (self.position.per_step // mesh.dp_size)
+        mine = shard(self.position.indices(step), mesh.dp_rank, mesh.dp_size)
         return torch.arange(first, first + len(mine)), mine
 
     def prompts_of(self, step: int) -> PromptBatch:
@@ -106,16 +108,20 @@ class ExperienceMaker:
         config, start = self.context.config, time.perf_counter()
         samples = config.rollout.samples_per_prompt
         with self.context.console.track("rollout", len(prompts.rows) * samples) as bar:
-            answers = generate(
-                self.context.engine,
-                prompts,
-                samples,
-                config.rollout.reference_samples_per_prompt,
-                self.settings(),
-                config.run.seed,
-                step,
-                config.rollout.micro_batch_size,
-                bar.advance,
+            answers = until_stopped(
+                self.context,
+                lambda: generate(
+                    self.context.engine,
+                    prompts,
+                    samples,
+                    config.rollout.reference_samples_per_prompt,
+                    self.settings(),
+                    config.run.seed,
+                    step,
+                    config.rollout.micro_batch_size,
+                    bar.advance,
+                    self.context.stop.seen,
+                ),
             )
         self.seconds["rollout"] = time.perf_counter() - start
         return answers
@@ -129,13 +135,16 @@ class ExperienceMaker:
         with context.console.track("score", len(rollout.rows) * len(roles)) as bar:
 
             def run(role, where, read):
+                check_stop(context)
                 return score_tokens(context, role, rollout, where, read, bar.advance)
 
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
+            check_stop(context)
             rewards = self.rewards(rollout, prompts, bar.advance)
             states = None
             if "critic" in roles:
+                check_stop(context)
                 states = self.critic_states(rollout, bar.advance)
         self.seconds["score"] = time.perf_counter() - start
         stop_on_failures(context, rewards, step)
@@ -224,8 +233,8 @@ class ExperienceMaker:
 
 def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:
     rows, judged = len(rollout.rows), scored.response_mask.any(dim=1)
-    messages = message_counts(dense.messages).sum()
-    tokens = scored.response_mask.sum()
+    messages = message_counts(dense.messages, dense.signs).sum()
+    tokens = (dense.signs != 0).sum()
     return {
         "reward/mean": count_metric(scored.sequence_rewards[judged].sum(), judged.sum()),
         "mask/num_messages": count_metric(messages, judged.sum()),

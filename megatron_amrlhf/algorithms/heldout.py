@@ -6,6 +6,7 @@ import torch
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker
+from megatron_amrlhf.algorithms.preemption import until_stopped
 from megatron_amrlhf.data.order import shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.evaluation.answers import is_right
@@ -38,8 +39,20 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
     )
     size, seed = config.rollout.micro_batch_size, config.run.seed
     with context.console.track("evaluate", len(mine)) as bar:
-        rollout = generate(
-            context.engine, batch, 1, 0, maker.settings(), seed, EVALUATION_STEP, size, bar.advance
+        rollout = until_stopped(
+            context,
+            lambda: generate(
+                context.engine,
+                batch,
+                1,
+                0,
+                maker.settings(),
+                seed,
+                EVALUATION_STEP,
+                size,
+                bar.advance,
+                context.stop.seen,
+            ),
         )
     rewards = maker.rewarder.score(rollout, batch)
     metrics = {}

@@ -24,6 +24,7 @@ from megatron_amrlhf.algorithms.sample_log import log_samples
 from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
@@ -60,6 +61,9 @@ class PolicyAlgorithm(ABC):
             check_answers(config, [*self.train_data, *self.heldout_data])
         per_step = config.rollout.prompts_per_step
         self.total_steps = config.run.steps or -(-len(self.train_data) // per_step)
+        self.position = DataPosition(
+            config.data.train, len(self.train_data), config.run.seed, per_step
+        )
 
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
@@ -96,7 +100,9 @@ class PolicyAlgorithm(ABC):
         maker = PairMaker if self.is_offline else ExperienceMaker
         rewarder = Rewarder(context, self.reward_models)
         temperature = self.logprob_temperature()
-        self.maker = maker(context, self.train_data, temperature, rewarder, self.offline)
+        self.maker = maker(
+            context, self.train_data, self.position, temperature, rewarder, self.offline
+        )
 
     def logprob_temperature(self) -> float:
         """Softmax temperature of the log-probs that the loss reads."""

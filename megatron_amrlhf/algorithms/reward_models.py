@@ -8,13 +8,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.fingerprint import model_fingerprint
-from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
+from megatron_amrlhf.models.shape import check_shape
+from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.rewards.offline import OfflineScores, load_offline
 from megatron_amrlhf.rewards.verifiable import check_library
 
@@ -97,7 +97,7 @@ def _load(
     config: Config, role: str, key: str, path: str, policy_tokenizer: PreTrainedTokenizerBase
 ) -> RewardModel:
     folder = Path(path).expanduser()
-    check_model(config, read_hf_config(folder))
+    check_shape(config, folder)
     weights = ShardedWeights(folder)
     if "head.weight" not in weights:
         raise UserError(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.update import run_updates
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.order import PADDING, shard, take
+from megatron_amrlhf.data.order import PADDING, DataPosition, shard
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.types import TrainBatch
@@ -43,6 +43,7 @@ class RewardTraining(ABC, Generic[Example]):
             self.heldout, selection = self.load(config.data.heldout, config, tokenizer)
             self.selections.append(selection)
         count, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
+        self.position = DataPosition(config.data.train, len(self.examples), config.run.seed, size)
         self.total_steps = config.run.steps or -(-count // size)
 
     @abstractmethod
@@ -95,10 +96,8 @@ class RewardTraining(ABC, Generic[Example]):
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on ``batch_size`` examples. Entered by every rank."""
-        context, config = self.context, self.context.config
-        size, start = config.algorithm.batch_size, time.perf_counter()
-        indices = take(len(self.examples), config.run.seed, (step - 1) * size, size)
-        batch, plan = self.batch(self.share(self.examples, indices))
+        context, start = self.context, time.perf_counter()
+        batch, plan = self.batch(self.share(self.examples, self.position.indices(step)))
         metrics, engine = run_updates(
             context, [batch], {self.trained_role: lambda part, tick: self.update(part, plan, tick)}
         )

@@ -150,7 +150,7 @@ def _write_index(folder: Path, maps: list[dict[str, tuple]]) -> None:
 def _write_config(folder: Path, role: Role) -> None:
     config = read_hf_config(role.spec.folder)
     config.pop("torch_dtype", None)
-    config["dtype"] = str(role.spec.dtype).removeprefix("torch.")
+    config["dtype"] = role.spec.dtype_name
     config.pop(KEY, None)
     if role.spec.name in KIND_OF_ROLE:
         config[KEY] = KIND_OF_ROLE[role.spec.name]

@@ -1,16 +1,34 @@
-"""Which checkpoints a folder holds, and which of them are complete."""
+"""The folder of checkpoints: which are complete, how one becomes so, which are kept."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_amrlhf.checkpoint.files import fsync, sha256_of, write_text
 from megatron_amrlhf.errors import UserError
 
+FORMAT = 2
 MANIFEST_FILE, STATE_FILE, LATEST_FILE = "manifest.json", "state.json", "latest"
 STEP_FOLDER = re.compile(r"step-(\d+)", re.ASCII)
 TEMPORARY = "tmp-"  # prefix of folders that are being written or deleted
+ASIDE = f"{TEMPORARY}old-"  # of complete ones that are being replaced or deleted
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is complete; the newest always does.
+
+    Attributes:
+        count: complete checkpoints to keep, at least 1.
+        gib: what they may take together, GiB; None: any.
+    """
+
+    count: int
+    gib: float | None = None
 
 
 def find_latest(checkpoints: Path) -> Path | None:
@@ -47,6 +65,24 @@ def read_manifest(folder: Path) -> dict[str, dict] | None:
         return None
 
 
+def read_header(folder: Path) -> dict:
+    """The parsed ``state.json``.
+
+    Raises:
+        UserError: it is missing, malformed, or of another format.
+    """
+    file = folder / STATE_FILE
+    try:
+        header = json.loads(file.read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{folder} is no complete checkpoint: {STATE_FILE} is missing") from None
+    except ValueError as error:
+        raise UserError(f"{file}: malformed JSON: {error}") from None
+    if header.get("format") != FORMAT:
+        raise UserError(f"{folder} has format {header.get('format')}, this version reads {FORMAT}")
+    return header
+
+
 def is_complete(folder: Path) -> bool:
     """Whether the manifest is there and each file has the size it tells."""
     manifest = read_manifest(folder)
@@ -55,6 +91,78 @@ def is_complete(folder: Path) -> bool:
     return all(size_of(folder / name) == entry["size"] for name, entry in manifest.items())
 
 
+def file_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
+    """What is wrong with a file of a checkpoint, by its size and its content; None if nothing."""
+    file = folder / name
+    if name not in manifest or not file.is_file():
+        return "is missing"
+    wanted = manifest[name]
+    if size_of(file) != wanted["size"]:
+        return f"has {size_of(file)} bytes instead of {wanted['size']}"
+    if sha256_of(file) != wanted["sha256"]:
+        return "is damaged: its SHA-256 is not the manifest's"
+    return None
+
+
 def size_of(file: Path) -> int | None:
     """Size in bytes; None if there is no such file."""
     return file.stat().st_size if file.is_file() else None
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """Raises a ``UserError`` where ``needed`` bytes do not fit."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"no room for a checkpoint in {folder}: it takes {needed / 2**30:.1f} GiB and "
+            f"{free / 2**30:.1f} GiB are free; make room, or lower checkpoint.keep"
+        )
+
+
+def clear_leftovers(checkpoints: Path) -> None:
+    """Deletes what a killed save left behind; puts back a checkpoint it was about to replace."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for folder in checkpoints.glob(f"{ASIDE}*"):
+        place = folder.with_name(folder.name.removeprefix(ASIDE))
+        if is_complete(folder) and not place.exists():
+            folder.rename(place)
+    for folder in checkpoints.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Gives the complete checkpoint its name, then points ``latest`` to it."""
+    if folder.exists():
+        aside = _set_aside(folder)
+        temporary.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(folder)
+    fsync(folder.parent)
+    write_text(folder.parent / LATEST_FILE, folder.name + "\n")
+
+
+def delete_old(checkpoints: Path, newest: Path, retention: Retention) -> None:
+    """Keeps ``newest`` and, as far as ``retention`` lets, the latest other complete ones."""
+    assert retention.count >= 1
+    left = None if retention.gib is None else retention.gib * 2**30 - _bytes_of(newest)
+    kept = 1
+    others = [x for x in step_folders(checkpoints) if x != newest and is_complete(x)]
+    for folder in reversed(others):
+        size = _bytes_of(folder)
+        if kept < retention.count and (left is None or size <= left):
+            kept, left = kept + 1, None if left is None else left - size
+        else:
+            shutil.rmtree(_set_aside(folder))  # so that no half-deleted one is ever found
+            left = left and 0  # what is older goes as well
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{ASIDE}{folder.name}")
+    folder.rename(aside)
+    return aside
+
+
+def _bytes_of(folder: Path) -> int:
+    manifest = read_manifest(folder)
+    return sum(entry["size"] for entry in manifest.values()) if manifest else 0

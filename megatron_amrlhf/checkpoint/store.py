@@ -10,11 +10,13 @@ of each file). ``checkpoints/latest`` names the newest. Nothing is pickled.
 from __future__ import annotations
 
 import json
-import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+import torch.distributed as dist
 
 from megatron_amrlhf.checkpoint.files import (
     FileRecord,
@@ -22,186 +24,213 @@ from megatron_amrlhf.checkpoint.files import (
     fsync,
     make_empty,
     on_all_ranks,
-    sha256_of,
     write_tensors,
     write_text,
 )
 from megatron_amrlhf.checkpoint.folders import (
-    LATEST_FILE,
+    FORMAT,
     MANIFEST_FILE,
     STATE_FILE,
     TEMPORARY,
-    find_latest,
-    is_complete,
-    read_manifest,
-    size_of,
-    step_folders,
-    step_of,
+    Retention,
+    check_free_space,
+    clear_leftovers,
+    delete_old,
+    publish,
 )
+from megatron_amrlhf.checkpoint.parts import SavedLayout, part_name
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage
+from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
 
-__all__ = ["find_latest", "load_checkpoint", "part_name", "save_checkpoint", "step_of"]
-
-FORMAT = 1
 BYTES_PER_ELEMENT = 12  # master and two moments, float32
 
 
-def save_checkpoint(
-    engine: Zero3Engine, checkpoints: Path, step: int, state: dict, keep: int
-) -> Path:
-    """Writes ``checkpoints/step-N`` and deletes old ones. Entered by every rank, after a step.
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint whose parts are being written.
 
-    All nodes must see the same file system. A ``step-N`` that is already there is replaced.
+    Attributes:
+        folder: its name when it is complete.
+        temporary: where its files are.
+        text: of ``state.json``.
+        parts: this rank's part files.
+    """
+
+    folder: Path
+    temporary: Path
+    text: str
+    parts: Future[list[FileRecord]]
+
+    @property
+    def doing(self) -> str:
+        return f"cannot write the checkpoint {self.folder}"
+
+
+class CheckpointWriter:
+    """Writes ``checkpoints/step-N``. Every method is entered by every rank.
+
+    All nodes must see the same file system.
 
     Args:
         engine: its trainable roles are saved.
         checkpoints: folder of all checkpoints of the run; made if missing.
-        step: completed steps.
-        state: what else the run needs to go on, JSON-able; that of the last stage's (DP rank 0,
-            TP rank 0) is saved, as scores and baselines exist there only.
-        keep: complete checkpoints to keep, at least 1, this one among them.
-
-    Returns:
-        The folder, complete, on every rank.
-
-    Raises:
-        UserError: a rank cannot write (the same message on every rank); older checkpoints stay.
+        retention: which checkpoints are kept.
+        asynchronous: write in a thread while training goes on, from a copy of the states in
+            host memory (12 bytes for each parameter that this rank has of a trained role).
     """
-    mesh = engine.mesh
-    text = _state_text(engine, step, broadcast_object_from_last_stage(state, mesh))
-    folder, temporary = checkpoints / f"step-{step}", checkpoints / f"{TEMPORARY}step-{step}"
-    doing = f"cannot write the checkpoint {folder}"
-    sizes = on_all_ranks(lambda: _part_bytes(engine), doing)
 
-    def start() -> None:
-        if mesh.is_main:
-            _clear_leftovers(checkpoints)
-            make_empty(temporary)
-            _check_free_space(checkpoints, sum(sizes))
+    def __init__(
+        self,
+        engine: Zero3Engine,
+        checkpoints: Path,
+        retention: Retention,
+        asynchronous: bool = False,
+    ):
+        self._engine, self._checkpoints = engine, checkpoints
+        self._retention, self._asynchronous = retention, asynchronous
+        self._pending: _Pending | None = None
 
-    def finish() -> None:
-        if mesh.is_main:
-            records = [record for part in parts for record in part]
-            records.append(write_text(temporary / STATE_FILE, text))
-            _write_manifest(temporary, records)
-            _publish(temporary, folder)
-            _delete_old(checkpoints, folder, keep)
+    def save(self, step: int, state: dict) -> float:
+        """Saves the state after a step; an asynchronous one counts after ``poll`` or ``finish``.
 
-    with deleted_on_failure(temporary, mesh.is_main):
-        on_all_ranks(start, doing)
-        parts = on_all_ranks(lambda: _write_parts(engine, temporary), doing)
-        on_all_ranks(finish, doing)
-    return folder
+        An earlier save is finished first. A ``step-N`` that is already there is replaced.
+
+        Args:
+            step: completed steps.
+            state: what else the run needs to go on, JSON-able; that of the last stage's (DP rank
+                0, TP rank 0) is saved, as scores and baselines exist there only.
+
+        Returns:
+            Seconds that training had to wait.
+
+        Raises:
+            UserError: a rank cannot write (the same message on every rank); older checkpoints
+                stay.
+        """
+        start = time.perf_counter()
+        self.finish()
+        engine, mesh, folder = self._engine, self._engine.mesh, self._checkpoints / f"step-{step}"
+        temporary = self._checkpoints / f"{TEMPORARY}step-{step}"
+        text = _state_text(engine, step, broadcast_object_from_last_stage(state, mesh))
+        doing = f"cannot write the checkpoint {folder}"
+        sizes = on_all_ranks(lambda: _part_bytes(engine), doing)
+
+        def begin() -> None:
+            if mesh.is_main:
+                clear_leftovers(self._checkpoints)
+                make_empty(temporary)
+                check_free_space(self._checkpoints, sum(sizes))
+
+        with deleted_on_failure(temporary, mesh.is_main):
+            on_all_ranks(begin, doing)
+        parts = _start(self._writing(temporary), self._asynchronous)
+        self._pending = _Pending(folder, temporary, text, parts)
+        if not self._asynchronous:
+            self.finish()
+        return time.perf_counter() - start
+
+    def poll(self) -> Path | None:
+        """Completes a save whose parts are all written; its folder, or None."""
+        if self._pending is None:
+            return None
+        done = gather_objects(self._pending.parts.done(), dist.group.WORLD)
+        return self.finish() if all(done) else None
+
+    def finish(self) -> Path | None:
+        """Waits for a save that is under way and completes it; its folder, or None.
+
+        Raises:
+            UserError: as ``save``.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        mesh = self._engine.mesh
+
+        def complete() -> None:
+            if mesh.is_main:
+                records = [record for part in parts for record in part]
+                records.append(write_text(pending.temporary / STATE_FILE, pending.text))
+                _write_manifest(pending.temporary, records)
+                publish(pending.temporary, pending.folder)
+                delete_old(self._checkpoints, pending.folder, self._retention)
+
+        with deleted_on_failure(pending.temporary, mesh.is_main):
+            parts = on_all_ranks(pending.parts.result, pending.doing)
+            on_all_ranks(complete, pending.doing)
+        return pending.folder
+
+    def _writing(self, folder: Path) -> Callable[[], list[FileRecord]]:
+        """The work of writing this rank's parts, from copies where training will go on."""
+        roles, mesh = self._engine.trainable(), self._engine.mesh
+        states = {name: role.weights.read_states() for name, role in roles.items()}
+        if self._asynchronous:
+            states = {
+                name: {key: x.clone() for key, x in tensors.items()}
+                for name, tensors in states.items()
+            }
+        metadata = {name: _metadata(role) for name, role in roles.items()}
+        return lambda: [
+            write_tensors(folder / _own_part(name, mesh), tensors, metadata[name])
+            for name, tensors in states.items()
+        ]
 
 
-def load_checkpoint(engine: Zero3Engine, path: Path) -> dict:
-    """Restores the trainable roles of ``engine`` bit for bit. Entered by every rank.
+def _start(work: Callable[[], list[FileRecord]], in_thread: bool) -> Future[list[FileRecord]]:
+    if in_thread:
+        executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        future = executor.submit(work)
+        executor.shutdown(wait=False)
+        return future
+    future = Future()
+    try:
+        future.set_result(work())
+    except Exception as error:
+        future.set_exception(error)
+    return future
 
-    All files are checked on every rank before anything is changed. The continued run computes
-    what an uninterrupted one would have, as long as its configuration is the same; a changed
-    learning rate or schedule takes effect.
 
-    Args:
-        engine: with the same roles at the same layout as when the checkpoint was taken.
-        path: ``checkpoints/step-N``.
+def _own_part(role: str, mesh: Mesh) -> str:
+    return part_name(role, mesh.tp_rank, mesh.pp_rank, mesh.dp_rank)
 
-    Returns:
-        The ``state`` given to ``save_checkpoint``.
 
-    Raises:
-        UserError: a file is missing or damaged, or the layout or the roles are others; the same
-            message on every rank.
+def _metadata(role: Role) -> dict[str, str]:
+    """Of a part file: which slice of which parameter it holds.
+
+    One key, as safetensors writes several in an order that changes from file to file.
     """
-    reader = _Reader(path, engine.mesh)
-    doing = f"cannot read the checkpoint {path}"
-    header = on_all_ranks(lambda: reader.check(engine), doing)[engine.mesh.rank]
-    for name, role in _trainable(engine).items():
-        with safe_open(path / part_name(name, engine.mesh), framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        role.weights.write_states(tensors, header["roles"][name])
-    engine.set_counters(header["engine"])
-    return header["state"]
-
-
-def part_name(role: str, mesh: Mesh) -> str:
-    """File name of this rank's part of a role."""
-    place = f"tp{mesh.tp_rank:02d}-pp{mesh.pp_rank:02d}-dp{mesh.dp_rank:04d}"
-    return f"{role}-{place}.safetensors"
-
-
-def _trainable(engine: Zero3Engine) -> dict[str, Role]:
-    return {name: role for name, role in engine.roles.items() if role.spec.trainable}
-
-
-def _dtype(role: Role) -> str:
-    return str(role.spec.dtype).removeprefix("torch.")
-
-
-def _role_header(role: Role) -> dict:
-    return {"dtype": _dtype(role)} | role.weights.counters()
-
-
-def _layout(mesh: Mesh) -> dict[str, int | None]:
-    """What decides which rank has which elements. The ZeRO stage does not."""
-    return {
-        "tensor": mesh.tp_size,
-        "pipeline": mesh.pp_size,
-        "data": mesh.dp_size,
-        "virtual_stages": mesh.cut.virtual,
-        "first_stage_layers": mesh.cut.first_layers,
-        "last_stage_layers": mesh.cut.last_layers,
-    }
+    slices = {name: asdict(place) for name, place in role.weights.slices().items()}
+    return {"slices": json.dumps(slices)}
 
 
 def _state_text(engine: Zero3Engine, step: int, state: dict) -> str:
+    roles = {
+        name: {
+            "dtype": role.spec.dtype_name,
+            "model": role.spec.sizes(role.shape),
+            **role.weights.counters(),
+        }
+        for name, role in engine.trainable().items()
+    }
     header = {
         "format": FORMAT,
         "step": step,
-        "layout": _layout(engine.mesh),
-        "roles": {name: _role_header(role) for name, role in _trainable(engine).items()},
+        "layout": SavedLayout.of(engine.mesh).as_json(),
+        "roles": roles,
         "engine": engine.counters(),
         "state": state,
     }
     return json.dumps(header, indent=2) + "\n"
 
 
-def _slices_text(role: Role) -> str:
-    """Which slice of which parameter a part holds."""
-    return json.dumps({name: asdict(place) for name, place in role.weights.slices().items()})
-
-
 def _part_bytes(engine: Zero3Engine) -> int:
     """Bytes that this rank will write, about."""
     total = 0
-    for role in _trainable(engine).values():
+    for role in engine.trainable().values():
         total += sum(place.length for place in role.weights.slices().values())
     return total * BYTES_PER_ELEMENT
-
-
-def _write_parts(engine: Zero3Engine, folder: Path) -> list[FileRecord]:
-    records = []
-    for name, role in _trainable(engine).items():
-        metadata = {
-            "format": "pt",
-            "layout": json.dumps(_layout(engine.mesh)),
-            "slices": _slices_text(role),
-        }
-        path = folder / part_name(name, engine.mesh)
-        records.append(write_tensors(path, role.weights.read_states(), metadata))
-    return records
-
-
-def _check_free_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"no room for a checkpoint in {folder}: it takes {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; make room, or lower checkpoint.keep"
-        )
 
 
 def _write_manifest(folder: Path, records: list[FileRecord]) -> None:
@@ -213,117 +242,3 @@ def _write_manifest(folder: Path, records: list[FileRecord]) -> None:
     manifest = {"format": FORMAT, "files": dict(sorted(files.items()))}
     write_text(folder / MANIFEST_FILE, json.dumps(manifest, indent=2) + "\n")
     fsync(folder)
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Gives the complete checkpoint its name, then points ``latest`` to it."""
-    old = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    fsync(folder.parent)
-    write_text(folder.parent / LATEST_FILE, folder.name + "\n")
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def _clear_leftovers(checkpoints: Path) -> None:
-    """Deletes what a killed save left behind."""
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    for folder in checkpoints.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(folder)
-
-
-def _delete_old(checkpoints: Path, newest: Path, keep: int) -> None:
-    """Keeps ``newest`` and the ``keep - 1`` latest other complete checkpoints."""
-    assert keep >= 1
-    others = [x for x in step_folders(checkpoints) if x != newest and is_complete(x)]
-    for folder in others[: max(len(others) - (keep - 1), 0)]:
-        doomed = folder.with_name(f"{TEMPORARY}old-{folder.name}")
-        folder.rename(doomed)  # so that no half-deleted one is ever found
-        shutil.rmtree(doomed)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Checks a checkpoint on this rank before it is used."""
-
-    path: Path
-    mesh: Mesh
-
-    def check(self, engine: Zero3Engine) -> dict:
-        """The parsed ``state.json``, after a look at all that this rank will read."""
-        step_of(self.path)
-        manifest = read_manifest(self.path)
-        if manifest is None:
-            raise self._damaged(MANIFEST_FILE, "is missing or unreadable")
-        self._check_file(STATE_FILE, manifest)
-        header = json.loads((self.path / STATE_FILE).read_text(encoding="utf-8"))
-        self._check_layout(header)
-        self._check_roles(header, engine)
-        for name, role in _trainable(engine).items():
-            self._check_file(part_name(name, self.mesh), manifest)
-            self._check_slices(part_name(name, self.mesh), role)
-        return header
-
-    def _check_file(self, name: str, manifest: dict[str, dict]) -> None:
-        file = self.path / name
-        if name not in manifest or not file.is_file():
-            raise self._damaged(name, "is missing")
-        wanted = manifest[name]
-        if size_of(file) != wanted["size"]:
-            raise self._damaged(name, f"has {size_of(file)} bytes instead of {wanted['size']}")
-        if sha256_of(file) != wanted["sha256"]:
-            raise self._damaged(name, "is damaged: its SHA-256 is not the manifest's")
-
-    def _damaged(self, name: str, what: str) -> UserError:
-        """The error, with the way out: the newest older checkpoint that is complete."""
-        step = step_of(self.path)
-        folders = [x for x in step_folders(self.path.parent) if step_of(x) < step]
-        older = [folder for folder in folders if is_complete(folder)]
-        advice = "there is no older complete checkpoint: restore the file or start a new run"
-        if older:
-            advice = f"delete {self.path} to go on from the older complete checkpoint {older[-1]}"
-        return UserError(f"{self.path / name} {what}; {advice}")
-
-    def _check_layout(self, header: dict) -> None:
-        if header.get("format") != FORMAT:
-            raise UserError(
-                f"{self.path} has format {header.get('format')}, this version reads {FORMAT}"
-            )
-        then, now = header["layout"], _layout(self.mesh)
-        if then != now:
-            raise UserError(
-                f"{self.path} was taken at {_layout_text(then)}, this run has "
-                f"{_layout_text(now)}: start it at the checkpoint's layout, or with another "
-                "run.name from an exported model"
-            )
-
-    def _check_roles(self, header: dict, engine: Zero3Engine) -> None:
-        def describe(roles: dict[str, str]) -> str:
-            return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(roles.items()))
-
-        then = {name: role["dtype"] for name, role in header["roles"].items()}
-        now = {name: _dtype(role) for name, role in _trainable(engine).items()}
-        if then != now:
-            raise UserError(
-                f"{self.path} holds the trained roles {describe(then)}, this run trains "
-                f"{describe(now)}: use the checkpoint's configuration or another run.name"
-            )
-
-    def _check_slices(self, name: str, role: Role) -> None:
-        with safe_open(self.path / name, framework="pt") as file:
-            slices = file.metadata()["slices"]
-        if slices != _slices_text(role):
-            raise UserError(
-                f"{self.path / name} holds other parameters than this run's model: use the "
-                "checkpoint's model.path or another run.name"
-            )
-
-
-def _layout_text(layout: dict[str, int | None]) -> str:
-    text = f"TP {layout['tensor']} x PP {layout['pipeline']} x DP {layout['data']}"
-    if layout["virtual_stages"] != 1:
-        text += f" with {layout['virtual_stages']} virtual stages"
-    ends = layout["first_stage_layers"], layout["last_stage_layers"]
-    return f"{text} with {ends[0]} and {ends[1]} layers at the ends" if any(ends) else text

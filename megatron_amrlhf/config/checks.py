@@ -21,7 +21,6 @@ from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 
-MODEL_TYPES = ("qwen2", "llama")
 CRITIC_SIGNALS = ("td_error", "advantage")
 COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
 REWARD_KINDS = ("prm", "orm")  # they train a reward model
@@ -93,14 +92,8 @@ def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:
         hf_config: the content of the model's Hugging Face ``config.json``.
 
     Raises:
-        UserError: the model's type is not supported or its sizes do not divide, on one line.
+        UserError: its sizes do not divide, on one line.
     """
-    model_type = hf_config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"model.path: {config.model.path}: model_type {model_type!r} is not supported, "
-            f"use one of {', '.join(MODEL_TYPES)}"
-        )
     heads = hf_config["num_attention_heads"]
     tensor = config.parallel.tensor
     split = (

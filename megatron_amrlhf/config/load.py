@@ -49,7 +49,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         UserError: the file is missing or malformed, or any key or value is wrong. All problems
             are named at once, on one line.
     """
-    data = _read_yaml(Path(path))
+    data = read_yaml(Path(path))
     for section in [name for name, value in data.items() if value is None]:
         del data[section]  # "mask:" with every key commented out means the defaults
     from_override = {_apply_override(data, text) for text in overrides}
@@ -65,7 +65,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file (give the path of a run's YAML, see configs/)")
     if path.is_dir():

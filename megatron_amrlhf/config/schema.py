@@ -27,6 +27,12 @@ class RunSection(Section):
         None,
         description="optimizer (prm, orm) or rollout (others) steps; null: all epochs of the data",
     )
+    max_minutes: PositiveFloat | None = Field(
+        None,
+        description="an attempt saves and leaves with exit code 75 before it has run for so long, "
+        "from the start of its processes; it leaves room for another step and for saving, as "
+        "measured; null: no limit",
+    )
     log_samples: NonNegative = Field(
         8, description="samples a step written to samples.jsonl (count a data-parallel rank)"
     )
@@ -247,6 +253,17 @@ class LossSection(Section):
 class CheckpointSection(Section):
     every: NonNegative = Field(0, description="also save each N steps (0: only at the end)")
     keep: Positive = Field(2, description="complete checkpoints kept")
+    keep_gib: PositiveFloat | None = Field(
+        None, description="GiB that they may take together; the newest always stays"
+    )
+    asynchronous: bool = Field(
+        False,
+        description="write while training goes on, from a copy in host memory (12 bytes for each "
+        "parameter of a trained role over the ranks)",
+    )
+    accept_changed_data: bool = Field(
+        False, description="resume although data.train or run.seed are not the checkpoint's"
+    )
     resume: bool = Field(True, description="go on from the newest complete checkpoint of the run")
     export: bool = Field(
         True, description="write the trained model as a Hugging Face folder at the end"

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Literal
 
 from jinja2.exceptions import TemplateError
+from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_amrlhf.errors import UserError
+
+# Words, runs of blanks, digits, a line break, letters that many vocabularies lack.
+PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
 
 End = Literal["whole", "after step", "within step"]
 """Where a solution ends: at its end, or it was cut off after or within its last step.
@@ -23,19 +27,44 @@ would else learn that the last step of what annotators cut at the first mistake 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local Hugging Face folder; never runs code from the folder.
 
+    It may be a ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` alone.
+
     Raises:
-        UserError: no such folder, or no tokenizer in it that transformers can load.
+        UserError: no such folder, no tokenizer in it that transformers can load, or transformers
+            would cut text otherwise than the SentencePiece model.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such model folder; give a folder with a tokenizer in it")
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
         message = f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files"
         raise UserError(message) from error
+    if not (Path(folder) / "tokenizer.json").is_file():
+        _check_sentencepiece(tokenizer, Path(folder) / "tokenizer.model")
+    return tokenizer
+
+
+def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
+    """Compares transformers' translation of a SentencePiece model with the model itself.
+
+    The translation trusts ``tokenizer_class``, and with a wrong one cuts text otherwise in silence.
+    """
+    if not file.is_file():
+        return
+    try:
+        model = SentencePieceProcessor(model_file=str(file))
+    except RuntimeError:
+        return  # another format of that name, such as tiktoken's
+    if tokenizer.encode(PROBE, add_special_tokens=False) != model.encode(PROBE):
+        raise UserError(
+            f"{file}: as a {type(tokenizer).__name__} it cuts text otherwise than SentencePiece "
+            "does: set the right tokenizer_class in tokenizer_config.json (LlamaTokenizer for a "
+            "byte-fallback BPE), or add the model's tokenizer.json"
+        )
 
 
 def encode_prompt(

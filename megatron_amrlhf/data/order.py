@@ -10,8 +10,9 @@ import random
 from functools import lru_cache
 
 from megatron_amrlhf.data.jsonl import fingerprint
+from megatron_amrlhf.errors import UserError
 
-__all__ = ["PADDING", "epoch_permutation", "fingerprint", "shard", "take"]
+__all__ = ["PADDING", "DataPosition", "epoch_permutation", "fingerprint", "shard", "take"]
 
 PADDING = -1
 """Index that stands for "no sample" where ranks have unequal shares."""
@@ -56,6 +57,65 @@ def shard(indices: list[int], dp_rank: int, dp_size: int) -> list[int]:
     share = list(indices[start : start + base + (dp_rank < remainder)])
     width = base + (remainder > 0)
     return share + [PADDING] * (width - len(share))
+
+
+class DataPosition:
+    """Where a run stands in its training data; what a checkpoint keeps of that.
+
+    A resumed run goes on after the last consumed sample, with another number of samples a step
+    as well.
+
+    Args:
+        path: the data file.
+        samples: samples in it.
+        seed: of the order.
+        per_step: samples a step.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+
+    def __init__(self, path: str, samples: int, seed: int, per_step: int):
+        self.path, self.samples, self.seed, self.per_step = path, samples, seed, per_step
+        self.fingerprint = fingerprint(path)
+        self._resumed_after, self._consumed_then = 0, 0
+
+    def indices(self, step: int) -> list[int]:
+        """The samples of a step (1-based)."""
+        return take(self.samples, self.seed, self.consumed(step - 1), self.per_step)
+
+    def consumed(self, steps: int) -> int:
+        """Samples used in the first ``steps`` steps of the run."""
+        return self._consumed_then + (steps - self._resumed_after) * self.per_step
+
+    def state_dict(self, steps: int) -> dict[str, int | str]:
+        """What a checkpoint after ``steps`` steps keeps, JSON-able."""
+        consumed = self.consumed(steps)
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": self.seed,
+            "consumed_samples": consumed,
+            "epoch": consumed // self.samples,
+        }
+
+    def load_state_dict(self, state: dict, steps: int, accept_changed: bool) -> None:
+        """Goes on from what ``state_dict`` gave after ``steps`` steps.
+
+        Raises:
+            UserError: the data or the seed are others and ``accept_changed`` is not set.
+        """
+        if not accept_changed:
+            why = None
+            if state["fingerprint"] != self.fingerprint:
+                why = f"data.train: {self.path} is not what the checkpoint was trained on"
+            elif state["seed"] != self.seed:
+                why = f"run.seed: {self.seed} is not the checkpoint's {state['seed']}"
+            if why:
+                raise UserError(
+                    f"{why}; put it back, set checkpoint.accept_changed_data: true to go on all "
+                    "the same, or use another run.name"
+                )
+        self._resumed_after, self._consumed_then = steps, state["consumed_samples"]
 
 
 @lru_cache(maxsize=4)

@@ -107,17 +107,23 @@ def rollout_bytes(
         new_tokens: tokens of each answer.
         micro_batch_size: rows a decoding micro-batch.
     """
-    ordered = sorted(prompt_lengths)
-    parts = [ordered[i : i + micro_batch_size] for i in range(0, len(ordered), micro_batch_size)]
+    parts = decoding_blocks(prompt_lengths, micro_batch_size)
     # Prompts of a micro-batch are padded to its longest, then a token a row at a time.
     positions = sum(len(part) * (part[-1] + new_tokens - 1) for part in parts)
     volumes = _gathers(spec, 1) + _forward_passes(spec, positions)
-    sampled = len(ordered) * new_tokens
+    sampled = len(prompt_lengths) * new_tokens
     if spec.has_head:
         logits = sampled * spec.shape.padded_vocab(spec.tensor) * spec.weight_bytes
         volumes += _one(ALL_GATHER, "tensor", logits, spec.tensor)
         volumes += _one(BROADCAST, "tensor", sampled * TOKEN_BYTES, spec.tensor)
     return volumes + _one(BROADCAST, "pipeline", sampled * TOKEN_BYTES, spec.cut.stages)
+
+
+def decoding_blocks(prompt_lengths: Sequence[int], micro_batch_size: int) -> list[list[int]]:
+    """Prompt lengths of the rows of each decoding micro-batch, ascending, as decoding cuts them."""
+    ordered = sorted(prompt_lengths)
+    starts = range(0, len(ordered), micro_batch_size)
+    return [ordered[start : start + micro_batch_size] for start in starts]
 
 
 def update_bytes(spec: StageSpec, batch: BatchShape) -> Volumes:
@@ -135,9 +141,7 @@ def update_bytes(spec: StageSpec, batch: BatchShape) -> Volumes:
         elements = sum(-(-spec.sizes[name] // spec.data) for name in names)
         return rows * elements * FLOAT32_BYTES
 
-    if spec.sequence:
-        norms = [name for name in spec.sizes if name.endswith("layernorm.weight")]
-        volumes += _one(ALL_REDUCE, "tensor", copies(norms), spec.tensor)
+    volumes += _one(ALL_REDUCE, "tensor", copies(spec.summed_norms), spec.tensor)
     if spec.tied is not None:
         volumes += _one(ALL_REDUCE, "pipeline", copies([spec.tied]), 2)
     return volumes

@@ -11,7 +11,15 @@ from functools import cached_property
 from megatron_amrlhf.config.cut import PipelineCut, pipeline_cut
 from megatron_amrlhf.config.layout import EngineSection, RoleSection
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.models.mapping import EMBEDDING, HEAD, stage_entries, tied_name
+from megatron_amrlhf.models.mapping import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    QK_NORMS,
+    Entry,
+    stage_entries,
+    tied_name,
+)
 from megatron_amrlhf.models.shape import ModelShape
 
 FLOAT32_BYTES = 4
@@ -24,6 +32,7 @@ class StageSpec:
     """One model's stage on one rank.
 
     Attributes:
+        name: of the role.
         shape: sizes of the whole model.
         cut: the pipeline axis.
         stage: pipeline rank.
@@ -37,6 +46,7 @@ class StageSpec:
         engine: gather, reduce, recompute, micro-batches.
     """
 
+    name: str
     shape: ModelShape
     cut: PipelineCut
     stage: int
@@ -77,10 +87,18 @@ class StageSpec:
         return self.role.zero_stage == 0 or self.engine.reduce == "step"
 
     @cached_property
+    def _entries(self) -> list[Entry]:
+        return stage_entries(self.shape, self.cut, self.stage, self.head_outputs)
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Elements of each parameter (this tensor rank's shard) by local name."""
-        place = (self.shape, self.cut, self.stage, self.head_outputs)
-        return {entry.local: self._elements(entry.local) for entry in stage_entries(*place)}
+        return {entry.local: self._elements(entry.local) for entry in self._entries}
+
+    @property
+    def summed_norms(self) -> list[str]:
+        """Local names of norms whose gradients are summed over the tensor ranks."""
+        return [entry.local for entry in self._entries if entry.is_summed(self.sequence)]
 
     @cached_property
     def num_parameters(self) -> int:
@@ -108,7 +126,9 @@ class StageSpec:
         hidden = shape.hidden_size
         queries = shape.num_heads * shape.head_dim
         qkv = queries + 2 * shape.num_kv_heads * shape.head_dim
-        if name.endswith("layernorm.weight"):
+        if name.endswith(QK_NORMS):
+            return shape.head_dim
+        if name.endswith(NORM):
             return hidden
         if self.head_outputs is not None and name.endswith("output_layer.weight"):
             return self.head_outputs * hidden
@@ -148,6 +168,7 @@ def stage_spec(
     """
     parallel = config.parallel
     return StageSpec(
+        name=name,
         shape=shape,
         cut=pipeline_cut(parallel),
         stage=stage,

@@ -18,12 +18,12 @@ def sum_copies(
 ) -> None:
     """Sums what several ranks each have a part of, so that copies of a weight stay equal.
 
-    Both copies of a tied embedding, on the first and last stage, and in sequence parallelism the
-    weights of norms, of which each tensor rank saw a part of the positions. Partitions of copies
-    have the same size. Entered by every rank.
+    Both copies of a tied embedding, on the first and last stage, and the weights of norms of which
+    each tensor rank saw a part (``Entry.is_summed``). Partitions of copies have the same size.
+    Entered by every rank.
     """
-    if mesh.sequence_parallel:
-        norms = [entry.local for entry in entries if entry.is_norm]
+    if mesh.tp_size > 1:
+        norms = [entry.local for entry in entries if entry.is_summed(mesh.sequence_parallel)]
         parts = [gradients.held(name) for name in norms]
         if parts:
             joined = torch.cat(parts, dim=1)

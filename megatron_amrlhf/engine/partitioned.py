@@ -111,13 +111,11 @@ class PartitionedWeights(Weights):
         self.engine.optimizer.averaged_gradients = {}
 
     def slices(self) -> dict[str, Slice]:
-        slices = {}
-        for name, parameter in self.module.named_parameters():
-            partition = parameter.partition_numel()
-            start = min(partition * self._mesh.dp_rank, parameter.ds_numel)
-            length = min(partition, parameter.ds_numel - start)
-            slices[name] = Slice(tuple(parameter.ds_shape), start, length)
-        return slices
+        rank = self._mesh.dp_rank
+        return {
+            name: Slice.of(parameter.ds_shape, parameter.partition_numel(), rank)
+            for name, parameter in self.module.named_parameters()
+        }
 
     def counters(self) -> dict:
         states = [self._state.get(flat, {}) for flat in self._flat_masters]

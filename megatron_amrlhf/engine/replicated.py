@@ -110,13 +110,11 @@ class ReplicatedWeights(Weights):
             parameter.copy_(whole.view_as(parameter))
 
     def slices(self) -> dict[str, Slice]:
-        slices, rank = {}, self._mesh.dp_rank
-        for name, parameter in self.module.named_parameters():
-            span = self._spans[name]
-            start = min(span.size * rank, span.numel)
-            length = min(span.size, span.numel - start)
-            slices[name] = Slice(tuple(parameter.shape), start, length)
-        return slices
+        rank = self._mesh.dp_rank
+        return {
+            name: Slice.of(parameter.shape, self._spans[name].size, rank)
+            for name, parameter in self.module.named_parameters()
+        }
 
     def counters(self) -> dict:
         state = self.optimizer.state.get(self._master, {})

@@ -47,6 +47,15 @@ class RoleSpec:
     learning_rate: float = 0.0
     total_steps: int = 1
 
+    @property
+    def dtype_name(self) -> str:
+        """As configurations and files have it: ``float32``, ``bfloat16``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def sizes(self, shape: ModelShape) -> dict:
+        """Sizes of the model with its head, JSON-able; for a checkpoint."""
+        return dataclasses.asdict(shape) | {"head_outputs": self.head_outputs}
+
 
 class Role:
     """A stage and its weights.
@@ -60,8 +69,8 @@ class Role:
 
     def __init__(self, spec: RoleSpec, config: Config, mesh: Mesh):
         self.spec, self.mesh = spec, mesh
-        self.hf_config = AutoConfig.from_pretrained(spec.folder)
         self.shape: ModelShape = read_shape(read_hf_config(spec.folder))
+        self.hf_config = AutoConfig.from_pretrained(spec.folder)
         place = (self.shape, mesh.cut, mesh.pp_rank, spec.head_outputs)
         self.entries, self.tied = stage_entries(*place), tied_name(*place)
         options = StageOptions(

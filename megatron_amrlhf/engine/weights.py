@@ -34,6 +34,12 @@ class Slice:
     start: int
     length: int
 
+    @classmethod
+    def of(cls, shape: torch.Size, partition: int, rank: int) -> Slice:
+        """The part of ``rank`` where each rank has ``partition`` elements, the last ones fewer."""
+        start = min(partition * rank, shape.numel())
+        return cls(tuple(shape), start, min(partition, shape.numel() - start))
+
 
 class Weights(ABC):
     """A stage's weights on this rank, with their optimizer if they are trained.

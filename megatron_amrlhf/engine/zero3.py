@@ -161,6 +161,10 @@ class Zero3Engine:
         self._skipped_in_a_row = 0
         return StepResult(extras, norm, None)
 
+    def trainable(self) -> dict[str, Role]:
+        """The roles that are trained, by name."""
+        return {name: role for name, role in self.roles.items() if role.spec.trainable}
+
     def counters(self) -> dict[str, int]:
         """Counters of skipped steps, JSON-able and equal on every rank."""
         return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}

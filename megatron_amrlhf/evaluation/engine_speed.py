@@ -38,6 +38,8 @@ from megatron_amrlhf.parallel.mesh import Mesh, build_mesh, start_processes, sto
 from megatron_amrlhf.parallel.traffic import TrafficCounter
 from megatron_amrlhf.parallel.vocab import token_logprobs
 from megatron_amrlhf.parallel.volumes import Volumes
+from megatron_amrlhf.planning.memory import rollout_memory, score_memory, update_memory
+from megatron_amrlhf.planning.passes import RowLengths
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch
@@ -77,6 +79,7 @@ class RankReport:
         analytic: the same by ``engine/costs.py``.
         peak_bytes: of tensors, on a GPU the allocator's; empty if not counted.
         analytic_bytes: weights, gradients, masters and moments held by both roles.
+        planned_bytes: these and activations, logits, keys and values, as ``amrlhf plan`` has them.
     """
 
     stage: int
@@ -86,6 +89,7 @@ class RankReport:
     analytic: dict[str, dict[str, float]]
     peak_bytes: dict[str, int]
     analytic_bytes: dict[str, int]
+    planned_bytes: dict[str, int]
 
 
 class Bench:
@@ -146,6 +150,18 @@ class Bench:
             "score": resting + max(actor.window_bytes, reference.window_bytes),
             "update": training,
         }
+
+    def planned_memory(self) -> dict[str, int]:
+        """Bytes held at the fullest moment of each phase."""
+        specs, work, batch = list(self.specs()), self.work, self.batch()
+        rows = {"actor": work.answers // self.mesh.dp_size}
+        lengths, size = RowLengths(work.prompt_tokens, work.new_tokens), self.config.rollout
+        memory = {
+            "rollout": rollout_memory(specs, rows, lengths, size.micro_batch_size),
+            "score": score_memory(specs, "actor", batch),
+            "update": update_memory(specs, "actor", batch, compat.on_gpu()),
+        }
+        return {phase: of_phase.total for phase, of_phase in memory.items()}
 
     def _rollout(self) -> None:
         rollout, work = self.config.rollout, self.work
@@ -250,6 +266,7 @@ def measure(config: Config, folder: Path, work: Workload, mesh: Mesh) -> RankRep
         analytic={name: _named(volumes) for name, volumes in bench.analytic().items()},
         peak_bytes=peaks,
         analytic_bytes=bench.analytic_memory(),
+        planned_bytes=bench.planned_memory(),
     )
 
 

@@ -3,7 +3,8 @@
 Eq. 12 is the expected squared error of rewarding each token with the mean of its unit's *noisy*
 rewards: the mean of n of them has variance c^2 / n, so a unit costs c^2 whatever its length, on top
 of ``sum (r_t - r_k)^2`` of the true rewards. K = 1 gives the sequence-wise error (eq. 9, 10), K = T
-the token-wise one (eq. 11).
+the token-wise one (eq. 11). Where r_t is the noisy reward itself, a unit has to cost more than c^2,
+or the best cut is one that follows the noise: ``PRICES``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from megatron_amrlhf.mask.threshold import baseline_and_std, delta_in_signal_uni
 # Median absolute deviation times this is the standard deviation of a normal variable.
 MAD_TO_STD = 1.4826
 OPTIMUM = "optimum"
+# What a unit costs over c^2, from the number of tokens: eq. 12, and Schwarz' criterion.
+PRICES = {"variance": lambda length: 1.0, "schwarz": lambda length: 2 * np.log(max(length, 2))}
 CUTS = ("sequence", "step", "token", "message", OPTIMUM)
 
 
@@ -52,7 +55,7 @@ class CutError:
 
     Attributes:
         approximation: err_s, the sum of (r_t - r_k)^2.
-        noise: err_t = c^2 K.
+        noise: err_t = c^2 K, or another price of a unit times K.
         num_units: K.
     """
 
@@ -81,13 +84,13 @@ class AdaptiveCut:
     threshold: str = "batch"
 
 
-def cut_error(rewards: np.ndarray, units: np.ndarray, noise: float, kind: str) -> CutError:
+def cut_error(rewards: np.ndarray, units: np.ndarray, price: float, kind: str) -> CutError:
     """Eq. 12 of one answer under one cut.
 
     Args:
         rewards: ``[T]`` r_t.
         units: ``[T]`` number of the unit that each token is in, not decreasing.
-        noise: c, the standard deviation of the reward model's noise.
+        price: cost of a unit; in eq. 12 c^2, the variance of the reward model's noise.
         kind: r_k is the ``mean`` of the unit or its ``last`` token's reward.
 
     Returns:
@@ -97,7 +100,7 @@ def cut_error(rewards: np.ndarray, units: np.ndarray, noise: float, kind: str) -
     row = torch.from_numpy(np.asarray(rewards, dtype=np.float64))[None]
     shared = unit_rewards(row, ids, torch.ones_like(ids, dtype=torch.bool), kind)
     num_units = int(ids.max()) + 1
-    return CutError(float((row - shared).square().sum()), noise**2 * num_units, num_units)
+    return CutError(float((row - shared).square().sum()), price * num_units, num_units)
 
 
 def message_units(answers: Sequence[DenseAnswer], cut: AdaptiveCut) -> list[np.ndarray]:
@@ -142,13 +145,13 @@ def optimal_units(rewards: np.ndarray, penalty: float) -> np.ndarray:
 
 
 def compare_cuts(
-    answers: Sequence[DenseAnswer], noise: float, cut: AdaptiveCut, kind: str = "mean"
+    answers: Sequence[DenseAnswer], price: float, cut: AdaptiveCut, kind: str = "mean"
 ) -> dict[str, CutError]:
     """Eq. 12 of each of ``CUTS``, summed over the answers.
 
     Args:
         answers: one batch.
-        noise: c, above 0.
+        price: cost of a unit, above 0; c^2 for eq. 12.
         cut: how the message cut is made.
         kind: r_k, see ``cut_error``. The optimum is the optimum for ``mean``.
     """
@@ -159,17 +162,17 @@ def compare_cuts(
         "token": [np.arange(len(answer.judged)) for answer in answers],
         "message": messages,
     }
-    errors = {name: total_error(answers, cuts, noise, kind) for name, cuts in units.items()}
-    best = [optimal_units(answer.judged, noise**2) for answer in answers]
-    return errors | {OPTIMUM: total_error(answers, best, noise, "mean")}
+    errors = {name: total_error(answers, cuts, price, kind) for name, cuts in units.items()}
+    best = [optimal_units(answer.judged, price) for answer in answers]
+    return errors | {OPTIMUM: total_error(answers, best, price, "mean")}
 
 
 def total_error(
-    answers: Sequence[DenseAnswer], units: Sequence[np.ndarray], noise: float, kind: str
+    answers: Sequence[DenseAnswer], units: Sequence[np.ndarray], price: float, kind: str
 ) -> CutError:
     """Eq. 12 summed over answers, each with its cut."""
     errors = [
-        cut_error(answer.judged, cut, noise, kind)
+        cut_error(answer.judged, cut, price, kind)
         for answer, cut in zip(answers, units, strict=True)
     ]
     return CutError(
@@ -179,7 +182,9 @@ def total_error(
     )
 
 
-def found_in_noise(answers: Sequence[DenseAnswer], noise: float, schwarz: bool) -> CutError:
+def found_in_noise(
+    answers: Sequence[DenseAnswer], noise: float, penalty: str, price: float
+) -> CutError:
     """Change points found by PELT in the *observed* rewards, judged on r_t.
 
     What an exact search that sees no more than the adaptive cut does.
@@ -187,37 +192,37 @@ def found_in_noise(answers: Sequence[DenseAnswer], noise: float, schwarz: bool) 
     Args:
         answers: one batch.
         noise: c.
-        schwarz: penalty 2 c^2 ln T (Schwarz' criterion) instead of c^2.
+        penalty: of the search, a key of ``PRICES``.
+        price: cost of a unit in the result.
     """
-    factors = [2 * np.log(max(len(a.observed), 2)) if schwarz else 1.0 for a in answers]
     cuts = [
-        optimal_units(answer.observed, factor * noise**2)
-        for answer, factor in zip(answers, factors, strict=True)
+        optimal_units(answer.observed, PRICES[penalty](len(answer.observed)) * noise**2)
+        for answer in answers
     ]
-    return total_error(answers, cuts, noise, "mean")
+    return total_error(answers, cuts, price, "mean")
 
 
-def error_frontier(answers: Sequence[DenseAnswer], noise: float) -> list[CutError]:
+def error_frontier(answers: Sequence[DenseAnswer], price: float) -> list[CutError]:
     """The least error for a number of units, from one an answer to one a token.
 
     The convex hull of that curve: PELT at rising penalties gives its corners.
 
     Args:
         answers: one batch.
-        noise: c, above 0; weighs K in the result, the corners do not depend on it.
+        price: cost of a unit, above 0; weighs K in the result, the corners do not depend on it.
 
     Returns:
         Corners in the order of K.
     """
     largest = max(float(np.square(a.judged - a.judged.mean()).sum()) for a in answers)
-    penalties = np.geomspace(1e-3 * noise**2, max(largest, noise**2) * 1.01, 40)
+    penalties = np.geomspace(1e-3 * price, max(largest, price) * 1.01, 40)
     corners = {}
     for penalty in penalties:
         cuts = [optimal_units(answer.judged, penalty) for answer in answers]
-        error = total_error(answers, cuts, noise, "mean")
+        error = total_error(answers, cuts, price, "mean")
         corners[error.num_units] = error
     tokens = [np.arange(len(answer.judged)) for answer in answers]
-    every = total_error(answers, tokens, noise, "mean")
+    every = total_error(answers, tokens, price, "mean")
     corners[every.num_units] = every
     return [corners[count] for count in sorted(corners)]
 

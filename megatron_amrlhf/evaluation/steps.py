@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+
+SKLEARN_METRICS = "sklearn.metrics"  # its import takes most of a second of every start
 
 
 def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
@@ -23,6 +25,7 @@ def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> di
     if not scores.size:
         return {"prm/accuracy": math.nan, "prm/auc": math.nan}
     both = right.any() and not right.all()
+    roc_auc_score = importlib.import_module(SKLEARN_METRICS).roc_auc_score
     return {
         "prm/accuracy": float(((scores > threshold) == right).mean()),
         "prm/auc": float(roc_auc_score(right, scores)) if both else math.nan,

@@ -60,7 +60,11 @@ def make_answers(
 
 
 def decode_two_levels(
-    answers: list[DenseAnswer], level: float, noise: float, penalties: tuple[float, ...]
+    answers: list[DenseAnswer],
+    level: float,
+    noise: float,
+    penalties: tuple[float, ...],
+    price: float,
 ) -> CutError:
     """How well the observed rewards of two levels can be cut at all: a Viterbi decoder.
 
@@ -72,6 +76,7 @@ def decode_two_levels(
         level: the true level.
         noise: c.
         penalties: costs of a switch to try, in units of c^2; the least error counts.
+        price: cost of a unit in the error, see ``segmentation.cut_error``.
     """
     observed = np.stack([answer.observed for answer in answers]) / noise
     costs = np.stack([np.square(observed + level / noise), np.square(observed - level / noise)])
@@ -79,7 +84,7 @@ def decode_two_levels(
     for penalty in penalties:
         states = _viterbi(costs, penalty)
         switches = np.diff(states, axis=1, prepend=states[:, :1]) != 0
-        errors.append(total_error(answers, list(switches.cumsum(axis=1)), noise, "mean"))
+        errors.append(total_error(answers, list(switches.cumsum(axis=1)), price, "mean"))
     return min(errors, key=lambda error: error.total)
 
 

@@ -8,7 +8,9 @@ from torch import Tensor
 
 
 def message_ids(signs: Tensor, valid: Tensor) -> Tensor:
-    """Numbers the maximal runs of equal sign in each row; neutral runs (sign 0) count as well.
+    """Numbers the maximal runs of equal sign in each row, neutral runs (sign 0) as well.
+
+    So every token has a unit to share a reward with; ``message_counts`` leaves neutral runs out.
 
     Args:
         signs: ``[B, R]`` int8 of ``schmitt.signs``.
@@ -22,9 +24,18 @@ def message_ids(signs: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, starts_BR.long().cumsum(dim=1) - 1, -1)
 
 
-def message_counts(message_ids: Tensor) -> Tensor:
-    """Number of messages K of each row, ``[B, R]`` to ``[B]`` int64; 0 for an empty row."""
-    return F.pad(message_ids, (1, 0), value=-1).amax(dim=1) + 1
+def message_counts(message_ids: Tensor, signs: Tensor) -> Tensor:
+    """Number of messages, runs of good or of bad tokens, in each row.
+
+    Args:
+        message_ids: ``[B, R]`` int64 of ``message_ids``.
+        signs: ``[B, R]`` int8 that it was given.
+
+    Returns:
+        ``[B]`` int64. With ``hold`` never more than with ``drop`` or with ``delta`` 0.
+    """
+    before_BR = F.pad(message_ids, (1, 0), value=-1)[:, :-1]
+    return ((message_ids != before_BR) & (message_ids >= 0) & (signs != 0)).sum(dim=1)
 
 
 def unit_rewards(rewards: Tensor, unit_ids: Tensor, valid: Tensor, kind: str) -> Tensor:

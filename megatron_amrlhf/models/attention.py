@@ -122,7 +122,7 @@ def _attend_within_rows(
     """Causal attention inside each packed row of ``[1, heads, T, d]``; 0 at padding."""
     padding = query.shape[2] - sum(lengths)
     if not lengths:
-        return query * 0  # in the graph, as every parameter must be
+        return (query + key + value) * 0  # in the graph, as every parameter must be
     sizes = [*lengths, padding]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     rows = [F.scaled_dot_product_attention(*part, is_causal=True) for part in list(parts)[:-1]]

@@ -45,8 +45,12 @@ class Layer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def layer_spec() -> ModuleSpec:
-    """A Llama-style layer without Transformer Engine, the same on CPU and GPU."""
+def layer_spec(qk_norm: bool) -> ModuleSpec:
+    """A Llama-style layer without Transformer Engine, the same on CPU and GPU.
+
+    Args:
+        qk_norm: whether query and key heads go through a norm each, before they are rotated.
+    """
     return ModuleSpec(
         module=Layer,
         submodules=TransformerLayerSubmodules(
@@ -58,6 +62,8 @@ def layer_spec() -> ModuleSpec:
                     linear_qkv=ColumnParallelLinear,
                     core_attention=IdentityOp,
                     linear_proj=RowParallelLinear,
+                    q_layernorm=Norm if qk_norm else None,
+                    k_layernorm=Norm if qk_norm else None,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -17,6 +17,7 @@ from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.models.shape import ModelShape
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"  # in a chunk
+NORM, QK_NORMS = "layernorm.weight", ("q_layernorm.weight", "k_layernorm.weight")
 HF_EMBEDDING = "model.embed_tokens.weight"
 HEAD_PARTS = ("weight", "bias")
 HEAD_FILE_PREFIX = "head."  # names of a linear head in exported folders: head.weight, head.bias
@@ -86,10 +87,13 @@ class Entry:
     hf: tuple[str, ...]
     layout: Layout
 
-    @property
-    def is_norm(self) -> bool:
-        """Whether it is the weight of a norm, which sees a part of the positions in SP."""
-        return self.local.endswith("layernorm.weight")
+    def is_summed(self, sequence_parallel: bool) -> bool:
+        """Whether a tensor rank's gradient is a part, and the whole is the sum over the ranks.
+
+        A norm of queries or keys sees the rank's own heads only; in sequence parallelism every
+        norm sees the rank's part of the positions only.
+        """
+        return self.local.endswith(NORM if sequence_parallel else QK_NORMS)
 
 
 def _layer_entries(prefix: str, layer: int, shape: ModelShape) -> list[Entry]:
@@ -113,6 +117,15 @@ def _layer_entries(prefix: str, layer: int, shape: ModelShape) -> list[Entry]:
         ),
         Entry(f"{here}mlp.linear_fc2.weight", (f"{there}mlp.down_proj.weight",), ROW),
     ]
+    if shape.qk_norm:
+        entries += [
+            Entry(
+                f"{here}self_attention.{x}_layernorm.weight",
+                (f"{there}self_attn.{x}_norm.weight",),
+                REPLICATED,
+            )
+            for x in "qk"
+        ]
     if shape.qkv_bias:
         entries.append(
             Entry(f"{here}self_attention.linear_qkv.bias", tuple(x + "bias" for x in qkv), QKV)

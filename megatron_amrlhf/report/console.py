@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -208,6 +209,15 @@ def _text(value: float | None) -> str:
     if isinstance(value, int) or NO_FRACTION_FROM <= abs(value) < SCIENTIFIC_FROM:
         return f"{value:.0f}"
     return f"{value:.4g}"
+
+
+def terminal() -> TextIO | None:
+    """The terminal that the launch script was started on, where stderr is a log; else None."""
+    path = os.environ.get("AMRLHF_TERMINAL", "")
+    try:
+        return open(path, "w", encoding="utf-8") if path else None
+    except OSError:
+        return None
 
 
 def _console(stream: TextIO) -> Console:

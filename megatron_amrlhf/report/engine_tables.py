@@ -55,16 +55,16 @@ def _bytes(layouts: Mapping) -> Table:
 
 
 def _memory(layouts: Mapping) -> Table:
-    table = Table(title="memory: the rank with the highest peak; held = weights, gradients, Adam")
+    table = Table(title="memory: the rank with the highest peak; held: weights, gradients, Adam")
     for heading in ("layout", "phase"):
         table.add_column(heading)
-    for heading in ("peak", "held, calculated"):
+    for heading in ("peak", "planned", "held"):
         table.add_column(heading, justify="right")
     for name, measured in layouts.items():
         for phase in measured["seconds"]:
             rank = max(measured["ranks"], key=lambda r, phase=phase: r["peak_bytes"][phase])
-            peak, held = rank["peak_bytes"][phase], rank["analytic_bytes"][phase]
-            table.add_row(name, phase, in_units(peak), in_units(held))
+            kinds = ("peak_bytes", "planned_bytes", "analytic_bytes")
+            table.add_row(name, phase, *(in_units(rank[kind][phase]) for kind in kinds))
     return table
 
 

@@ -17,6 +17,7 @@ LOST_PARTNER = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|broken pipe|DistNetworkError|DistBackendError",
     re.IGNORECASE,
 )
+SILENT_SECONDS = 60.0  # heartbeats come each 5 seconds
 FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 
 
@@ -41,9 +42,13 @@ def status_lines(folder: Path) -> list[str]:
     if not status.is_file():
         raise UserError(f"{folder}: no run ({STATUS_NAME} is missing)")
     record = json.loads(status.read_text(encoding="utf-8"))
-    lines = [f"{record['state']}, step {record['step']}: {record['message']}"]
-    for beat in read_beats(folder):
-        age = time.time() - datetime.fromisoformat(beat.time).timestamp()
+    lines = [_headline(record)]
+    beats = read_beats(folder)
+    youngest = min((_age(beat.time) for beat in beats), default=0.0)
+    if record["state"] == "running" and youngest > SILENT_SECONDS:
+        lines.append(f"no sign of life for {youngest:.0f} s: the run is gone, or its node is")
+    for beat in beats:
+        age = _age(beat.time)
         text = f"{beat.who}: {beat.state}, {beat.where}; last heartbeat {age:.0f} s ago"
         lines.append(f"{text}, no progress for {beat.still_seconds:.0f} s before it")
     return lines
@@ -81,6 +86,21 @@ def find_cause(folder: Path, since: float) -> str | None:
     if own:
         return min(own)[1]
     return first_failure(beats) or _first_terminated(folder, beats)
+
+
+def _headline(record: dict) -> str:
+    """``running, attempt 2, step 3 of 10: ...; about 12 min left``."""
+    total, seconds = record.get("total"), record.get("step_seconds")
+    step = f"step {record['step']}" + (f" of {total}" if total else "")
+    line = f"{record['state']}, attempt {record['attempt']}, {step}: {record['message']}"
+    if record["state"] != "running" or not total or not seconds:
+        return line
+    left = max(0.0, (total - record["step"]) * seconds - _age(record["time"]))
+    return f"{line}; about {left / 60:.0f} min left" if left >= 60 else f"{line}; {left:.0f} s left"
+
+
+def _age(time_text: str) -> float:
+    return time.time() - datetime.fromisoformat(time_text).timestamp()
 
 
 def _failure(beat: Beat) -> str:

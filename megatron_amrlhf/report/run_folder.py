@@ -15,8 +15,9 @@ from megatron_amrlhf.config.load import dump_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.report.stop_request import STOP_NAME
 
-State = Literal["running", "finished", "failed", "stopped"]
+State = Literal["running", "finished", "failed", "stopped", "preempted"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
 HEARTBEAT_NAME, WATCHDOG_NAME = "heartbeat", "watchdog.txt"
 
@@ -58,7 +59,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"run.folder: cannot make {path} ({error.strerror})") from None
-        attempt = _last_attempt(path) + 1
+        attempt = last_attempt(path) + 1
         _write_config(path, config, attempt)
         shutil.rmtree(path / HEARTBEAT_NAME, ignore_errors=True)  # an earlier attempt's
         (path / WATCHDOG_NAME).unlink(missing_ok=True)
@@ -92,17 +93,31 @@ class RunFolder:
         return self.path / "export"
 
     @property
+    def stop(self) -> Path:
+        """Its existence asks the run to save a checkpoint and leave."""
+        return self.path / STOP_NAME
+
+    @property
     def watchdog(self) -> Path:
         """Who held the others up, with the stacks of all ranks; there once a run has stalled."""
         return self.path / WATCHDOG_NAME
 
-    def status(self, state: State, step: int, message: str) -> None:
+    def status(
+        self,
+        state: State,
+        step: int,
+        message: str,
+        total: int | None = None,
+        step_seconds: float | None = None,
+    ) -> None:
         """Writes ``status.json`` (rank 0 only).
 
         Args:
             state: what the run does now.
             step: completed steps.
             message: one line for a person: what is going on, or why it failed.
+            total: steps of the run, once known.
+            step_seconds: mean time of this attempt's steps, once there is one.
         """
         if not self.is_writer:
             return
@@ -112,6 +127,8 @@ class RunFolder:
             "message": message,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "attempt": self.attempt,
+            "total": total,
+            "step_seconds": step_seconds,
         }
         write_atomic(self.path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
 
@@ -157,7 +174,12 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return earlier
 
 
-def _last_attempt(path: Path) -> int:
+def last_attempt(path: Path) -> int:
+    """Starts of the run in this folder so far.
+
+    Raises:
+        UserError: ``status.json`` is damaged.
+    """
     status = path / STATUS_NAME
     if not status.is_file():
         return 0

@@ -22,6 +22,18 @@ from megatron_amrlhf.rollout.sampling import SamplingSettings, next_tokens, unif
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 
+class DecodingStopped(Exception):
+    """Decoding was left early, on every rank of the replica.
+
+    Attributes:
+        why: what ``wants_stop`` said, not 0.
+    """
+
+    def __init__(self, why: int):
+        super().__init__(f"decoding was stopped ({why})")
+        self.why = why
+
+
 def generate(
     engine: Zero3Engine,
     prompts: PromptBatch,
@@ -32,6 +44,7 @@ def generate(
     step: int,
     micro_batch_size: int,
     on_rows_done: Callable[[int], None] = lambda count: None,
+    wants_stop: Callable[[], int] = lambda: 0,
 ) -> RolloutBatch:
     """Samples answers to this DP rank's prompts. Entered by every rank.
 
@@ -45,9 +58,15 @@ def generate(
         step: the rollout step.
         micro_batch_size: rows a decoding micro-batch.
         on_rows_done: called with the number of answers that just ended.
+        wants_stop: not 0 to leave before the answers are complete; asked a token and block, on one
+            rank of the replica.
 
     Returns:
         The answers in order of prompt and sample, equal on all ranks of the replica.
+
+    Raises:
+        DecodingStopped: ``wants_stop`` said so, on all ranks of this replica. Other replicas may
+            have their answers.
     """
     policy_samples = samples_per_prompt - reference_samples
     repeated = [row for row in prompts.rows for _ in range(samples_per_prompt)]
@@ -69,7 +88,7 @@ def generate(
                 rows = [repeated[place] for place in part]
                 device = engine.mesh.device
                 blocks.append(DecodeBlock(module, part, rows, random[part], settings, device))
-        decode(blocks, engine.mesh, settings, on_rows_done)
+        decode(blocks, engine.mesh, settings, on_rows_done, wants_stop)
     return _collect(blocks, repeated, groups, sample_ids, from_reference)
 
 
@@ -79,27 +98,37 @@ def decode(
     mesh: Mesh,
     settings: SamplingSettings,
     on_rows_done: Callable[[int], None],
+    wants_stop: Callable[[], int],
 ) -> None:
-    """Decodes all blocks to their ends; each round every live block goes through the pipeline."""
+    """Decodes all blocks to their ends; each round every live block goes through the pipeline.
+
+    Raises:
+        DecodingStopped: the rank that samples said so together with a block's tokens. Every rank
+            of the replica finishes the round in which it reads that, so no transfer is left over.
+    """
     sent: list[dist.Work] = []
     awaited: dict[int, tuple[Tensor, dist.Work | None]] = {}
     live = list(enumerate(blocks))
-    while live:
+    why = 0
+    while live and not why:
         for chunk in range(mesh.cut.virtual):
             for index, block in live:
                 if index in awaited:
                     tokens, work = awaited.pop(index)
                     if work is not None:
                         work.wait()
-                    on_rows_done(block.accept(tokens))
+                    on_rows_done(block.accept(tokens[:-1]))
+                    why = why or int(tokens[-1])
                 if block.done:
                     continue
                 output = _chunk_forward(block, chunk, mesh, sent)
                 if chunk == mesh.cut.virtual - 1:
-                    awaited[index] = _share_tokens(block, output, mesh, settings)
+                    awaited[index] = _share_tokens(block, output, mesh, settings, wants_stop)
         live = [(index, block) for index, block in live if not block.done]
-    for work in sent:
+    for work in [*sent, *(work for _, work in awaited.values() if work is not None)]:
         work.wait()
+    if why:
+        raise DecodingStopped(why)
 
 
 def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.Work]) -> Tensor:
@@ -120,16 +149,24 @@ def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.W
 
 
 def _share_tokens(
-    block: DecodeBlock, output: Tensor, mesh: Mesh, settings: SamplingSettings
+    block: DecodeBlock,
+    output: Tensor,
+    mesh: Mesh,
+    settings: SamplingSettings,
+    wants_stop: Callable[[], int],
 ) -> tuple[Tensor, dist.Work | None]:
-    """Samples on the last stage; every stage gets the ``[b]`` tokens, maybe not yet arrived."""
+    """Samples on the last stage; every stage gets ``[b + 1]`` int64, maybe not yet arrived.
+
+    These are the tokens and, as the last element, why decoding stops, or 0.
+    """
     if mesh.is_last_stage:
         logits = gather_logits(output, block.module.shape.vocab_size, mesh.tp_group)
         tokens = next_tokens(logits, block.draw().to(mesh.device), settings)
+        tokens = torch.cat([tokens, tokens.new_tensor([int(wants_stop())])])
         if mesh.tp_size > 1:
             dist.broadcast(tokens, group=mesh.tp_group, group_src=0)
     else:
-        tokens = torch.empty(block.hidden_shape[1], dtype=torch.int64, device=mesh.device)
+        tokens = torch.empty(block.hidden_shape[1] + 1, dtype=torch.int64, device=mesh.device)
     if mesh.pp_size == 1:
         return tokens, None
     work = dist.broadcast(tokens, group=mesh.token_group, group_src=mesh.pp_size - 1, async_op=True)

@@ -13,6 +13,7 @@ from tests.distributed.parity import Case
 MODELS = {  # four layers, so that PP 4 and PP 2 with two chunks a rank divide them
     "qwen2-bias-untied": {"family": "qwen2", "tied": False, "layers": 4},
     "llama-tied": {"family": "llama", "tied": True, "layers": 4},
+    "qwen3-tied": {"family": "qwen3", "tied": True, "layers": 4, "head_dim": 10},
 }
 ROWS_A_STEP = [20, 20, 20]
 FIRST_MASKED = 10  # at DP 2 these are all rows of rank 1

@@ -10,7 +10,8 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # The fork server imports these once; every rank is then forked from it in milliseconds.
@@ -56,27 +57,48 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) 
         os._exit(1)
 
 
+@contextmanager
+def launch(world_size: int, function: Callable, *arguments) -> Iterator[list]:
+    """The processes of all ranks, running; those that still do at the end are killed."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = _start(world_size, folder, function, arguments)
+        try:
+            yield ranks
+        finally:
+            _kill(ranks)
+
+
 def run_on(world_size: int, function: Callable, *arguments) -> list:
     """Calls ``function(*arguments)`` on every rank; results in rank order.
 
     A failing rank ends all of them and its log is raised.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        _wait(_start(world_size, folder, function, arguments), folder)
+        return [
+            pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)
+        ]
+
+
+def _start(world_size: int, folder: str, function: Callable, arguments: tuple) -> list:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # Plain pickle: multiprocessing's own sends a file descriptor a tensor and runs out of them.
     call = pickle.dumps((function, arguments))
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        ranks = [
-            context.Process(target=_rank_main, args=(rank, world_size, port, folder, call))
-            for rank in range(world_size)
-        ]
-        for process in ranks:
-            process.start()
-        _wait(ranks, folder)
-        return [
-            pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)
-        ]
+    port = free_port()
+    ranks = [
+        context.Process(target=_rank_main, args=(rank, world_size, port, folder, call))
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    return ranks
+
+
+def _kill(ranks: list) -> None:
+    for process in ranks:
+        process.kill()
+        process.join()
 
 
 def _wait(ranks: list, folder: str) -> None:
@@ -92,8 +114,6 @@ def _wait(ranks: list, folder: str) -> None:
             if ranks[rank].exitcode != 0 and failed is None:
                 failed = rank
     if failed is not None:
-        for process in ranks:
-            process.kill()
-            process.join()
+        _kill(ranks)
         log = (Path(folder) / f"rank{failed}.log").read_text()[-6000:]
         raise AssertionError(f"rank {failed} failed or hung:\n{log}")

@@ -153,11 +153,16 @@ def assert_same_numbers(one: Path, other: Path, ignored: tuple[str, ...] = ()) -
     expected, found = numbers(one), numbers(other)
     assert len(found) == len(expected) > 0
     for before, after in zip(expected, found, strict=True):
-        assert before.keys() == after.keys()
-        for key in before.keys() - set(ignored):
-            value = before[key]
-            if value is None:
-                assert after[key] is None, key
-            else:
-                close = math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-                assert close, (key, value, after[key])
+        assert_same_line(before, after, ignored)
+
+
+def assert_same_line(before: dict, after: dict, ignored: tuple[str, ...] = ()) -> None:
+    """A step's metrics are the same up to rounding, but for ``ignored`` ones."""
+    assert before.keys() == after.keys()
+    for key in before.keys() - set(ignored):
+        value = before[key]
+        if value is None:
+            assert after[key] is None, key
+        else:
+            close = math.isclose(value, after[key], rel_tol=TOLERANCE, abs_tol=TOLERANCE)
+            assert close, (key, value, after[key])

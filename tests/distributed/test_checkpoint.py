@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import resource
 import shutil
@@ -16,23 +15,27 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from megatron_amrlhf.checkpoint import store
-from megatron_amrlhf.checkpoint.store import find_latest, load_checkpoint, save_checkpoint, step_of
-from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.microbatch import response_outputs
-from megatron_amrlhf.engine.role import Role, RoleSpec
+from megatron_amrlhf.checkpoint.folders import Retention, find_latest, read_manifest, step_of
+from megatron_amrlhf.checkpoint.loading import load_checkpoint
+from megatron_amrlhf.checkpoint.store import CheckpointWriter
+from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
-from megatron_amrlhf.parallel.vocab import token_logprobs
+from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.processes import run_on
+from tests.distributed.small_run import (
+    VOCAB,
+    build_engine,
+    fingerprint,
+    save_checkpoint,
+    take_steps,
+)
 from tests.helpers_models import make_tiny_model
 
 pytestmark = pytest.mark.distributed
 
-VOCAB = 131
 HIDDEN = 45  # odd, so that most parameters are not divisible by DP 2
 DTYPES = ("float32", "bfloat16")
-LENGTHS, PROMPT_LENGTHS = [7, 12, 9, 15, 11, 8, 14, 10], [3, 4, 2, 5, 3, 2, 6, 4]
 STATE = {"consumed": 24, "running_baseline": {"mean": 0.1 + 0.2, "count": 3}, "none": None}
 
 
@@ -44,94 +47,6 @@ def model(tmp_path_factory) -> str:
 
 
 STAGE_TOLERANCE = 1e-5  # AdamW's vector and scalar loops round differently
-
-
-def build_engine(
-    folder: str, mesh: Mesh, dtype: str, persist: int = 0, zero_stage: int = 3
-) -> Zero3Engine:
-    """A trainable actor and critic (one output) and a frozen reference.
-
-    ``persist`` is DeepSpeed's persistence threshold: smaller parameters are never freed.
-    """
-    engine_section = {"micro_batch_size": 2, "zero_stage": zero_stage}
-    if persist:
-        template = json.loads(Path("configs/deepspeed/zero3.json").read_text())
-        template["zero_optimization"]["stage3_param_persistence_threshold"] = persist
-        file = Path(folder) / f"persist-{mesh.rank}.json"
-        file.write_text(json.dumps(template))
-        engine_section["deepspeed"] = str(file)
-    config = Config.model_validate(
-        {
-            "run": {"name": "x"},
-            "model": {"path": folder, "dtype": dtype},
-            "algorithm": {"kind": "ppo"},
-            "data": {"train": "a"},
-            "parallel": {"tensor": mesh.tp_size, "pipeline": mesh.pp_size},
-            "engine": engine_section,
-            "optimizer": {
-                "max_grad_norm": 0.5,
-                "weight_decay": 0.1,
-                "warmup_steps": 2,
-                "schedule": "cosine",
-            },
-        }
-    )
-    engine = Zero3Engine(config, mesh)
-    source, training = Path(folder), {"trainable": True, "total_steps": 6}
-    precision = getattr(torch, dtype)
-    engine.add_role(RoleSpec("actor", source, precision, learning_rate=1e-2, **training))
-    engine.add_role(RoleSpec("reference", source, precision))
-    engine.add_role(RoleSpec("critic", source, precision, 1, learning_rate=3e-2, **training))
-    return engine
-
-
-def take_steps(engine: Zero3Engine, steps: range) -> list[tuple]:
-    """Trains actor and critic; (loss of this rank, norm, learning rate) of each, each step."""
-    mesh, results = engine.mesh, []
-    for step in steps:
-        generator = torch.Generator().manual_seed(100 + step)
-        rows = [torch.randint(0, VOCAB, (n,), generator=generator) for n in LENGTHS]
-        rows = tuple(rows[mesh.dp_rank :: mesh.dp_size])
-        prompts = torch.tensor(PROMPT_LENGTHS[mesh.dp_rank :: mesh.dp_size])
-        plan = response_outputs(torch.tensor([len(row) for row in rows]), prompts, "before")
-
-        def read(logits, targets):
-            return token_logprobs(logits, targets, VOCAB, mesh.tp_group)
-
-        def actor_loss(output, block):
-            loss = -output[: block.num_outputs].sum() / sum(LENGTHS) * mesh.dp_size
-            return loss, loss.item()
-
-        def critic_loss(output, block):
-            values = output[: block.num_outputs, 0].float()
-            loss = (
-                (values - block.targets[: block.num_outputs] / VOCAB).square().sum()
-                / sum(LENGTHS)
-                * mesh.dp_size
-            )
-            return loss, loss.item()
-
-        for name, function, loss in (("actor", read, actor_loss), ("critic", None, critic_loss)):
-            rate = engine.roles[name].weights.counters()["schedule"]["lr"][0]
-            done = engine.train_step(name, rows, torch.arange(len(rows)), plan, function, loss)
-            assert not done.skipped
-            results.append((name, step, done.extras, done.grad_norm, rate))
-    return results
-
-
-def fingerprint(engine: Zero3Engine) -> dict[str, str]:
-    """SHA-256 of all that a role is on this rank: gathered weights, masters, moments, counters."""
-    prints = {}
-    for name in ("actor", "critic"):
-        role = engine.roles[name]
-        with role.window() as module:
-            tensors = {f"weight.{key}": x.detach().clone() for key, x in module.named_parameters()}
-        tensors |= role.weights.read_states()
-        for key, tensor in tensors.items():
-            data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            prints[f"{name}.{key}"] = hashlib.sha256(data).hexdigest()
-        prints[f"{name}.counters"] = str(role.weights.counters())
-    return prints
 
 
 def tied_master(role: Role) -> bytes | None:
@@ -174,7 +89,7 @@ def second_run(folder: str, checkpoints: str, tensor: int, pipeline: int, persis
         engine = build_engine(folder, mesh, dtype, persist)
         path = find_latest(Path(checkpoints) / dtype)
         assert step_of(path) == 2
-        state = load_checkpoint(engine, path)
+        state = load_checkpoint(engine, path).state
         assert state == STATE | {"here": "last"} and engine.skipped_steps == 7
         results.append((take_steps(engine, range(2, 3)), fingerprint(engine)))
     return results
@@ -282,7 +197,7 @@ def trouble(folder: str, root: str) -> dict:
 
     seen |= damaged(engine, checkpoints, Path(root) / "damaged")
     assert fingerprint(engine) == after, "a refused checkpoint changed the engine"
-    assert load_checkpoint(engine, checkpoints / "step-3") == {"step": 3}
+    assert load_checkpoint(engine, checkpoints / "step-3").state == {"step": 3}
     assert fresh.name == "step-0" and not fresh.exists()
 
     early = save_checkpoint(build_engine(folder, mesh, "float32"), Path(root) / "early", 0, {}, 1)
@@ -290,9 +205,6 @@ def trouble(folder: str, root: str) -> dict:
     assert fingerprint(engine) == before
 
     seen["dtype"] = error_of(load_checkpoint, build_engine(folder, mesh, "bfloat16"), early)
-    seen["layout"] = error_of(
-        load_checkpoint, build_engine(folder, build_mesh(2, 1), "float32"), early
-    )
     return seen
 
 
@@ -352,7 +264,6 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused_and_older_ones_stay(model
         assert seen[f"{name} latest"] == "step-2"
     assert seen["flipped latest"] == "step-3"  # only its hash tells
     assert "no older complete checkpoint" in seen["no older"]
-    assert "taken at TP 1 x PP 1 x DP 2, this run has TP 2 x PP 1 x DP 1" in seen["layout"]
     assert "actor (float32)" in seen["dtype"] and "actor (bfloat16)" in seen["dtype"]
 
 
@@ -384,3 +295,54 @@ def other_stage(folder: str, checkpoints: str) -> None:
 
 def test_a_checkpoint_resumes_at_any_zero_stage(model, tmp_path):
     run_on(2, other_stage, model, str(tmp_path))
+
+
+def in_the_background(folder: str, root: str) -> list:
+    """Asynchronous saves while training goes on, and what waiting ones hold of each step."""
+    mesh, seen = build_mesh(1, 1), []
+    for asynchronous in (False, True):
+        engine = build_engine(folder, mesh, "bfloat16")
+        writer = CheckpointWriter(
+            engine, Path(root) / str(asynchronous), Retention(9), asynchronous
+        )
+        for step in range(3):
+            take_steps(engine, range(step, step + 1))
+            writer.save(step + 1, {"step": step + 1})
+            seen.append(writer.poll())
+        writer.finish()
+        assert writer.poll() is writer.finish() is None
+    return seen
+
+
+def test_an_asynchronous_checkpoint_is_the_synchronous_one(model, tmp_path):
+    run_on(2, in_the_background, model, str(tmp_path))
+    for step in (1, 2, 3):
+        there, here = (tmp_path / x / f"step-{step}" for x in ("False", "True"))
+        assert read_manifest(there) == read_manifest(here) is not None
+    assert (tmp_path / "True" / "latest").read_text() == "step-3\n"
+    assert sorted(x.name for x in (tmp_path / "True").iterdir()) == [
+        "latest",
+        "step-1",
+        "step-2",
+        "step-3",
+    ]
+
+
+def background_trouble(folder: str, root: str) -> tuple[str, list[str]]:
+    """A disk that fills up on one rank while training goes on."""
+    mesh, checkpoints = build_mesh(1, 1), Path(root)
+    engine = build_engine(folder, mesh, "float32")
+    writer = CheckpointWriter(engine, checkpoints, Retention(2), asynchronous=True)
+    writer.save(1, {})
+    writer.finish()
+    with file_size_limit(4096 if mesh.rank == 1 else resource.RLIM_INFINITY):
+        writer.save(2, {})
+        message = error_of(writer.finish)
+    dist.barrier()  # rank 0 has cleaned up
+    return message, sorted(x.name for x in checkpoints.iterdir())
+
+
+def test_a_failed_asynchronous_save_is_told_on_every_rank(model, tmp_path):
+    (first, left), second = run_on(2, background_trouble, model, str(tmp_path))
+    assert second == (first, left) and left == ["latest", "step-1"]
+    assert "step-2" in first and "rank 1" in first and "File too large" in first

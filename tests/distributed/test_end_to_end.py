@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
 from megatron_amrlhf.report.samples import read_samples
 from tests.distributed.processes import run_on
 from tests.distributed.runs import (
+    assert_same_line,
     assert_same_numbers,
     make_models,
     numbers,
@@ -122,15 +124,49 @@ def test_run_leaves_all_it_promises(reference, kind):
     assert expected <= line.keys(), expected - line.keys()
 
 
+def saved_parts(run: Path) -> dict[str, dict]:
+    """Size and hash of each part of the newest checkpoint: masters and moments, bit for bit."""
+    latest = find_latest(run / "checkpoints")
+    return {
+        name: entry
+        for name, entry in read_manifest(latest).items()
+        if name.endswith(".safetensors")
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_equals_an_uninterrupted_one(reference, kind):
-    """Stopped after step 1 and started again: the same lines, bit for bit."""
+    """Stopped after step 1 and started again: the same lines and weights, bit for bit."""
     folder, configs, runs = reference
     config = configs[kind]
     name = f"run.name={kind}-resumed"
     run_on(1, run_config, str(config), [name, "run.steps=1"])
     run_on(1, run_config, str(config), [name])
-    assert numbers(folder / "runs" / f"{kind}-resumed")[1] == numbers(runs[kind])[1]
+    resumed = folder / "runs" / f"{kind}-resumed"
+    assert numbers(resumed)[1] == numbers(runs[kind])[1]
+    assert saved_parts(resumed) == saved_parts(runs[kind])
+
+
+@pytest.mark.parametrize("kind", ["ppo", "dpo", "rejection_sampling"])
+def test_a_run_resumes_at_another_layout(reference, kind):
+    folder, configs, runs = reference
+    options = [f"run.name={kind}-moved", "checkpoint.asynchronous=true", "checkpoint.every=1"]
+    run_on(2, run_config, str(configs[kind]), [*options, "parallel.pipeline=2", "run.steps=1"])
+    run_on(4, run_config, str(configs[kind]), [*options, "parallel.tensor=2"])
+    moved = folder / "runs" / f"{kind}-moved"
+    assert_same_line(numbers(runs[kind])[1], numbers(moved)[1])
+
+
+def test_a_run_does_not_resume_on_other_data(reference):
+    folder, configs, _ = reference
+    name = "run.name=prm-other-data"
+    run_on(1, run_config, str(configs["prm"]), [name, "run.steps=1"])
+    lines = (folder / "steps.jsonl").read_text().splitlines(keepends=True)
+    (folder / "others.jsonl").write_text("".join(reversed(lines)))
+    changed = [name, f"data.train={folder / 'others.jsonl'}"]
+    with pytest.raises(AssertionError, match="is not what the checkpoint was trained on"):
+        run_on(1, run_config, str(configs["prm"]), changed)
+    run_on(1, run_config, str(configs["prm"]), [*changed, "checkpoint.accept_changed_data=true"])
 
 
 def test_an_exported_orm_gives_one_reward_to_a_whole_answer(reference):

@@ -38,6 +38,7 @@ class Case:
     head: bool = False
     dtype: str = "float32"
     trainable: bool = False
+    rope: str = "default"
 
     @property
     def name(self) -> str:
@@ -52,12 +53,32 @@ CASES = (
     Case("qwen2", tied=True, head=True),
     Case("llama", tied=False, head=True),
     Case("qwen2", tied=True, dtype="bfloat16", trainable=True),
+    Case("mistral", tied=False, trainable=True),
+    Case("mistral", tied=True),
+    Case("qwen3", tied=False),
+    Case("qwen3", tied=True, trainable=True),
+    Case("qwen3", tied=False, head=True),
+    Case("llama", tied=True, rope="llama3"),
+    Case("qwen3", tied=True, rope="yarn"),
 )
+ROPES = {
+    "default": None,
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8,  # the tokens below are 22
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+}
 
 
 def make_source(folder: Path, case: Case) -> None:
     """A model folder, with a head in a file of its own if the case has one."""
-    model = make_tiny_model(folder, case.family, case.tied, seed=3, vocab_size=VOCAB)
+    model = make_tiny_model(
+        folder, case.family, case.tied, seed=3, vocab_size=VOCAB, rope=ROPES[case.rope]
+    )
     if case.head:
         generator = torch.Generator().manual_seed(5)
         weight = torch.randn(HEAD_OUTPUTS, model.config.hidden_size, generator=generator)

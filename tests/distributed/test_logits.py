@@ -30,6 +30,21 @@ TINY_MODELS = {
     "qwen2-bias-tied": {"family": "qwen2", "tied": True},
     "llama-untied": {"family": "llama", "tied": False},
     "llama-tied": {"family": "llama", "tied": True},
+    "mistral-untied": {"family": "mistral", "tied": False},
+    "qwen3-untied": {"family": "qwen3", "tied": False, "head_dim": 10},  # 6 heads of a hidden 48
+    "qwen3-tied": {"family": "qwen3", "tied": True, "head_dim": 6},
+}
+# Rows of up to 17 tokens, of models made for 8 and stretched to 16.
+SHORT = {"original_max_position_embeddings": 8, "factor": 2.0}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 2.0},
+    "llama3": {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, **SHORT},
+    "yarn": {"rope_type": "yarn", **SHORT},
+}
+TINY_MODELS |= {
+    f"{family}-{name}": {"family": family, "rope": rope, "max_positions": 16, "tied": True}
+    for name, rope in ROPES.items()
+    for family in ("llama", "qwen3")
 }
 ROW_LENGTHS = [6, 17, 1, 11, 9]
 TINY_LAYOUTS = [(1, 1), (2, 1), (1, 2), (1, 4), (2, 2)]  # (TP, PP)
@@ -114,6 +129,17 @@ def test_logits_of_tiny_models_equal_hugging_faces(tiny, tiny_logits, layout, na
     assert_equal_on_last_stages(tiny_logits(layout), name, layout[0], tiny[1][name])
 
 
+@pytest.mark.parametrize("name", [name for name in TINY_MODELS if name.endswith(tuple(ROPES))])
+def test_a_rope_type_changes_the_logits_beyond_the_tolerance(tiny, tmp_path, name):
+    """Else the test above could not see that a type is ignored."""
+    make_tiny_model(tmp_path, **{**TINY_MODELS[name], "rope": None}, vocab_size=VOCAB_SIZE)
+    for plain, row in zip(
+        hugging_face_logits(str(tmp_path), random_rows()), tiny[1][name], strict=True
+    ):
+        if len(row) > SHORT["original_max_position_embeddings"]:
+            assert (plain - row)[8:].abs().max() > 1000 * TOLERANCE
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     """(folders of SmolLM2 as it is and as a Qwen2, rows, expected logits)."""
@@ -170,7 +196,9 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
-@pytest.mark.parametrize("name", ["qwen2-bias-untied", "llama-tied"])
+@pytest.mark.parametrize(
+    "name", ["qwen2-bias-untied", "llama-tied", "qwen3-untied", "llama-llama3", "qwen3-yarn"]
+)
 def test_decoding_with_the_cache_gives_the_logits_of_the_full_forward(tiny, name, tensor):
     random = torch.Generator().manual_seed(4)
     prompts = list(random_rows())

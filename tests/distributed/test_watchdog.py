@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amrlhf.report.stop_request import EXIT_AGAIN
 from megatron_amrlhf.report.watchdog import EXIT_STALLED
 from tests.distributed.runs import make_models, numbers, start, write_config
 
@@ -27,7 +28,7 @@ LIMIT_SECONDS, DELAYED_LIMIT_SECONDS = 8.0, 16.0
 START_SECONDS = 400.0  # from the start to the fault; about 15 where nothing else runs
 # From the fault to the end without any limit: heartbeats, the launcher's poll, the last line.
 END_SECONDS = 25.0
-EXIT_KILLED = 247
+EXIT_KILLED, EXIT_TERMINATED = 247, 143
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 class Launched:
-    """A run of two ranks through launch/run.sh, one of which goes wrong."""
+    """A run of two ranks through launch/train.sh, one of which goes wrong."""
 
     def __init__(self, folder: Path, plant: str, pp: int, limit: float):
         name = f"{plant}-{limit:g}"
@@ -51,7 +52,7 @@ class Launched:
         environment |= {"PYTHONPATH": str(Path(__file__).parent / "planted")}
         keys = [f"run.name={name}", f"parallel.pipeline={pp}", *KEYS]
         keys += [f"engine.watchdog_seconds={limit}"]
-        command = ["bash", "launch/run.sh", "--processes", "2", str(folder / "prm.yaml")]
+        command = ["bash", "launch/train.sh", "--processes", "2", str(folder / "prm.yaml")]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 [*command, "--set", *keys],
@@ -143,6 +144,23 @@ def test_a_rank_that_hangs_or_is_stopped_is_named(folder):
         assert "go_wrong: time.sleep(0.1)" in stuck.text()
         report = (stuck.folder / "watchdog.txt").read_text()
         assert "go_wrong: time.sleep(0.1)" in report and "run_forward_backward" in report
+
+
+def test_a_first_signal_asks_and_a_second_one_ends(folder):
+    with Launched(folder, "stick", pp=2, limit=0) as run:
+        run.wait_for_fault()
+        run.process.send_signal(signal.SIGTERM)
+        run.wait_for("the run saves and stops")
+        assert (run.folder / "stop").exists() and run.process.poll() is None
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(END_SECONDS + 30) == EXIT_TERMINATED, run.text()
+    with Launched(folder, "stop", pp=2, limit=0) as run:  # the first one stays where it was
+        run.wait_for_fault()
+        run.process.send_signal(signal.SIGTERM)
+        run.wait_for("the run saves and stops")
+        os.kill(run.beat(FAULTY)["pid"], signal.SIGCONT)
+        assert run.wait(START_SECONDS) == EXIT_AGAIN, run.text()
+        assert (run.status()["state"], run.status()["step"]) == ("preempted", 2)
 
 
 def test_a_delayed_rank_changes_nothing(folder):

@@ -32,12 +32,13 @@ def config_path(tmp_path, monkeypatch):
 @pytest.fixture
 def trainer(monkeypatch):
     """Stands in for the trainer's module: records the configs, raises what it is told to."""
-    module = types.SimpleNamespace(configs=[], error=None)
+    module = types.SimpleNamespace(configs=[], error=None, is_done=True)
 
     def run(config):
         module.configs.append(config)
         if module.error:
             raise module.error
+        return module.is_done
 
     module.run = run
     monkeypatch.setitem(sys.modules, cli.TRAINER, module)
@@ -101,6 +102,11 @@ def test_a_mistake_met_while_running_is_printed_by_its_rank(
 def test_ctrl_c_is_exit_code_130(config_path, trainer):
     trainer.error = KeyboardInterrupt()
     assert cli.main(["train", config_path]) == 130
+
+
+def test_a_run_that_was_asked_to_stop_is_exit_code_75(config_path, trainer):
+    trainer.is_done = False
+    assert cli.main(["train", config_path]) == 75
 
 
 def test_our_own_errors_keep_their_traceback(config_path, trainer):

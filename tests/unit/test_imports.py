@@ -9,11 +9,12 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "errors config types parallel data models engine rollout rewards mask losses checkpoint "
-    "evaluation report algorithms cli __main__"
+    "errors arguments config types parallel data models engine rollout rewards mask losses "
+    "checkpoint conversion planning evaluation report algorithms slurm doctor cli launching "
+    "__main__"
 ).split()
-MEGATRON_MAY = ("parallel/", "models/", "rollout/")
-DEEPSPEED_MAY = ("engine/", "parallel/compat.py")
+MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")
+DEEPSPEED_MAY = ("engine/", "parallel/compat.py", "conversion/deepspeed_folder.py")
 TORCH_ONLY = ("mask", "losses")
 FILES = sorted(ROOT.rglob("*.py"))
 

@@ -1,6 +1,8 @@
 """Loaded by every Python with this folder in PYTHONPATH: makes rank PLANT_RANK go wrong.
 
-PLANT is what happens in the second update: kill, stop, stick or raise.
+PLANT is what happens in the update of step PLANT_STEP (2): kill, stop, stick or raise; or "wait":
+ppo's rollout of that step goes on only once the run is asked to stop. A job that Slurm has requeued
+is left alone.
 """
 
 import importlib
@@ -11,7 +13,8 @@ import time
 from pathlib import Path
 
 TRAINER = "megatron_amrlhf.algorithms.train"
-FAULT_AT_STEP = 2
+FAULT_AT_STEP = int(os.environ.get("PLANT_STEP", "2"))
+LOOK = 5  # tokens of the second rollout that "wait" lets pass
 real_import = importlib.import_module
 
 
@@ -50,12 +53,34 @@ def plant(algorithm: type) -> None:
     algorithm.update = update
 
 
+def wait_in_rollout(module) -> None:
+    algorithm, request = module.ALGORITHMS["ppo"], module.StopRequest
+    real_step, real_seen, looks = algorithm.step, request.seen, []
+
+    def step(self, number):
+        if number == FAULT_AT_STEP:
+            looks.append(0)
+        return real_step(self, number)
+
+    def seen(self, before_step=False):
+        if looks and not before_step:
+            looks[0] += 1
+            while looks[0] == LOOK and not self._file.exists():
+                time.sleep(0.1)
+        return real_seen(self, before_step)
+
+    algorithm.step, request.seen = step, seen
+
+
 def import_module(name: str, package: str | None = None):
     module = real_import(name, package)
-    if name == TRAINER:
+    if name == TRAINER and os.environ["PLANT"] == "wait":
+        wait_in_rollout(module)
+    elif name == TRAINER:
         plant(module.ALGORITHMS["prm"])
     return module
 
 
-if os.environ.get("RANK") == os.environ.get("PLANT_RANK", "nobody"):
+is_mine = os.environ.get("RANK") == os.environ.get("PLANT_RANK", "nobody")
+if is_mine and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     importlib.import_module = import_module

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.layout import EngineSection
@@ -50,6 +59,7 @@ TENSOR, PIPELINE, DATA = "tensor", "pipeline", "data"
 def spec_of(stage: int = 0, pipeline: int = 2, tensor: int = 1, data: int = 1, **engine):
     section = EngineSection(micro_batch_size=2, **engine)
     return StageSpec(
+        name="actor",
         shape=SHAPE,
         cut=PipelineCut(pipeline),
         stage=stage,
@@ -69,7 +79,13 @@ ACTIVATIONS = 9 * 2 * 8 * 4  # bytes of both micro-batches: 576
 
 
 @pytest.mark.parametrize(
-    ("model", "config"), [(Qwen2ForCausalLM, Qwen2Config), (LlamaForCausalLM, LlamaConfig)]
+    ("model", "config"),
+    [
+        (Qwen2ForCausalLM, Qwen2Config),
+        (LlamaForCausalLM, LlamaConfig),
+        (MistralForCausalLM, MistralConfig),
+        (Qwen3ForCausalLM, Qwen3Config),
+    ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_stages_have_the_parameters_of_the_hugging_face_model(model, config, tied):
@@ -192,6 +208,17 @@ def test_sequence_parallel_update():
     assert volumes[REDUCE_SCATTER, TENSOR] == (2 * 4 + 1) * whole / 2
     assert volumes[ALL_REDUCE, TENSOR] == 4 * 8 * 4  # gradients of four norms
     assert volumes[SEND, PIPELINE] == whole / 2
+
+
+def test_norms_of_queries_and_keys_are_summed_over_the_tensor_ranks_always():
+    normed = read_shape(Qwen3Config(**SIZES).to_dict())
+    for sequence, plain in ((False, 0), (True, 4 * 8)):  # four other norms in two layers
+        spec = replace(spec_of(0, tensor=2), shape=normed, sequence=sequence)
+        with_norms = update_bytes(spec, BATCH)[ALL_REDUCE, TENSOR]
+        without = update_bytes(replace(spec, shape=replace(normed, qk_norm=False)), BATCH)
+        # two layers with two norms of two units each
+        assert with_norms - without.get((ALL_REDUCE, TENSOR), 0) == 2 * 2 * 2 * 4
+        assert len(spec.summed_norms) == 4 + plain // 8
 
 
 def test_gradients_of_both_copies_of_a_tied_embedding_are_summed():

@@ -60,6 +60,7 @@ def report(rank, scale):
         "analytic": {phase: {"send over pipeline": 1024.0} for phase in benchmark_engine.PHASES},
         "peak_bytes": dict.fromkeys(benchmark_engine.PHASES, 2**20 * scale),
         "analytic_bytes": dict.fromkeys(benchmark_engine.PHASES, 2**20),
+        "planned_bytes": dict.fromkeys(benchmark_engine.PHASES, 2**20),
     }
 
 

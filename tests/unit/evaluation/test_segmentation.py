@@ -10,6 +10,7 @@ from hypothesis.extra.numpy import arrays
 from megatron_amrlhf.evaluation.segmentation import (
     CUTS,
     OPTIMUM,
+    PRICES,
     AdaptiveCut,
     DenseAnswer,
     compare_cuts,
@@ -40,13 +41,13 @@ def answer(observed, judged=None, steps=None):
     return DenseAnswer(observed, judged, steps)
 
 
-def brute_force_optimum(row, noise):
+def brute_force_optimum(row, price):
     """The least eq. 12 over all 2^(T-1) cuts."""
     best = np.inf
     for borders in range(2 ** (len(row) - 1)):
         starts = [0] + [j + 1 for j in range(len(row) - 1) if borders >> j & 1]
         units = np.repeat(np.arange(len(starts)), np.diff([*starts, len(row)]))
-        best = min(best, cut_error(row, units, noise, "mean").total)
+        best = min(best, cut_error(row, units, price, "mean").total)
     return best
 
 
@@ -54,7 +55,7 @@ def test_eq_12_of_the_five_cuts_by_hand():
     # Two runs, +1 and -1; a step border one token late. c = 0.5, so a unit costs 0.25.
     truth = [1.0, 1.0, -1.0, -1.0]
     noisy = [1.2, 0.7, -0.9, -1.3]
-    errors = compare_cuts([answer(noisy, truth, [0, 0, 0, 1])], 0.5, AdaptiveCut(0.1))
+    errors = compare_cuts([answer(noisy, truth, [0, 0, 0, 1])], 0.25, AdaptiveCut(0.1))
     assert errors["sequence"].total == pytest.approx(4.0 + 0.25)
     # 1, 1, -1 about their mean 1/3: 4/9 + 4/9 + 16/9
     assert errors["step"].total == pytest.approx(24 / 9 + 0.5)
@@ -85,9 +86,9 @@ def test_the_message_cut_does_not_see_the_truth():
 
 
 @given(rewards, st.floats(0.05, 5), st.floats(0, 2), st.sampled_from(["hold", "drop"]))
-def test_no_cut_is_below_the_optimum(row, noise, delta, neutral):
+def test_no_cut_is_below_the_optimum(row, price, delta, neutral):
     steps = np.arange(len(row)) // 3
-    errors = compare_cuts([answer(row, steps=steps)], noise, AdaptiveCut(delta, neutral))
+    errors = compare_cuts([answer(row, steps=steps)], price, AdaptiveCut(delta, neutral))
     for name in CUTS:
         assert errors[name].total >= errors[OPTIMUM].total - ROUNDING
 
@@ -95,8 +96,8 @@ def test_no_cut_is_below_the_optimum(row, noise, delta, neutral):
 @settings(max_examples=40)
 @given(arrays(np.float64, st.integers(1, 8), elements=st.floats(-3, 3, width=32)))
 def test_the_optimum_is_the_best_of_all_cuts(row):
-    error = cut_error(row, optimal_units(row, 0.49), 0.7, "mean")
-    assert error.total == pytest.approx(brute_force_optimum(row, 0.7), abs=ROUNDING)
+    error = cut_error(row, optimal_units(row, 0.49), 0.49, "mean")
+    assert error.total == pytest.approx(brute_force_optimum(row, 0.49), abs=ROUNDING)
 
 
 @settings(max_examples=40)
@@ -105,24 +106,9 @@ def test_the_fast_search_costs_what_pelt_with_l2_costs(row, penalty):
     search = ruptures.Pelt(model="l2", min_size=1, jump=1)
     ends = search.fit(row[:, None]).predict(penalty) if len(row) > 1 else [len(row)]
     units = np.repeat(np.arange(len(ends)), np.diff([0, *ends]))
-    noise = penalty**0.5
-    slow = cut_error(row, units, noise, "mean").total
-    fast = cut_error(row, optimal_units(row, penalty), noise, "mean").total
+    slow = cut_error(row, units, penalty, "mean").total
+    fast = cut_error(row, optimal_units(row, penalty), penalty, "mean").total
     assert fast == pytest.approx(slow, abs=ROUNDING)
-
-
-@given(rewards, st.floats(0, 2), st.sampled_from(["batch", "sequence"]))
-def test_hold_never_yields_more_messages_than_drop_or_no_delta(row, delta, threshold):
-    def count(delta, neutral):
-        return message_units([answer(row)], AdaptiveCut(delta, neutral, threshold))[0][-1] + 1
-
-    held = count(delta, "hold")
-    assert held <= count(delta, "drop")
-    # Before the first crossing there is no sign to hold: at most that one neutral run is new.
-    deviation = delta * row.std()
-    crossings = np.flatnonzero(np.abs(row - row.mean()) > deviation)
-    starts_neutral = deviation > 0 and (not crossings.size or crossings[0] > 0)
-    assert held - starts_neutral <= count(0.0, "hold")
 
 
 def test_the_frontier_starts_at_one_unit_and_ends_at_one_a_token():
@@ -157,8 +143,17 @@ def test_the_message_cut_beats_the_fixed_cuts_on_two_levels(snr):
         assert errors["message"].total < errors[name].total
 
 
+@pytest.mark.parametrize("snr", [2.0, 3.0, 5.0])
+def test_the_message_cut_of_noisy_rewards_is_within_15_percent_of_their_optimum(snr):
+    answers = make_answers(RECIPE, snr, 1.0, 3, "observed")
+    price = PRICES["schwarz"](RECIPE.num_tokens)
+    errors = compare_cuts(answers, price, AdaptiveCut(0.1))
+    assert errors["message"].total <= 1.15 * errors[OPTIMUM].total
+    assert errors["message"].total < min(errors[x].total for x in ("sequence", "step", "token"))
+
+
 @pytest.mark.parametrize("snr", [3.5, 5.0, 8.0])
-def test_the_message_cut_is_within_15_percent_of_the_optimum(snr):
+def test_the_message_cut_is_within_15_percent_of_the_optimum_for_the_truth(snr):
     # From SNR 3 on (docs/reward_error.md); not at 2, where no cut of the noisy rewards is.
     errors = compare_cuts(make_answers(RECIPE, snr, 1.0, seed=3), 1.0, AdaptiveCut(0.1))
     assert errors["message"].total <= 1.15 * errors[OPTIMUM].total
@@ -167,13 +162,13 @@ def test_the_message_cut_is_within_15_percent_of_the_optimum(snr):
 def test_at_snr_2_the_message_cut_is_near_what_knowing_the_levels_gives():
     answers = make_answers(RECIPE, 2.0, 1.0, seed=3)
     errors = compare_cuts(answers, 1.0, AdaptiveCut(0.1))
-    decoder = decode_two_levels(answers, 2.0, 1.0, (0.0, 1.0, 2.0, 4.0, 8.0))
+    decoder = decode_two_levels(answers, 2.0, 1.0, (0.0, 1.0, 2.0, 4.0, 8.0), 1.0)
     assert errors[OPTIMUM].total < decoder.total <= errors["message"].total
     assert errors["message"].total < 1.3 * decoder.total
-    assert errors["message"].total < found_in_noise(answers, 1.0, schwarz=False).total
+    assert errors["message"].total < found_in_noise(answers, 1.0, "variance", 1.0).total
 
 
 def test_the_decoder_without_noise_finds_the_truth():
     parts = [answer([2.0, 2.0, -2.0, 2.0]), answer([-2.0, -2.0, -2.0, -2.0])]
-    error = decode_two_levels(parts, 2.0, 1.0, (1.0,))
+    error = decode_two_levels(parts, 2.0, 1.0, (1.0,), 1.0)
     assert (error.approximation, error.num_units) == (0.0, 4)

@@ -11,8 +11,9 @@ from megatron_amrlhf.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-WITH_OPTIONS = ("install.sh", "quickstart.sh", "run.sh")
-DEMO_PROCESSES, QWEN2_7B_PROCESSES = 2, 8
+WITH_OPTIONS = ("install.sh", "quickstart.sh", "train.sh")
+DEMO_PROCESSES = 2
+PROCESSES = {"prm_qwen2_7b": 8, "ppo_qwen2_7b": 8, "ppo_llama3_70b": 64, "ppo_llama3_405b": 512}
 
 
 def _bash(*arguments: str) -> subprocess.CompletedProcess:
@@ -37,9 +38,9 @@ def test_help_tells_the_usage(script):
     [
         ("install.sh", "--nope"),
         ("install.sh", "--venv"),
-        ("run.sh", "--nope"),
-        ("run.sh",),
-        ("run.sh", "--processes", "0", "configs/prm_demo.yaml"),
+        ("train.sh", "--nope"),
+        ("train.sh",),
+        ("train.sh", "--processes", "0", "configs/prm_demo.yaml"),
         ("quickstart.sh", "--nope"),
         ("quickstart.sh", "ppo"),
         ("quickstart.sh", "--steps"),
@@ -57,9 +58,8 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
 def test_a_shipped_configuration_is_valid(file):
-    processes = QWEN2_7B_PROCESSES if "qwen2_7b" in file.name else DEMO_PROCESSES
     config = load_config(file)
-    check_run(config, processes)
+    check_run(config, PROCESSES.get(file.stem, DEMO_PROCESSES))
     assert config.run.name == file.stem.replace("_", "-")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_amrlhf.mask.messages import message_counts, message_ids, unit_rewards
 from megatron_amrlhf.mask.packing import pack_bits, unpack_bits
+from megatron_amrlhf.mask.schmitt import signs
 
 
 @st.composite
@@ -32,13 +33,30 @@ def test_message_ids_equal_itertools_groupby(rows):
     ids = message_ids(token_signs, valid)
     assert ids.dtype == torch.int64
     for row in range(valid.shape[0]):
-        expected, num_messages = [], 0
+        expected, num_runs, num_messages = [], 0, 0
         pairs = zip(valid[row].tolist(), token_signs[row].tolist(), strict=True)
-        for (is_valid, _), run in groupby(pairs):
-            expected += [num_messages if is_valid else -1] * len(list(run))
-            num_messages += is_valid
+        for (is_valid, sign), run in groupby(pairs):
+            expected += [num_runs if is_valid else -1] * len(list(run))
+            num_runs += is_valid
+            num_messages += is_valid and sign != 0
         assert ids[row].tolist() == expected
-        assert message_counts(ids)[row] == num_messages
+        assert message_counts(ids, token_signs)[row] == num_messages
+
+
+@given(
+    st.lists(st.integers(-4, 4), min_size=0, max_size=30),
+    st.sampled_from([0.5, 1.0, 1.5, 2.0, 3.0]),
+    st.sampled_from([-0.5, 0.0, 1.0]),
+)
+def test_hold_never_yields_more_messages_than_drop_or_no_delta(rewards, delta, baseline):
+    signal = torch.tensor([rewards], dtype=torch.float64)
+    valid, baseline = torch.ones_like(signal, dtype=torch.bool), torch.tensor([[baseline]])
+
+    def count(delta, neutral):
+        token_signs = signs(signal, valid, baseline, delta, neutral)
+        return message_counts(message_ids(token_signs, valid), token_signs).item()
+
+    assert count(delta, "hold") <= min(count(delta, "drop"), count(0.0, "hold"))
 
 
 def test_a_tokens_reward_is_its_units_mean_or_last():

@@ -228,7 +228,7 @@ def test_files_from_before_the_threshold_was_kept_can_be_shown(run, capsys):
         ("[1]\n", [], "samples.jsonl:1: not a sample"),
         ("nonsense\n{}\n", [], "samples.jsonl:1: not valid JSON"),
         (None, ["--step", "9"], "--step 9: no such step in the file, it has 3, 5"),
-        (None, ["--limit", "0"], "--limit: must be 1 or more"),
+        (None, ["--limit", "0"], "--limit: must be a whole number of at least 1, found '0'"),
         (None, ["--html", "no/such/folder/x.html"], "--html no/such/folder/x.html: cannot be"),
     ],
 )

@@ -22,7 +22,9 @@ def beat(rank, second, state="running", error=""):
 
 def put(folder, *beats, dumps=()):
     (folder / "heartbeat").mkdir()
-    (folder / "status.json").write_text('{"state": "running", "step": 1, "message": "1 of 3"}')
+    record = {"state": "running", "step": 1, "message": "1 of 3 steps", "attempt": 2, "total": 3}
+    record |= {"step_seconds": 1e9, "time": "2026-01-01T00:00:00+00:00"}
+    (folder / "status.json").write_text(json.dumps(record))
     for one in beats:
         path = folder / "heartbeat" / f"rank-{one.rank:04d}.json"
         path.write_text(json.dumps(asdict(one)))
@@ -92,8 +94,9 @@ def test_status_lists_the_ranks(tmp_path, capsys):
     put(tmp_path, beat(0, 9), replace(beat(1, 5), still_seconds=30.0))
     assert cli.main(["status", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "running, step 1: 1 of 3"
-    assert "rank 1" in lines[2] and "no progress for 30 s" in lines[2]
+    assert lines[0].startswith("running, attempt 2, step 1 of 3: 1 of 3 steps; about ")
+    assert lines[0].endswith(" min left") and "no sign of life" in lines[1]
+    assert "rank 1" in lines[3] and "no progress for 30 s" in lines[3]
 
 
 def test_status_after_the_end_names_the_cause_and_keeps_it(tmp_path, capsys):

@@ -1,0 +1,171 @@
+#!/usr/bin/env bash
+# Starts one run through the `deepspeed` launcher. Run `bash launch/train.sh --help`.
+set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: bash launch/train.sh [options] [train|score] CONFIG.yaml [--set key=value ...]
+       bash launch/train.sh [options] doctor [CONFIG.yaml]
+
+Trains what CONFIG.yaml says through the `deepspeed` launcher, or scores given answers by its PRM
+(score; see `amrlhf score --help` for its options), or looks whether machines, network and folders
+are fit for that (doctor; see `amrlhf doctor --help`). Processes = TP x PP x DP: parallel.tensor and
+parallel.pipeline are in the YAML, the rest is data parallel. With GPUs one process gets one GPU
+(CUDA_VISIBLE_DEVICES is respected), else the processes share the CPU cores.
+
+  --processes N    on this machine alone (default: all GPUs, or 2 on a CPU)
+  --hostfile F     on several machines, one line `HOST slots=N` each, by pdsh and ssh; folder, data
+                   and environment have to be at the same place on all of them
+  --node-rank R    without ssh: start this script on each machine, R is its line in F, from 0
+  --master H:P     host and port that the ranks meet at, with --hostfile (default: F's first host
+                   and a port that is free here; 29500 with --node-rank)
+  --set ...        override keys of the YAML, such as --set optimizer.lr=1e-6 parallel.pipeline=2
+  --help           this text
+
+Examples:
+  bash launch/train.sh configs/prm_demo.yaml
+  bash launch/train.sh --processes 4 configs/ppo_demo.yaml --set parallel.pipeline=2 rollout.top_k=50
+  bash launch/train.sh --hostfile hosts configs/ppo_qwen2_7b.yaml
+  bash launch/train.sh --hostfile hosts doctor configs/ppo_qwen2_7b.yaml
+
+The console shows rank 0; every rank's output is in runs/NAME/logs/attempt-NN/. Ctrl-C or SIGTERM:
+the run saves at the end of its last completed step and leaves; again: it ends at once. Started
+again, it goes on from its newest checkpoint. The exit code is the run's: 0 done, 2 a mistake in
+the input, 3 stopped by the watchdog (no progress for engine.watchdog_seconds), 75 asked to stop,
+start it again, 247 a process was killed, 1 another error; the last line then names the rank that
+failed first. Variables: VENV (default .venv), MASTER_PORT (default: a free one), OMP_NUM_THREADS
+(default: cores / processes); what other nodes get of the environment is in runs/NAME/.deepspeed_env.
+TEXT
+}
+
+fail() {
+    echo "train.sh: $1" >&2
+    exit 2
+}
+
+PROCESSES="" HOSTFILE="" NODE_RANK="" MEET=""
+while [[ $# -gt 0 ]]; do
+    case "$1" in
+        --processes) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || fail "--processes needs a number (see --help)"; PROCESSES="$2"; shift 2 ;;
+        --hostfile) [[ -f "${2:-}" ]] || fail "--hostfile needs a file (got '${2:-}')"; HOSTFILE="$(realpath "$2")"; shift 2 ;;
+        --node-rank) [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--node-rank needs a number (see --help)"; NODE_RANK="$2"; shift 2 ;;
+        --master) [[ "${2:-}" =~ ^[^:]+:[0-9]+$ ]] || fail "--master needs HOST:PORT (see --help)"; MEET="$2"; shift 2 ;;
+        --help | -h) usage; exit 0 ;;
+        -*) fail "unknown option '$1' (see --help)" ;;
+        *) break ;;
+    esac
+done
+COMMAND=train
+case "${1:-}" in train | score | doctor) COMMAND="$1"; shift ;; esac
+[[ $# -gt 0 || "$COMMAND" == doctor ]] || fail "give the CONFIG.yaml of a run, see configs/ (and --help)"
+[[ -n "$HOSTFILE" || -z "$NODE_RANK$MEET" ]] || fail "--node-rank and --master need a --hostfile"
+[[ -z "$HOSTFILE" || -z "$PROCESSES" ]] || fail "--processes is for one machine: the hostfile has slots=N"
+[[ -z "$HOSTFILE" || -n "$NODE_RANK" ]] || command -v pdsh >/dev/null ||
+    fail "pdsh is not installed: install it, or start this script on each machine with --node-rank"
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV="${VENV:-.venv}"
+[[ -x "$VENV/bin/deepspeed" ]] || fail "nothing is installed in $VENV: bash launch/install.sh"
+BIN="$(cd "$VENV/bin" && pwd)"
+# Without the NVIDIA driver there is nothing to ask torch for, which takes seconds.
+GPUS=0
+[[ ! -e /proc/driver/nvidia && ! -e /dev/nvidiactl ]] ||
+    GPUS="$("$BIN/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
+PROCESSES="${PROCESSES:-$((GPUS > 0 ? GPUS : 2))}"
+if [[ -z "$HOSTFILE" && "$GPUS" -gt 0 && "$PROCESSES" -gt "$GPUS" ]]; then
+    fail "--processes $PROCESSES, but $GPUS GPUs are visible: one process needs one GPU"
+fi
+export TOKENIZERS_PARALLELISM=false
+[[ "$GPUS" -gt 0 ]] || export DS_ACCELERATOR=cpu
+PREPARED="$("$BIN/python" -m megatron_amrlhf.launching.prepare --processes "$PROCESSES" \
+    ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} -- "$COMMAND" "$@")"
+eval "$PREPARED" # FOLDER LOGS ATTEMPT PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
+export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES"
+
+OPTIONS=(--log_level critical --no_local_rank)
+# The doctor's rank 0 speaks for all, also where the folder for logs is what is wrong.
+[[ "$COMMAND" == doctor ]] || OPTIONS+=(--enable_each_rank_log "$LOGS")
+if [[ -n "$HOSTFILE" ]]; then
+    [[ -z "$NODE_RANK" ]] || { PORT=29500; OPTIONS+=(--no_ssh --node_rank "$NODE_RANK"); }
+    MEET="${MEET:-$MASTER:$PORT}"
+    OPTIONS+=(--hostfile "$HOSTFILE" --master_addr "${MEET%:*}")
+    PORT="${MEET##*:}"
+    export DS_ENV_FILE="$FOLDER/.deepspeed_env"
+elif [[ "$GPUS" -gt 0 ]]; then
+    # The launcher ignores CUDA_VISIBLE_DEVICES when --num_gpus is given, so the devices are named.
+    VISIBLE="${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+    OPTIONS+=(--include "localhost:$(cut -d, -f "1-$PROCESSES" <<<"$VISIBLE")")
+    unset CUDA_VISIBLE_DEVICES
+else
+    export LOCAL_SIZE="$PROCESSES" # spares the launcher its count of NUMA nodes, which needs numactl
+    OPTIONS+=(--num_gpus "$PROCESSES")
+fi
+OPTIONS+=(--master_port "${MASTER_PORT:-$PORT}")
+# Rank 0 writes into its log; its progress bars go straight to the terminal, if this is one.
+[[ ! -t 2 ]] || export AMRLHF_TERMINAL="$(readlink "/proc/$$/fd/2")"
+
+STARTED="$(date +%s)"
+# The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
+# process group of its own, so that the signals of a terminal reach this script alone.
+set -m
+"$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
+GROUP=$!
+set +m
+FOLLOWER=""
+if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
+    (
+        until compgen -G "$LOGS/*_rank0.log" >/dev/null; do sleep 0.2; done
+        exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
+    ) &
+    FOLLOWER=$!
+fi
+
+# A first signal asks the run to stop, a second one ends it. Ranks of other nodes see the file; the
+# launcher itself would end every run of this user there, so on several nodes it is not asked.
+REQUESTS=0 SIGNALLED=0
+stop() {
+    SIGNALLED=1 REQUESTS=$((REQUESTS + 1))
+    if [[ "$REQUESTS" == 1 && "$COMMAND" == train ]]; then
+        touch "$FOLDER/stop"
+        echo "train.sh: the run saves and stops; once more to end it at once" >&2
+        return 0 # without a number it would be that of the interrupted wait, on which set -e exits
+    fi
+    trap '' INT TERM HUP
+    [[ "$COMMAND" == doctor ]] || echo now >"$FOLDER/stop" # which may be that of another run
+    [[ "$HOSTS" -gt 1 && -z "$NODE_RANK" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
+    for _ in {1..30}; do
+        kill -0 -- "-$GROUP" 2>/dev/null || break
+        sleep 1
+    done
+    kill -KILL -- "-$GROUP" 2>/dev/null || true
+    [[ -z "$FOLLOWER" ]] || kill "$FOLLOWER" 2>/dev/null || true
+    exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+trap 'stop 129' HUP
+while :; do
+    CODE=0 SIGNALLED=0
+    wait "$GROUP" || CODE=$?
+    [[ "$SIGNALLED" == 1 ]] || break # a signal ends the wait, not the run
+done
+[[ -z "$FOLLOWER" ]] || wait "$FOLLOWER" || true
+
+# Lines of a rank whose log the console has not shown.
+show_rank() {
+    [[ "$1" != 0 || "${NODE_RANK:-0}" != 0 ]] || return 0
+    tail -q -n "$2" "$LOGS"/*_rank"$1".log >&2 2>/dev/null || true
+}
+case "$COMMAND/$CODE" in
+    */0 | */75 | */130 | doctor/[12]) ;;
+    */2) # one rank has said what is wrong
+        grep -qs '^error' "$LOGS"/*_rank0.log || grep -hs '^error' "$LOGS"/*.log | head -n 1 >&2
+        ;;
+    doctor/*) echo "train.sh: the doctor has not ended as it should (exit code $CODE)" >&2 ;;
+    *)
+        CAUSE="$("$BIN/python" -m megatron_amrlhf status "$@" --ended-since "$STARTED")" || CAUSE=""
+        [[ ! "$CAUSE" =~ ^cause:\ .*rank\ ([0-9]+)\  ]] || show_rank "${BASH_REMATCH[1]}" 20
+        echo "train.sh: the run failed (exit code $CODE), ${CAUSE:-see $LOGS}" >&2
+        ;;
+esac
+exit "$CODE"

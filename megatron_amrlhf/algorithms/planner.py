@@ -1,0 +1,134 @@
+"""``amrlhf plan``: what a configuration takes of each rank, and which layouts fit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from megatron_amrlhf.config.checks import check_model, check_run
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.engine.announce import in_units
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
+from megatron_amrlhf.planning.models import model_config, reward_configs
+from megatron_amrlhf.planning.passes import planned_roles
+from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.report.plan_tables import plan_tables, sizes_of, suggestion_table
+
+GIB = 2**30
+
+
+def run(config: Config, options: argparse.Namespace) -> bool:
+    """Prints the plan; options as ``planning/options.py`` adds them.
+
+    Returns:
+        Whether the run fits.
+
+    Raises:
+        UserError: the configuration, the model or the number of ranks is wrong.
+    """
+    parallel = config.parallel
+    replica = parallel.tensor * parallel.pipeline
+    world_size = options.gpus or replica
+    policy = model_config(options.model or config.model.path, config.model.cache_folder)
+    rewards, notes = reward_configs(config, policy)
+    hf_configs = [policy, *(hf_config for hf_config, _ in rewards.values())]
+    check_run(config, world_size)
+    for hf_config in hf_configs:
+        check_model(config, hf_config)
+    roles = planned_roles(config, policy, rewards)
+    machine = Machine(int(options.memory * GIB), options.gpus_a_node)
+    usable = int(options.share * machine.memory)
+    plan = make_plan(config, world_size // replica, roles)
+    found = suggest(config, roles, hf_configs, world_size, machine, options.share)
+    _print(plan, found, notes, machine, usable, options.layouts)
+    if options.json:
+        _write(Path(options.json).expanduser(), plan, found)
+    return plan.worst.peak <= usable
+
+
+def _print(
+    plan: Plan,
+    found: list[Suggestion],
+    notes: list[str],
+    machine: Machine,
+    usable: int,
+    most: int,
+) -> None:
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    phase, memory = plan.worst.fullest
+    fits = "fits" if memory.total <= usable else "does not fit"
+    lengths = plan.lengths
+    console.print(
+        f"{plan.config.algorithm.kind} on TP x PP x DP = {sizes_of(plan)}, "
+        f"{plan.config.model.dtype}, rows of {lengths.prompt} + {lengths.response} tokens"
+    )
+    for note in notes:
+        console.print(f"note: {note}")
+    for table in plan_tables(plan):
+        console.print(table)
+    console.print(
+        f"{fits}: the peak is {in_units(memory.total)} of {in_units(usable)} usable bytes, in "
+        f"'{phase}' on stage {plan.worst.stage}"
+    )
+    for warning in warnings(plan, machine):
+        console.print(f"warning: {warning}")
+    if found:
+        console.print(suggestion_table(found, usable, most))
+    else:
+        console.print(
+            f"no layout of {plan.world_size} GPUs fits: more GPUs, shorter rows, or "
+            "engine.roles.*.offload_parameters and .offload_optimizer: cpu"
+        )
+
+
+def _write(path: Path, plan: Plan, found: list[Suggestion]) -> None:
+    record = as_json(plan)
+    record["layouts"] = [
+        {
+            "tensor": each.plan.config.parallel.tensor,
+            "pipeline": each.plan.config.parallel.pipeline,
+            "data": each.plan.data,
+            "peak_bytes": each.plan.worst.peak,
+            "seconds": each.seconds,
+            "set": each.changes,
+        }
+        for each in found
+    ]
+    try:
+        write_atomic(path, json.dumps(record, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--json {path}: cannot be written ({error.strerror})") from None
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Bytes of every stage, by phase."""
+    return {
+        "ranks": plan.world_size,
+        "peak_bytes": plan.worst.peak,
+        "stages": [
+            {
+                "stage": stage.stage,
+                "ranks": [plan.ranks(stage.stage)[0], plan.ranks(stage.stage)[-1]],
+                "parameters": {spec.name: spec.num_parameters for spec in stage.specs},
+                "memory": {
+                    phase: dataclasses.asdict(memory) | {"total": memory.total}
+                    for phase, memory in stage.memory.items()
+                },
+                "moved": {
+                    phase: {f"{kind} over {axis}": x for (kind, axis), x in volumes.items() if x}
+                    for phase, volumes in stage.moved.items()
+                },
+            }
+            for stage in plan.stages
+        ],
+        "bubbles": plan.bubbles,
+    }

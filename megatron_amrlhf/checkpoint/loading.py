@@ -1,0 +1,134 @@
+"""Going on from a checkpoint, at the layout it was taken at or at any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_amrlhf.checkpoint.files import on_all_ranks
+from megatron_amrlhf.checkpoint.folders import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    file_problem,
+    is_complete,
+    read_header,
+    read_manifest,
+    step_folders,
+    step_of,
+)
+from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
+from megatron_amrlhf.engine.role import Role
+from megatron_amrlhf.engine.weights import MASTER, MOMENTS
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a checkpoint held beside the roles.
+
+    Attributes:
+        state: the ``state`` given when it was saved.
+        layout: that it was saved at.
+    """
+
+    state: dict
+    layout: SavedLayout
+
+
+def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
+    """Restores the trainable roles of ``engine``. Entered by every rank.
+
+    Every file is checked by one of the ranks before anything is changed. At the layout of the
+    checkpoint the continued run is bit for bit what an uninterrupted one would have been, as long
+    as its configuration is the same; at another layout it goes on from the same weights, moments
+    and counters. A changed learning rate or schedule takes effect.
+
+    Args:
+        engine: with the same roles; tensor and pipeline parallelism, data-parallel ranks and ZeRO
+            stage may be others.
+        path: ``checkpoints/step-N``.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model or the roles are others; the same
+            message on every rank.
+    """
+    reader = _Reader(path, engine.mesh)
+    doing = f"cannot read the checkpoint {path}"
+    header = on_all_ranks(lambda: reader.check(engine), doing)[engine.mesh.rank]
+    layout = SavedLayout(**header["layout"])
+    for name, role in engine.trainable().items():
+        counters = header["roles"][name]
+        kinds = (MASTER,) if counters["optimizer_step"] is None else (MASTER, *MOMENTS)
+        parts, mesh = reader.parts(name, role, layout), engine.mesh
+        entries, tensors = {entry.local: entry for entry in role.entries}, {}
+        for local, place in role.weights.slices().items():
+            for kind in kinds:
+                found = parts.read(entries[local], kind, mesh.tp_size, mesh.tp_rank, place)
+                tensors[f"{local}.{kind}"] = found
+        role.weights.write_states(tensors, counters)
+    engine.set_counters(header["engine"])
+    return Loaded(header["state"], layout)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Checks a checkpoint before it is used."""
+
+    path: Path
+    mesh: Mesh
+
+    def check(self, engine: Zero3Engine) -> dict:
+        """The parsed ``state.json``, after a look at this rank's share of the files."""
+        step_of(self.path)
+        manifest = read_manifest(self.path)
+        if manifest is None:
+            raise self._damaged(MANIFEST_FILE, "is missing or unreadable")
+        self._check_file(STATE_FILE, manifest)
+        header = read_header(self.path)
+        self._check_roles(header, engine)
+        layout = SavedLayout(**header["layout"])
+        names = [name for role in header["roles"] for name in layout.parts_of(role)]
+        for name in names[self.mesh.rank :: self.mesh.world_size]:
+            self._check_file(name, manifest)
+        for name, role in engine.trainable().items():
+            self._check_model(name, header["roles"][name]["model"], role)
+        return header
+
+    def parts(self, name: str, role: Role, layout: SavedLayout) -> RoleParts:
+        """A role's part files."""
+        return RoleParts(self.path, name, layout, role.shape, role.spec.head_outputs)
+
+    def _check_file(self, name: str, manifest: dict[str, dict]) -> None:
+        if problem := file_problem(self.path, name, manifest):
+            raise self._damaged(name, problem)
+
+    def _damaged(self, name: str, what: str) -> UserError:
+        """The error, with the way out: the newest older checkpoint that is complete."""
+        step = step_of(self.path)
+        folders = [x for x in step_folders(self.path.parent) if step_of(x) < step]
+        older = [folder for folder in folders if is_complete(folder)]
+        advice = "there is no older complete checkpoint: restore the file or start a new run"
+        if older:
+            advice = f"delete {self.path} to go on from the older complete checkpoint {older[-1]}"
+        return UserError(f"{self.path / name} {what}; {advice}")
+
+    def _check_roles(self, header: dict, engine: Zero3Engine) -> None:
+        def describe(roles: dict[str, str]) -> str:
+            return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(roles.items()))
+
+        then = {name: role["dtype"] for name, role in header["roles"].items()}
+        now = {name: role.spec.dtype_name for name, role in engine.trainable().items()}
+        if then != now:
+            raise UserError(
+                f"{self.path} holds the trained roles {describe(then)}, this run trains "
+                f"{describe(now)}: use the checkpoint's configuration or another run.name"
+            )
+
+    def _check_model(self, name: str, then: dict, role: Role) -> None:
+        if other := other_sizes(then, role.spec.sizes(role.shape)):
+            raise UserError(
+                f"{self.path} is of another model than this run's {name} ({other}): "
+                "use the checkpoint's model.path or another run.name"
+            )

@@ -1,0 +1,67 @@
+"""A role's weights out of a training checkpoint, one Hugging Face tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_amrlhf.checkpoint.folders import (
+    MANIFEST_FILE,
+    STATE_FILE,
+    file_problem,
+    read_header,
+    read_manifest,
+)
+from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
+from megatron_amrlhf.engine.weights import MASTER
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.shape import read_shape
+from megatron_amrlhf.models.shards import MergedShards
+
+
+def roles_in(folder: Path) -> dict[str, str]:
+    """The dtype of each role that a checkpoint holds, by the role's name.
+
+    Raises:
+        UserError: it is no checkpoint of ours, or ``state.json`` is damaged.
+    """
+    return {name: role["dtype"] for name, role in _header(folder)["roles"].items()}
+
+
+def open_role(folder: Path, role: str, hf_config: Mapping[str, Any]) -> MergedShards:
+    """The float32 master weights of a role under Hugging Face names.
+
+    Args:
+        folder: ``checkpoints/step-N``.
+        role: actor, critic, prm or orm.
+        hf_config: the parsed config.json of the model that the run started from.
+
+    Raises:
+        UserError: a file is missing or damaged, there is no such role, or the model is another.
+    """
+    header, shape = _header(folder), read_shape(hf_config)
+    if role not in header["roles"]:
+        raise UserError(f"{folder} has no role {role!r}: it holds {', '.join(header['roles'])}")
+    layout, then = SavedLayout(**header["layout"]), header["roles"][role]["model"]
+    if other := other_sizes(then, vars(shape)):
+        raise UserError(f"{folder} is of another model than its config.json: {other}")
+    _check_files(folder, [STATE_FILE, *layout.parts_of(role)])
+    outputs = then["head_outputs"]
+    parts = RoleParts(folder, role, layout, shape, outputs)
+    read = partial(parts.shard, kind=MASTER)
+    return MergedShards(folder, shape, layout.cut, layout.tensor, outputs, read)
+
+
+def _header(folder: Path) -> dict:
+    if read_manifest(folder) is None:
+        raise UserError(f"{folder} is no complete checkpoint: its {MANIFEST_FILE} is missing")
+    return read_header(folder)
+
+
+def _check_files(folder: Path, names: list[str]) -> None:
+    manifest = read_manifest(folder)
+    for name in names:
+        if problem := file_problem(folder, name, manifest):
+            raise UserError(f"{folder / name} {problem}")

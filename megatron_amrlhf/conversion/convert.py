@@ -1,0 +1,209 @@
+"""Conversion of model weights between folders: plan, check, write, verify."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_amrlhf.conversion.folders import (
+    check_free_space,
+    check_target,
+    copy_travelling,
+    new_folder,
+    travelling_files,
+    write_config,
+)
+from megatron_amrlhf.conversion.hf_folder import Kind, plan_hf, write_hf
+from megatron_amrlhf.conversion.megatron_folder import (
+    entries_of,
+    open_megatron,
+    rank_names,
+    write_megatron,
+)
+from megatron_amrlhf.conversion.megatron_names import MegatronTarget
+from megatron_amrlhf.conversion.sources import Source
+from megatron_amrlhf.conversion.tensors import HEAD_NAMES, CheckedWeights, checked
+from megatron_amrlhf.conversion.torch_dist import open_torch_dist, write_torch_dist
+from megatron_amrlhf.conversion.verify import Comparison, compare_logits
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.shape import ModelShape, read_shape
+from megatron_amrlhf.models.source import ShardedWeights
+
+
+@dataclass(frozen=True)
+class HfTarget:
+    """A Hugging Face folder: the most bytes of a file, and what the folder is for."""
+
+    shard_bytes: int
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class TorchDistTarget:
+    """A ``torch_dist`` folder of megatron-core, which has no layout of its own."""
+
+    layout: MegatronTarget
+
+
+Target = HfTarget | MegatronTarget | TorchDistTarget
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """A file that will be written: its name, how many tensors it has, and their bytes."""
+
+    name: str
+    num_tensors: int
+    nbytes: int
+
+
+class Conversion:
+    """A conversion whose input was checked as far as headers tell.
+
+    Args:
+        source: what to convert.
+        target: what to write.
+        dtype: of the written weights; None: as the source's.
+
+    Raises:
+        UserError: tensors are missing or unknown, or the layout does not fit the model.
+    """
+
+    def __init__(self, source: Source, target: Target, dtype: str | None):
+        self.source, self.target = source, target
+        self.shape: ModelShape = read_shape(source.hf_config)
+        self.weights: CheckedWeights = checked(
+            source.weights, source.hf_config, dtype or source.dtype
+        )
+        self._rounds = dtype is not None or source.dtype is not None
+        if isinstance(target, HfTarget):
+            if target.kind == "token-classification" and self.weights.head_outputs is None:
+                raise UserError(f"{self.weights.folder} has no linear head to classify tokens with")
+        else:
+            _check_layout(self.shape, self._layout)
+
+    @property
+    def _layout(self) -> MegatronTarget:
+        is_dist = isinstance(self.target, TorchDistTarget)
+        return self.target.layout if is_dist else self.target
+
+    def plan(self) -> list[PlanLine]:
+        """What will be written, in order."""
+        if isinstance(self.target, HfTarget):
+            files = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
+            lines = [PlanLine(file.name, len(file.tensors), file.nbytes) for file in files]
+        elif isinstance(self.target, TorchDistTarget):
+            lines = [PlanLine("torch_dist", len(self.weights.names()), self.weights.total)]
+        else:
+            lines = self._rank_lines()
+        travelling = travelling_files(self.source.model_folder)
+        return [*lines, *(PlanLine(x.name, 0, x.stat().st_size) for x in travelling)]
+
+    def _rank_lines(self) -> list[PlanLine]:
+        layout, lines = self._layout, []
+        for (stage, _), name in rank_names(layout).items():
+            entries = entries_of(self.shape, layout, stage, self.weights.head_outputs)
+            nbytes = 0
+            for entry in entries:
+                whole = sum(map(self.weights.nbytes, entry.hf))
+                if entry.layout.name == "vocab":  # as it is padded
+                    padded = layout.padded(self.shape).padded_vocab(layout.tensor)
+                    whole = whole // self.shape.vocab_size * padded
+                nbytes += whole if entry.layout.name == "replicated" else whole // layout.tensor
+            lines.append(PlanLine(name, len(entries), nbytes))
+        if self.weights.head_outputs is not None:
+            nbytes = sum(map(self.weights.nbytes, HEAD_NAMES))
+            lines.append(PlanLine("head.safetensors", len(HEAD_NAMES), nbytes))
+        return lines
+
+    @property
+    def num_steps(self) -> int:
+        """How often ``write`` calls ``advance``."""
+        if isinstance(self.target, MegatronTarget):
+            return sum(
+                line.num_tensors for line in self._rank_lines()[: len(rank_names(self._layout))]
+            )
+        return len(self.weights.names())
+
+    def write(
+        self,
+        folder: Path,
+        overwrite: bool,
+        advance: Callable[[], None],
+        verify: bool,
+    ) -> list[Comparison]:
+        """Writes the target; it appears under its name when it is complete and verified.
+
+        Args:
+            folder: where to.
+            overwrite: replace a folder that is there.
+            advance: called after each tensor.
+            verify: compare logits with the source's.
+
+        Returns:
+            The comparisons, if asked for.
+
+        Raises:
+            UserError: the source is damaged, the target cannot be written, or the logits differ.
+        """
+        check_target(folder, self.weights.folder, overwrite)
+        check_free_space(folder, sum(line.nbytes for line in self.plan()))
+        with new_folder(folder) as temporary:
+            self._write(temporary, advance)
+            if not verify:
+                return []
+            found = self._compare(temporary)
+            if not all(each.passed for each in found):
+                lines = "; ".join(map(str, found))
+                raise UserError(f"{folder} is not written, its logits are others: {lines}")
+            return found
+
+    def _write(self, folder: Path, advance: Callable[[], None]) -> None:
+        source, config = self.source, self.source.hf_config
+        if isinstance(self.target, HfTarget):
+            plan = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
+            kind = self.target.kind
+            write_hf(self.weights, plan, config, kind, source.model_folder, folder, advance)
+            return
+        if isinstance(self.target, TorchDistTarget):
+            write_torch_dist(self.weights, self.shape, config, self._layout, folder, advance)
+        else:
+            write_megatron(self.weights, self.shape, config, self._layout, folder, advance)
+        write_config(folder, config)
+        copy_travelling(source.model_folder, folder)
+
+    def _compare(self, folder: Path) -> list[Comparison]:
+        config = self.source.hf_config
+        has_head = self.weights.head_outputs is not None
+        is_classifier = isinstance(self.target, HfTarget) and self.target.kind != "causal-lm"
+        before: CheckedWeights | Path = self.weights
+        if self.source.form == "hf" and not has_head:
+            before = self.source.weights.folder
+        if isinstance(self.target, HfTarget):
+            after: CheckedWeights | Path = folder
+            if has_head and not is_classifier:
+                after = checked(ShardedWeights(folder), config, None)
+        else:
+            reader = open_torch_dist if isinstance(self.target, TorchDistTarget) else open_megatron
+            after = checked(reader(folder, self.shape), config, None)
+        return compare_logits(before, after, config, self._rounds)
+
+
+def _check_layout(shape: ModelShape, layout: MegatronTarget) -> None:
+    """Refuses sizes that do not divide.
+
+    Raises:
+        UserError: tells what would.
+    """
+    for count, unit in (
+        (shape.num_heads, "attention heads"),
+        (shape.num_kv_heads, "key-value heads"),
+        (shape.ffn_size, "feed-forward units"),
+    ):
+        if count % layout.tensor:
+            raise UserError(f"--tensor {layout.tensor} does not divide the model's {count} {unit}")
+    try:
+        layout.cut.chunks(shape.num_layers, 0)
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -1,0 +1,124 @@
+"""Which tensors a model must have, and whether weights have them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.mapping import HEAD_PARTS
+from megatron_amrlhf.models.shards import NamedWeights
+
+LM_HEAD, HEAD_NAMES = "lm_head.weight", tuple(f"head.{part}" for part in HEAD_PARTS)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CheckedWeights:
+    """Weights that have what their model needs, in one dtype.
+
+    Attributes:
+        weights: read from here.
+        shapes: of each tensor by Hugging Face name, in the model's order.
+        dtype: all tensors are given in it.
+        head_outputs: None for a language model, else outputs of its linear head.
+        casts: whether tensors of another dtype are cast; else they are an error.
+    """
+
+    weights: NamedWeights
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+    head_outputs: int | None
+    casts: bool
+
+    @property
+    def folder(self):
+        """Where the weights are."""
+        return self.weights.folder
+
+    def nbytes(self, name: str) -> int:
+        """Size of a tensor."""
+        return prod(self.shapes[name]) * self.dtype.itemsize
+
+    @property
+    def total(self) -> int:
+        """Bytes of all tensors."""
+        return sum(map(self.nbytes, self.shapes))
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the model's order."""
+        return list(self.shapes)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def get(self, name: str) -> Tensor:
+        """The tensor ``name`` in ``dtype``, read now.
+
+        Raises:
+            UserError: it has another shape, or another dtype and none was asked for.
+        """
+        tensor = self.weights.get(name)
+        if tuple(tensor.shape) != self.shapes[name]:
+            raise UserError(
+                f"{self.folder}: {name} has shape {tuple(tensor.shape)}, the model's config.json "
+                f"needs {self.shapes[name]}"
+            )
+        if tensor.dtype != self.dtype and not self.casts:
+            raise UserError(
+                f"{self.folder}: {name} is {tensor.dtype}, other tensors are {self.dtype}: choose "
+                "one by --dtype"
+            )
+        return tensor.to(self.dtype)
+
+
+def checked(
+    weights: NamedWeights, hf_config: Mapping[str, Any], dtype: str | None
+) -> CheckedWeights:
+    """Compares the names with what the model needs; shapes and dtypes are checked when read.
+
+    Args:
+        weights: any.
+        hf_config: the parsed config.json.
+        dtype: name of the dtype that is wanted; None: as the weights are.
+
+    Raises:
+        UserError: tensors are missing, or are not of this model.
+    """
+    has_head = HEAD_NAMES[0] in weights
+    head_outputs = int(weights.get(HEAD_NAMES[0]).shape[0]) if has_head else None
+    shapes = dict(_shapes(hf_config, head_outputs))
+    found = set(weights.names())
+    if hf_config.get("tie_word_embeddings") or has_head:
+        found.discard(LM_HEAD)  # a copy of the embedding, or not used
+    if has_head and HEAD_NAMES[1] not in found:
+        raise UserError(f"{weights.folder} has a head without a bias ({HEAD_NAMES[1]})")
+    for what, names in (("lacks", shapes.keys() - found), ("has unknown", found - shapes.keys())):
+        if names:
+            listed = ", ".join(sorted(names)[:3])
+            raise UserError(
+                f"{weights.folder} {what} {len(names)} tensors of its config.json's model: {listed}"
+            )
+    one = weights.get("model.norm.weight").dtype
+    return CheckedWeights(weights, shapes, DTYPES.get(dtype, one), head_outputs, dtype is not None)
+
+
+def _shapes(
+    hf_config: Mapping[str, Any], head_outputs: int | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Shapes as transformers would make the tensors; a linear head in the LM head's place."""
+    config = AutoConfig.for_model(**hf_config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, tensor in model.state_dict().items():
+        if name != LM_HEAD or not (config.tie_word_embeddings or head_outputs):
+            yield name, tuple(tensor.shape)
+    if head_outputs:
+        yield HEAD_NAMES[0], (head_outputs, config.hidden_size)
+        yield HEAD_NAMES[1], (head_outputs,)

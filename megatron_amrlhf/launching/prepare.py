@@ -1,0 +1,124 @@
+"""``python -m megatron_amrlhf.launching.prepare [options] -- train CONFIG.yaml ...``
+
+Checks a run before any of its processes is started, makes its folder ready, and prints what a
+launch script needs to know as shell assignments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+from megatron_amrlhf.cli import read_arguments
+from megatron_amrlhf.config.checks import check_files, check_run
+from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config
+from megatron_amrlhf.doctor.options import run_folder as doctor_folder
+from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.launching.environment import forwarded
+from megatron_amrlhf.launching.hostfile import read_hostfile
+from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.report.run_folder import last_attempt
+from megatron_amrlhf.report.stop_request import STOP_NAME
+from megatron_amrlhf.slurm import job_port
+
+LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
+
+
+@tells_user_errors
+def main(argv: list[str] | None = None) -> int:
+    """Prints FOLDER, LOGS, ATTEMPT, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS and THREADS.
+
+    In a job also JOB_PORT.
+    """
+    parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
+    parser.add_argument("--processes", type=int, default=1, help="of one machine")
+    parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
+    parser.add_argument("--node-rank", type=int, default=0, help="the host's line, from 0")
+    parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
+    options = parser.parse_args(argv)
+    hosts = {"localhost": options.processes}
+    if options.hostfile is not None:
+        hosts = read_hostfile(options.hostfile)
+        if not 0 <= options.node_rank < len(hosts):
+            raise UserError(
+                f"--node-rank {options.node_rank}: {options.hostfile} has {len(hosts)} hosts, "
+                f"use 0 to {len(hosts) - 1}"
+            )
+    arguments = read_arguments(options.run)
+    is_doctor = arguments.command == "doctor"
+    if is_doctor:
+        config = read_config(arguments.config, arguments.overrides)
+        folder = doctor_folder(config, arguments.folder)
+    else:
+        folder = check(arguments, sum(hosts.values()))
+    slots = list(hosts.values())[options.node_rank]
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
+    os.environ[HOSTS_VARIABLE] = ",".join(hosts)
+    attempt = 0 if is_doctor else last_attempt(folder) + 1
+    logs = folder / LOGS_NAME / f"attempt-{attempt:02d}"
+    try:
+        if not is_doctor:  # which looks at the folder of a run that may be going on
+            logs.mkdir(parents=True, exist_ok=True)
+            if options.node_rank == 0:
+                (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
+        if options.node_rank == 0 and not (is_doctor and options.hostfile is None):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_environment(folder / ENVIRONMENT_NAME)
+    except OSError as error:
+        raise UserError(f"run.folder: cannot write {folder} ({error.strerror})") from None
+    shell = {
+        "FOLDER": folder.resolve(),
+        "LOGS": logs.resolve(),
+        "ATTEMPT": attempt,
+        "PORT": free_port(),
+        "HOSTS": len(hosts),
+        "HOST_NAMES": os.environ[HOSTS_VARIABLE],
+        "MASTER": next(iter(hosts)),
+        "SLOTS": slots,
+        "THREADS": os.environ["OMP_NUM_THREADS"],
+    }
+    if "SLURM_JOB_ID" in os.environ:
+        shell["JOB_PORT"] = job_port(os.environ)  # the same on all nodes
+    for name, value in shell.items():
+        print(f"{name}={shlex.quote(str(value))}")
+    return 0
+
+
+def check(arguments: argparse.Namespace, world_size: int) -> Path:
+    """The folder that a run writes to, after all checks that need no model.
+
+    Raises:
+        UserError: configuration, files or layout are wrong.
+    """
+    config = load_config(arguments.config, arguments.overrides)
+    check_run(config, world_size)
+    check_files(config)
+    if arguments.command == "score":
+        return Path(arguments.out).expanduser()
+    return Path(config.run.folder).expanduser() / config.run.name
+
+
+def write_environment(path: Path) -> None:
+    """Writes the variables for other nodes; only the user may read them."""
+    text, left_out = forwarded(os.environ)
+    if left_out:
+        print(f"not forwarded to other nodes: {', '.join(left_out)}", file=sys.stderr)
+    write_atomic(path, text)
+    path.chmod(0o600)
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The config.json of a run's models, without their weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.source import HUB_ID, read_hf_config, resolve_model_folder
+from megatron_amrlhf.planning.passes import reward_roles
+
+HEAD_FILE, HEAD_WEIGHT = "head.safetensors", "head.weight"
+
+
+def model_config(path: str, cache_folder: str) -> dict[str, Any]:
+    """The parsed config.json of ``model.path``; of a hub id nothing else is downloaded.
+
+    Args:
+        path: a folder with a config.json (weights are not needed), a hub id, or whatever else
+            ``model.path`` may be.
+        cache_folder: where converted GGUF models are kept.
+
+    Raises:
+        UserError: there is none, or the hub does not give it.
+    """
+    folder = Path(path).expanduser()
+    if (folder / "config.json").is_file():
+        return read_hf_config(folder)
+    if folder.exists() or path.startswith("pip:") or not HUB_ID.fullmatch(path):
+        return read_hf_config(resolve_model_folder(path, cache_folder))
+    try:
+        return read_hf_config(Path(hf_hub_download(path, "config.json")).parent)
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"model.path: no folder {path!r} here, and the hub has not given its config.json "
+            f"({reason}): give a folder that holds one by --model"
+        ) from None
+
+
+def reward_configs(
+    config: Config, policy: dict[str, Any]
+) -> tuple[dict[str, tuple[dict[str, Any], int]], list[str]]:
+    """By role the config.json and the head's outputs of each reward model; what was assumed.
+
+    A reward model that is not trained yet is taken to be of the policy's sizes, with one output.
+    """
+    found, notes = {}, []
+    for role, path in reward_roles(config).items():
+        folder = Path(path).expanduser()
+        if (folder / "config.json").is_file():
+            found[role] = read_hf_config(folder), _head_outputs(folder)
+        else:
+            found[role] = policy, 1
+            notes.append(f"{role}: {path} is not there; taken to be as large as the policy")
+    return found, notes
+
+
+def _head_outputs(folder: Path) -> int:
+    try:
+        with safe_open(folder / HEAD_FILE, framework="pt") as file:
+            return file.get_slice(HEAD_WEIGHT).get_shape()[0]
+    except (OSError, SafetensorError):
+        return 1

@@ -1,0 +1,53 @@
+"""Ranks of processes that ``srun`` has started, one task a rank, without any other launcher."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Mapping, MutableMapping
+
+from megatron_amrlhf.errors import UserError
+
+FIRST_PORT, NUM_PORTS = 20000, 20000
+
+
+def set_ranks(environment: MutableMapping[str, str]) -> None:
+    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT from Slurm's variables.
+
+    Nothing changes where another launcher has set RANK, or outside of a job step, such as in a
+    batch script. What is already set, such as MASTER_PORT, stays.
+
+    Raises:
+        UserError: the first host's name cannot be asked for.
+    """
+    if "RANK" in environment or "SLURM_STEP_ID" not in environment:
+        return
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") == "1":
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment["SLURM_LOCALID"]
+    environment["WORLD_SIZE"] = environment["SLURM_STEP_NUM_TASKS"]
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = host_names(environment["SLURM_STEP_NODELIST"])[0]
+    environment.setdefault("MASTER_PORT", str(job_port(environment)))
+
+
+def job_port(environment: Mapping[str, str]) -> int:
+    """A port that jobs of one node do not share, nor a requeued job with what it left behind."""
+    job, restart = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
+    return FIRST_PORT + (int(job) + 1009 * int(restart)) % NUM_PORTS
+
+
+def host_names(nodes: str) -> list[str]:
+    """Names in a list such as ``node[1-3]``.
+
+    Raises:
+        UserError: Slurm cannot be asked.
+    """
+    command = ["scontrol", "show", "hostnames", nodes]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"scontrol cannot tell the hosts of {nodes} ({error}): set MASTER_ADDR"
+        ) from None
+    return answer.stdout.split()

@@ -1,0 +1,66 @@
+"""A tokenizer that is a SentencePiece file alone, trained here."""
+
+import json
+
+import pytest
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from transformers import AutoTokenizer
+
+from megatron_amrlhf.data.chat import encode_prompt, load_tokenizer
+from megatron_amrlhf.errors import UserError
+from tests.helpers import CHATML_TEMPLATE, SENTENCES
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """As Llama 2 and Mistral come: BPE with byte fallback, digits apart, blanks kept."""
+    (tmp_path / "text.txt").write_text("\n".join(SENTENCES))
+    SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=380,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    for name in ("text.txt", "tokenizer.vocab"):
+        (tmp_path / name).unlink()
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "chat_template.jinja").write_text(CHATML_TEMPLATE)
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_a_sentencepiece_file_alone_gives_its_own_ids_and_the_chat_template(folder, tmp_path):
+    tokenizer = load_tokenizer(folder)
+    model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for text in ("Ben drives 12 km.", "two  blanks", "line\nline", "Zo\u00eb \u7b2c\u4e00"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == model.encode(text)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.chat_template == CHATML_TEMPLATE
+    assert "assistant" in tokenizer.decode(encode_prompt(tokenizer, "2 + 3?", None))
+    # What an export saves beside the weights is the same tokenizer.
+    tokenizer.save_pretrained(tmp_path / "export")
+    again = AutoTokenizer.from_pretrained(tmp_path / "export")
+    text = "Ann buys 3 apples.\n\u7b2c"
+    assert again.encode(text) == tokenizer.encode(text)
+    assert again.chat_template == CHATML_TEMPLATE
+
+
+@pytest.mark.parametrize("name", ["T5Tokenizer", None])
+def test_a_wrong_tokenizer_class_is_refused(folder, name):
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": name}
+    file.write_text(json.dumps({key: value for key, value in settings.items() if value}))
+    with pytest.raises(UserError, match=r"tokenizer\.model: .* otherwise than SentencePiece"):
+        load_tokenizer(folder)

@@ -1,0 +1,172 @@
+"""The command on one machine: what it finds, writes, leaves and answers."""
+
+import json
+import os
+import socket
+import time
+
+import pytest
+
+from megatron_amrlhf import cli
+from megatron_amrlhf.doctor import command, machine, software
+from megatron_amrlhf.doctor.judge_ranks import judge_versions
+from tests.unit.doctor.samples import facts
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch, tmp_path):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.chdir(tmp_path)
+
+
+def doctor(*arguments: str) -> tuple[int, dict]:
+    code = cli.main(["doctor", "--json", "doctor.json", *arguments])
+    with open("doctor.json") as file:
+        return code, json.load(file)
+
+
+def by_check(record: dict) -> dict[str, dict]:
+    return {finding["check"]: finding for finding in record["findings"]}
+
+
+def test_one_process_has_a_line_for_each_check_and_leaves_nothing(capsys, tmp_path):
+    start = time.monotonic()
+    code, record = doctor()
+    assert time.monotonic() - start < 10
+    lines = capsys.readouterr().out.splitlines()
+    checks = ("versions", "devices", "limits", "disk", "locks", "shared files", "clocks")
+    assert set(by_check(record)) == set(checks)
+    assert code == record["exit_code"] == any(x["level"] == "error" for x in record["findings"])
+    for finding in record["findings"]:
+        assert [line for line in lines if finding["message"] in line]
+    assert [path.name for path in tmp_path.iterdir()] == ["doctor.json"]
+    assert record["ranks"][0]["host"] == socket.gethostname()
+
+
+def test_a_lock_file_is_found_and_stays(tmp_path):
+    lock = tmp_path / "extensions" / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (0, time.time() - 3600))
+    _, record = doctor()
+    found = by_check(record)["locks"]
+    assert found["level"] == "warning" and str(lock) in found["message"]
+    assert "60 minutes" in found["message"] and lock.exists()
+
+
+def test_a_wrong_pin_is_an_error_and_exit_code_1(monkeypatch):
+    versions = dict(software.installed_versions(software.read_pins()), deepspeed="0.1.0")
+    monkeypatch.setattr(software, "installed_versions", lambda pins: versions)
+    code, record = doctor()
+    assert code == 1 and "deepspeed 0.1.0" in by_check(record)["versions"]["message"]
+
+
+def test_a_run_folder_that_cannot_be_made_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    code, record = doctor("--folder", str(tmp_path / "file" / "run"))
+    found = by_check(record)["shared files"]
+    assert code == 1 and found["level"] == "error" and "cannot write" in found["message"]
+
+
+def test_an_existing_run_folder_is_left_as_it_was(tmp_path):
+    folder = tmp_path / "runs" / "x"
+    folder.mkdir(parents=True)
+    (folder / "stop").touch()
+    doctor("--folder", str(folder))
+    assert [path.name for path in folder.iterdir()] == ["stop"]
+
+
+def test_checkpoints_are_compared_with_the_free_space(tmp_path, monkeypatch):
+    model = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
+    model |= {"vocab_size": 32, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
+    model |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    (tmp_path / "runs" / "demo" / "checkpoints" / "step-1").mkdir(parents=True)
+    (tmp_path / "run.yaml").write_text(
+        "run: {name: demo}\nmodel: {path: model}\nalgorithm: {kind: ppo}\ndata: {train: x.jsonl}\n"
+    )
+    layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 16 * 8 + 2 * 8  # q, k and v, o, gate up down, norms
+    actor, critic = 2 * layer + 2 * 32 * 8 + 8, 2 * layer + 32 * 8 + 8 + 8 + 1
+    seen = []
+    real = command.judge_disks
+    monkeypatch.setattr(command, "judge_disks", lambda f, room: seen.append(room) or real(f, room))
+    _, record = doctor("run.yaml", "--set", "checkpoint.keep=3")
+    assert seen[0].num_bytes == 12 * (actor + critic)
+    assert seen[0].count == 3  # one of three is there, and one is written beside three
+    assert "runs/demo" in by_check(record)["disk"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("no/model", "no/model is not on this machine"),
+        ("/no/such/folder", "/no/such/folder is not on this machine"),
+        ("no.gguf", "no.gguf: no such file"),
+        ("pip:no-such-package", "'no-such-package' is not installed"),
+    ],
+)
+def test_an_unknown_model_is_a_warning(tmp_path, path, words):
+    (tmp_path / "run.yaml").write_text(
+        f'run: {{name: demo}}\nmodel: {{path: "{path}"}}\nalgorithm: {{kind: dpo}}\n'
+        "data: {train: x.jsonl}\n"
+    )
+    _, record = doctor("run.yaml")
+    disk = [x for x in record["findings"] if x["check"] == "disk"]
+    assert disk[0]["level"] == "warning" and words in disk[0]["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nowhere.yaml"], "nowhere.yaml"),
+        (["--timeout", "0"], "--timeout"),
+        (["--set", "run.seed=1"], "CONFIG.yaml"),
+        (["--json", "no/folder/x.json"], "--json no/folder/x.json: cannot be written"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, words, capsys):
+    assert cli.main(["doctor", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and words in err
+
+
+def test_ranks_without_a_meeting_place_are_wrong_usage(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["doctor"]) == 2
+    assert "MASTER_ADDR is not set" in capsys.readouterr().err
+
+
+def test_a_rank_that_does_not_reach_rank_0_says_so(monkeypatch, capsys):
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert cli.main(["doctor", "--timeout", "1"]) == 1
+    assert "rank 1 (host " in (err := capsys.readouterr().err)
+    assert "did not reach rank 0 at 127.0.0.1:1 within 1 s" in err
+
+
+def test_the_pins_are_those_of_requirements_txt():
+    pins = software.read_pins()
+    wanted = {each.name: str(each.specifier) for each in pins.requirements}
+    assert wanted["megatron-core"] == "==0.16.1" and wanted["deepspeed"] == "==0.19.8"
+    assert "3.11.2" in pins.python and "3.13.0" not in pins.python
+    installed = software.installed_versions(pins)
+    assert judge_versions([facts(versions=installed)], pins)[0].level == "ok"
+
+
+def test_a_driver_without_a_gpu_is_hidden_unless_asked_for(monkeypatch, tmp_path):
+    driver = tmp_path / "version"
+    driver.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue\n")
+    monkeypatch.setattr(machine, "NVIDIA_DRIVER", driver)
+    monkeypatch.setattr(machine.torch.cuda, "is_available", lambda: False)
+    assert machine.driver_version() == "550.54.15"
+    assert machine.has_hidden_gpu({})
+    assert not machine.has_hidden_gpu({"CUDA_VISIBLE_DEVICES": ""})
