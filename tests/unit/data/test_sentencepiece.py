@@ -6,7 +6,7 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from megatron_amrlhf.data.chat import encode_prompt, load_tokenizer
+from megatron_amrlhf.data.chat import PROBE, encode_prompt, load_tokenizer
 from megatron_amrlhf.errors import UserError
 from tests.helpers import CHATML_TEMPLATE, SENTENCES
 
@@ -57,10 +57,25 @@ def test_a_sentencepiece_file_alone_gives_its_own_ids_and_the_chat_template(fold
     assert again.chat_template == CHATML_TEMPLATE
 
 
-@pytest.mark.parametrize("name", ["T5Tokenizer", None])
-def test_a_wrong_tokenizer_class_is_refused(folder, name):
+def set_class(folder, name):
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text()) | {"tokenizer_class": name}
     file.write_text(json.dumps({key: value for key, value in settings.items() if value}))
+
+
+def test_a_wrong_tokenizer_class_is_refused(folder):
+    set_class(folder, "T5Tokenizer")
     with pytest.raises(UserError, match=r"tokenizer\.model: .* otherwise than SentencePiece"):
         load_tokenizer(folder)
+
+
+def test_a_missing_tokenizer_class_is_guessed_right_or_refused(folder):
+    """Which of them depends on the version of transformers."""
+    set_class(folder, None)
+    try:
+        found = load_tokenizer(folder).encode(PROBE, add_special_tokens=False)
+    except UserError as error:
+        assert "otherwise than SentencePiece" in str(error)
+    else:
+        model = SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+        assert found == model.encode(PROBE)
