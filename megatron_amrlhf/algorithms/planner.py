@@ -86,7 +86,7 @@ def _print(
     else:
         console.print(
             f"no layout of {plan.world_size} GPUs fits: more GPUs, shorter rows, or "
-            "engine.roles.*.offload_parameters and .offload_optimizer: cpu"
+            "engine.roles.*.offload_parameters and .offload_optimizer: cpu or nvme"
         )
 
 

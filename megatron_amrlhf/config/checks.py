@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,19 @@ def check_files(config: Config) -> None:
             problems.append(f"{key}: {name}: no such file")
     if config.algorithm.kind not in REWARD_KINDS:
         problems += _missing_reward_files(config)
+    if (folder := config.engine.nvme_folder) and not _is_writable(Path(folder).expanduser()):
+        problems.append(f"engine.nvme_folder: {folder}: cannot be made or written")
     try:
         read_deepspeed(config.engine.deepspeed)
     except UserError as error:
         problems.append(str(error))
     _raise_if(problems)
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder that is there or can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
 def _missing_reward_files(config: Config) -> Iterator[str]:

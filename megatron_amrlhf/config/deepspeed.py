@@ -66,8 +66,8 @@ def resolve_deepspeed(
         ("offload_param", section.offload_parameters),
         ("offload_optimizer", section.offload_optimizer),
     ):
-        if device != "none":
-            zero[key] = zero.get(key, {}) | {"device": device}
+        if device != "none":  # files are the host's memory to DeepSpeed (engine/disk.py)
+            zero[key] = zero.get(key, {}) | {"device": "cpu"}
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
         # torch's AdamW steps on the CPU too, without a compiled op.
         resolved["zero_force_ds_cpu_optimizer"] = False
@@ -133,7 +133,8 @@ def _problems(template: dict[str, Any], config: Config, data_parallel_size: int)
         )
     for key in ("offload_param", "offload_optimizer"):
         if zero.get(key, {}).get("device") == "nvme":
-            problems.append(f"zero_optimization.{key}: nvme is out of checkpoints' reach, use cpu")
+            ours = {"offload_param": "offload_parameters"}.get(key, key)
+            problems.append(f"remove zero_optimization.{key}: nvme is engine.roles.ROLE.{ours}")
     return problems + _bf16_problems(template.get("bf16", {}), config.model.dtype)
 
 

@@ -43,6 +43,8 @@ def engine_problems(config: Config) -> Iterator[str]:
                     f"engine.roles.{name}.{key}: {device} needs zero_stage 3, this role has "
                     f"{section.zero_stage}"
                 )
+            if device == "nvme" and engine.nvme_folder is None:
+                yield f"engine.roles.{name}.{key}: nvme needs a folder, engine.nvme_folder"
     tokens, longest = engine.micro_batch_tokens, config.data.max_row_tokens
     together = 2 if config.algorithm.kind in PAIR_KINDS else 1
     if tokens is not None and tokens < longest * together:

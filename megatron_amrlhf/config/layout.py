@@ -32,19 +32,24 @@ class ParallelSection(Section):
     context: Positive = Field(1, description="context-parallel size; only 1 is supported")
 
 
+Offload = Literal["none", "cpu", "nvme"]
+
+
 class RoleSection(Section):
     """How the data-parallel ranks share one role; null: as the engine section says."""
 
     zero_stage: Literal[0, 1, 3] | None = Field(
         None, description="ZeRO stage of this role; null: engine.zero_stage"
     )
-    offload_parameters: Literal["none", "cpu"] = Field(
+    offload_parameters: Offload = Field(
         "none",
-        description="where this role's weights rest between phases (stage 3); cpu: a frozen role "
-        "is on the device only while it scores",
+        description="where this role's weights rest between phases (stage 3): none (the device), "
+        "cpu (the host's memory), nvme (files in engine.nvme_folder); a frozen role that is "
+        "offloaded is on the device only while it scores",
     )
-    offload_optimizer: Literal["none", "cpu"] = Field(
-        "none", description="where this role's masters and moments live (stage 3)"
+    offload_optimizer: Offload = Field(
+        "none",
+        description="where this role's masters and moments live (stage 3): none, cpu or nvme",
     )
 
 
@@ -89,6 +94,11 @@ class EngineSection(Section):
     deepspeed: str = Field(
         "configs/deepspeed/zero3.json",
         description="DeepSpeed JSON; 'auto' values are derived from this file",
+    )
+    nvme_folder: str | None = Field(
+        None,
+        description="folder on each machine's own disk for what roles offload to nvme; made if "
+        "missing; nothing is left in it when the run ends, however it ends",
     )
     max_skipped_steps: Positive = Field(
         3, description="stop after this many non-finite optimizer steps in a row"

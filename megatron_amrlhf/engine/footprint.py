@@ -194,7 +194,6 @@ class HeldBytes:
         gradients: the float32 sum while micro-batches run.
         gathered: whole weights beside the partitions while micro-batches run; for
             ``gather: microbatch`` the largest parameter, which is what must be whole at a time.
-        buffers: what DeepSpeed keeps for gradients of its own.
     """
 
     weights: int
@@ -202,12 +201,11 @@ class HeldBytes:
     moments: int
     gradients: int
     gathered: int
-    buffers: int
 
     @property
     def resting(self) -> int:
         """Between optimizer steps."""
-        return self.weights + self.masters + self.moments + self.buffers
+        return self.weights + self.masters + self.moments
 
     @property
     def training(self) -> int:
@@ -232,5 +230,4 @@ def held_bytes(spec: StageSpec) -> HeldBytes:
         moments=train * optimized * FLOAT32_BYTES * NUM_MOMENTS,
         gradients=train * summed * FLOAT32_BYTES,
         gathered=gathered,
-        buffers=train * (zero == 3) * spec.num_partitioned * spec.weight_bytes,
     )

@@ -17,6 +17,7 @@ from deepspeed.utils import (
 from torch import Tensor, nn
 
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
+from megatron_amrlhf.engine.disk import Disk
 from megatron_amrlhf.engine.mpu import Mpu
 from megatron_amrlhf.engine.weights import (
     MASTER,
@@ -75,8 +76,36 @@ class PartitionedWeights(Weights):
             dist_init_required=False,
         )
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
+        self._disk: Disk | None = None  # of masters and moments
         if gradients is not None:
+            self._free_gradient_buffer()
             gradients.watch((trainer or module).named_parameters())
+
+    @torch.no_grad()
+    def move_to_disk(self, disk: Disk, parameters: bool, optimizer: bool) -> None:
+        """Puts what DeepSpeed has offloaded to the host's memory into files.
+
+        Args:
+            disk: where.
+            parameters: the partitions of the weights.
+            optimizer: masters, moments and DeepSpeed's own gradients beside them.
+
+        Raises:
+            UserError: the disk has no room.
+        """
+        trained = self.gradients is not None
+        if parameters and not trained:
+            for parameter in self.module.parameters():
+                parameter.ds_tensor.data = disk.copy_of(parameter.ds_tensor)
+        elif parameters:
+            zero = self.engine.optimizer
+            for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
+                flat.data = disk.copy_of(flat)
+                zero._unflatten_partitioned_parameters(index)
+        if optimizer and trained:
+            self._disk = disk
+            for flat in self._flat_masters:
+                flat.data, flat.grad.data = disk.copy_of(flat), disk.copy_of(flat.grad)
 
     @contextmanager
     def window(self):
@@ -99,10 +128,25 @@ class PartitionedWeights(Weights):
                     yield self._trainer.train()
         self.gradients.finish()
 
+    def _free_gradient_buffer(self) -> None:
+        """DeepSpeed's partitions of the gradients in the model's dtype: the sum is ours."""
+        zero = self.engine.optimizer
+        partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+        nothing = zero.grad_partitions_flat_buffer = zero.grad_partitions_flat_buffer.new_empty(0)
+        partitions.update(dict.fromkeys(partitions, nothing))
+
     def update(self) -> None:
-        for name, parameter in self.module.named_parameters():
-            safe_set_local_grad(parameter, self.gradients.own(name))
+        zero, own = self.engine.optimizer, self.gradients.own
+        if zero.offload_optimizer:
+            for name, parameter in self.module.named_parameters():
+                safe_set_local_grad(parameter, own(name))
+        else:  # safe_set_local_grad would round to the model's dtype
+            names = {parameter: name for name, parameter in self.module.named_parameters()}
+            for index, group in enumerate(zero.fp16_groups):
+                zero.averaged_gradients[index] = [own(names[parameter]) for parameter in group]
         self.gradients.drop()
+        if self._disk is not None and not self._has_moments:
+            self._make_moments(0.0)
         self.engine.step()
 
     def skip(self) -> None:
@@ -176,9 +220,10 @@ class PartitionedWeights(Weights):
         self._state.clear()
         if step is None:
             return
+        zeros_like = torch.zeros_like if self._disk is None else self._disk.zeros_like
         for flat in self._flat_masters:
             self._state[flat] = {"step": torch.tensor(step, dtype=torch.float32)}
-            self._state[flat] |= {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            self._state[flat] |= {moment: zeros_like(flat) for moment in MOMENTS}
 
     def _refresh_weights(self) -> None:
         """Makes the weights anew from the masters, as DeepSpeed's optimizer step does."""

@@ -14,6 +14,7 @@ from transformers import AutoConfig
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
+from megatron_amrlhf.engine.disk import Disk
 from megatron_amrlhf.engine.partitioned import PartitionedWeights
 from megatron_amrlhf.engine.replicated import ReplicatedWeights
 from megatron_amrlhf.engine.weights import Weights, make_optimizer
@@ -116,7 +117,11 @@ class Role:
         plain = plain or self._plain(options)
         ds_config = resolve_deepspeed(config, mesh.dp_size, spec.name, spec.trainable)
         ds_config["gradient_clipping"] = 0.0  # train_step clips, by a norm that counts right
-        return PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
+        weights = PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
+        to_disk = [x == "nvme" for x in (section.offload_parameters, section.offload_optimizer)]
+        if any(to_disk):
+            weights.move_to_disk(Disk(config.engine.nvme_folder), *to_disk)
+        return weights
 
     def window(self) -> AbstractContextManager[StageModel]:
         """``Weights.window`` of this role."""

@@ -20,7 +20,7 @@ class PhaseMemory:
     """Bytes on a device by what they are for.
 
     Attributes:
-        weights: of all roles, as they rest; DeepSpeed's gradient buffers with them.
+        weights: of all roles, as they rest.
         optimizer: float32 masters and Adam's moments of all roles.
         gathered: whole weights of the roles at work, beside their partitions.
         gradients: the sum of the role that is trained, and single ones.
@@ -28,6 +28,7 @@ class PhaseMemory:
         activations: of layers.
         logits: and copies of them.
         host: in the host's memory instead, offloaded.
+        disk: in files, offloaded.
     """
 
     weights: int
@@ -38,6 +39,7 @@ class PhaseMemory:
     activations: int = 0
     logits: int = 0
     host: int = 0
+    disk: int = 0
 
     @property
     def total(self) -> int:
@@ -62,16 +64,19 @@ def resting(specs: list[StageSpec]) -> PhaseMemory:
     Args:
         specs: the stage of every role of the run on this rank.
     """
-    weights = optimizer = host = 0
+    weights = optimizer = 0
+    elsewhere = {"cpu": 0, "nvme": 0}
     for spec in specs:
-        held = held_bytes(spec)
-        partitions, states = held.weights + held.buffers, held.masters + held.moments
-        if spec.role.offload_parameters == "cpu":
-            partitions, host = held.buffers, host + held.weights
-        if spec.role.offload_optimizer == "cpu":
-            states, host = 0, host + states
+        held, role = held_bytes(spec), spec.role
+        partitions, states = held.weights, held.masters + held.moments
+        if role.offload_parameters != "none":
+            elsewhere[role.offload_parameters] += partitions
+            partitions = 0
+        if role.offload_optimizer != "none":
+            elsewhere[role.offload_optimizer] += states
+            states = 0
         weights, optimizer = weights + partitions, optimizer + states
-    return PhaseMemory(weights, optimizer, host=host)
+    return PhaseMemory(weights, optimizer, host=elsewhere["cpu"], disk=elsewhere["nvme"])
 
 
 def rollout_memory(
@@ -116,7 +121,7 @@ def update_memory(
         on_gpu: NCCL reduces in place; gloo copies what it is given.
     """
     spec, base = _of(specs, role), resting(specs)
-    held, offloaded = held_bytes(spec), spec.role.offload_parameters == "cpu"
+    held, offloaded = held_bytes(spec), spec.role.offload_parameters != "none"
     gathered = _window(spec) if offloaded and spec.gathers_once else held.gathered
     running = replace(base, gathered=gathered, gradients=held.gradients)
     running = running.with_moment(update_transient(spec, batch))
@@ -132,7 +137,7 @@ def update_memory(
 
 def _window(spec: StageSpec) -> int:
     """Whole weights beside what rests on the device."""
-    if spec.role.offload_parameters == "cpu":
+    if spec.role.offload_parameters != "none":
         return spec.num_parameters * spec.weight_bytes
     return spec.window_bytes
 

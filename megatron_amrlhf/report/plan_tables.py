@@ -94,14 +94,14 @@ def _memory(plan: Plan) -> Table:
     table = Table(title="memory: GiB of a rank at the fullest moment of each phase")
     for heading in ("phase", "stage"):
         table.add_column(heading, no_wrap=True)
-    host = any(memory.host for stage in plan.stages for memory in stage.memory.values())
-    for heading in (*PARTS.values(), "total", *(["host"] if host else [])):
+    everywhere = [memory for stage in plan.stages for memory in stage.memory.values()]
+    offloaded = [place for place in ("host", "disk") if any(getattr(x, place) for x in everywhere)]
+    for heading in (*PARTS.values(), "total", *offloaded):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in plan.stages[0].memory:
         stage = max(plan.stages, key=lambda stage, phase=phase: stage.memory[phase].total)
         memory = stage.memory[phase]
-        values = [getattr(memory, part) for part in PARTS]
-        values += [memory.total, *([memory.host] if host else [])]
+        values = [getattr(memory, part) for part in (*PARTS, "total", *offloaded)]
         is_peak = (phase, stage) == (plan.worst.fullest[0], plan.worst)
         cells = (f"{value / GIB:.3g}" if value else "" for value in values)
         table.add_row(phase, str(stage.stage), *cells, style="bold" if is_peak else "")

@@ -22,13 +22,14 @@ LENGTHS, PROMPT_LENGTHS = [7, 12, 9, 15, 11, 8, 14, 10], [3, 4, 2, 5, 3, 2, 6, 4
 
 
 def build_engine(
-    folder: str, mesh: Mesh, dtype: str, persist: int = 0, zero_stage: int = 3
+    folder: str, mesh: Mesh, dtype: str, persist: int = 0, **engine_keys: object
 ) -> Zero3Engine:
     """A trainable actor and critic (one output) and a frozen reference.
 
     ``persist`` is DeepSpeed's persistence threshold: smaller parameters are never freed.
+    ``engine_keys`` are of the configuration's section ``engine``.
     """
-    engine_section = {"micro_batch_size": 2, "zero_stage": zero_stage}
+    engine_section = {"micro_batch_size": 2, **engine_keys}
     if persist:
         template = json.loads(Path("configs/deepspeed/zero3.json").read_text())
         template["zero_optimization"]["stage3_param_persistence_threshold"] = persist

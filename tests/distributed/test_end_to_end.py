@@ -50,6 +50,17 @@ CHOICES = {
             "engine.roles.prm.zero_stage=0",
         ],
     ),
+    "disk": (
+        (1, 1, 2),
+        [
+            "engine.nvme_folder=DISK",
+            "engine.roles.reference.offload_parameters=nvme",
+            "engine.roles.actor.offload_parameters=nvme",
+            "engine.roles.actor.offload_optimizer=nvme",
+            "engine.roles.critic.offload_optimizer=nvme",
+            "engine.roles.prm.offload_parameters=nvme",
+        ],
+    ),
 }
 SAMPLES = "samples.jsonl"
 REWARD_KINDS = ("prm", "orm")  # they train a reward model, on no answers of their own
@@ -87,6 +98,7 @@ def test_run_is_invariant_to_layout(reference, kind, layout):
 def test_run_is_invariant_to_how_the_engine_works(reference, kind, choice):
     folder, configs, runs = reference
     layout, overrides = CHOICES[choice]
+    overrides = [key.replace("DISK", str(folder / "disk")) for key in overrides]
     start(folder, configs[kind], *layout, f"run.name={kind}-{choice}", *overrides)
     assert_same_run(runs[kind], folder / "runs" / f"{kind}-{choice}", kind, layout)
 

@@ -117,12 +117,11 @@ def test_bytes_held_with_whole_and_with_partitioned_gradients():
         moments=2 * half,
         gradients=2 * half,
         gathered=2 * half,
-        buffers=half,
     )
     assert held_bytes(spec_of(data=2)) == step
     lean = held_bytes(spec_of(data=2, gather="microbatch", reduce="microbatch"))
     assert lean == replace(step, gradients=half, gathered=128 * 4)  # the largest: qkv
-    assert lean.training == 6 * half + 512
+    assert lean.training == 5 * half + 512
     frozen = held_bytes(replace(spec_of(data=2), trainable=False))
     assert (frozen.resting, frozen.training) == (half, half)
     alone = held_bytes(spec_of(data=1))  # nothing to gather
@@ -134,9 +133,9 @@ def test_bytes_held_with_whole_and_with_partitioned_gradients():
 def test_bytes_held_at_stages_0_and_1():
     all_of_it = FIRST * 4
     zero1 = held_bytes(spec_of(data=2, zero_stage=1, reduce="microbatch"))
-    assert zero1 == HeldBytes(all_of_it, all_of_it // 2, all_of_it, all_of_it // 2, 0, 0)
+    assert zero1 == HeldBytes(all_of_it, all_of_it // 2, all_of_it, all_of_it // 2, 0)
     zero0 = held_bytes(spec_of(data=2, zero_stage=0, reduce="microbatch"))
-    assert zero0 == HeldBytes(all_of_it, all_of_it, 2 * all_of_it, all_of_it, 0, 0)
+    assert zero0 == HeldBytes(all_of_it, all_of_it, 2 * all_of_it, all_of_it, 0)
 
 
 @pytest.mark.parametrize(

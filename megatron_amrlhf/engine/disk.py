@@ -1,0 +1,60 @@
+"""Tensors whose memory is a file: what fits neither the device nor the host's memory.
+
+Files are mapped (``torch.from_file``), so the optimizer, checkpoints and gathers use such tensors
+as any other on the CPU, and the kernel moves pages to and from the disk. DeepSpeed's own swapping
+needs an op compiled on each machine, and tensors of above a megabyte.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.errors import UserError
+
+
+class Disk:
+    """Makes tensors in a folder. Their files have no name, so they end with the process.
+
+    Args:
+        folder: on a local disk; made if it is not there.
+    """
+
+    def __init__(self, folder: str):
+        self._folder = Path(folder).expanduser()
+        self._folder.mkdir(parents=True, exist_ok=True)
+
+    def zeros_like(self, tensor: Tensor) -> Tensor:
+        """1-D zeros of a 1-D tensor's size and dtype.
+
+        Raises:
+            UserError: the disk has no room.
+        """
+        assert tensor.dim() == 1, tensor.shape
+        if not tensor.numel():
+            return torch.zeros_like(tensor, device="cpu")
+        handle, name = tempfile.mkstemp(prefix="amrlhf-", dir=self._folder)
+        try:
+            # Room is taken now: a full disk would else kill the process at some later write.
+            os.posix_fallocate(handle, 0, tensor.numel() * tensor.element_size())
+            return torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            gib = tensor.numel() * tensor.element_size() / 2**30
+            raise UserError(
+                f"engine.nvme_folder: {self._folder}: no room for {gib:.3g} GiB more (every rank "
+                "of the machine puts its part here): use a larger disk, or offload less"
+            ) from None
+        finally:
+            os.close(handle)
+            os.unlink(name)
+
+    def copy_of(self, tensor: Tensor) -> Tensor:
+        """The same values in a file."""
+        return self.zeros_like(tensor).copy_(tensor)

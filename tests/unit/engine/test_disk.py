@@ -1,0 +1,38 @@
+"""Tensors in files without a name."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+import torch
+
+from megatron_amrlhf.engine.disk import Disk
+from megatron_amrlhf.errors import UserError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_has_its_values_and_no_name_in_the_folder(tmp_path, dtype):
+    disk = Disk(str(tmp_path / "new" / "folder"))
+    values = torch.randn(1001).to(dtype)
+    copy, zeros = disk.copy_of(values), disk.zeros_like(values)
+    assert copy.dtype == zeros.dtype == dtype
+    assert torch.equal(copy, values) and not zeros.any()
+    copy += 1
+    assert torch.equal(copy, values + 1) and not zeros.any()
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+
+
+def test_an_empty_tensor_needs_no_file(tmp_path):
+    assert Disk(str(tmp_path)).copy_of(torch.empty(0)).numel() == 0
+
+
+def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="no room for 1 GiB more"):
+        Disk(str(tmp_path)).zeros_like(torch.empty(2**28, device="meta"))
+    assert list(tmp_path.iterdir()) == []
