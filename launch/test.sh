@@ -7,8 +7,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV="${VENV:-.venv}"
 bash launch/install.sh --test
+CORES="$(getconf _NPROCESSORS_ONLN)"
 # Tests start several processes each, and wait for them: one worker a core, one thread a process.
 export OMP_NUM_THREADS=1
-CORES="$(nproc)"
-exec "$VENV/bin/python" -m pytest -n "$((CORES < 8 ? CORES : 8))" --dist loadgroup \
-    --no-loadscope-reorder "$@"
+exec "$VENV/bin/python" -m pytest -n "$((CORES < 8 ? CORES : 8))" --no-loadscope-reorder "$@"
