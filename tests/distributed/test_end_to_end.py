@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,9 @@ OWN_METRICS = {
     "rejection_sampling": {"loss/nll", "loss/kl"},
 }
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN_TOLERANCE = 1e-4  # relative; other processors round otherwise
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
@@ -134,6 +138,19 @@ def test_run_leaves_all_it_promises(reference, kind):
         AutoModelForCausalLM.from_pretrained(folder / "export")
     expected |= OWN_METRICS[kind]
     assert expected <= line.keys(), expected - line.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_curves_are_those_that_were_kept(reference, kind):
+    """A refactor changes no bit: ``AMRLHF_GOLDEN=write`` writes them anew, ``git diff`` shows."""
+    file, loss = GOLDEN / f"{kind}.txt", "loss/policy" if kind not in REWARD_KINDS else f"loss/{kind}"
+    found = [(x["step"], x[loss], x["engine/grad_norm"]) for x in numbers(reference[2][kind])]
+    if os.environ.get("AMRLHF_GOLDEN") == "write":
+        file.write_text("".join(f"{step} {value!r} {norm!r}\n" for step, value, norm in found))
+    kept = [[float(x) for x in line.split()] for line in file.read_text().splitlines()]
+    assert len(kept) == len(found) == 2
+    for expected, line in zip(kept, found, strict=True):
+        assert line == pytest.approx(expected, rel=GOLDEN_TOLERANCE, abs=1e-12)
 
 
 def saved_parts(run: Path) -> dict[str, dict]:
