@@ -10,8 +10,8 @@ PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
     "errors arguments config types parallel data models engine rollout rewards mask losses "
-    "checkpoint conversion planning evaluation report algorithms slurm doctor cli launching "
-    "__main__"
+    "checkpoint conversion planning evaluation report algorithms slurm doctor cli_options cli "
+    "launching __main__"
 ).split()
 MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")
 DEEPSPEED_MAY = ("engine/", "parallel/compat.py", "conversion/deepspeed_folder.py")
