@@ -13,7 +13,7 @@ import socket
 import sys
 from pathlib import Path
 
-from megatron_amrlhf.cli import read_arguments
+from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config

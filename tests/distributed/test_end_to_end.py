@@ -143,10 +143,7 @@ def test_run_leaves_all_it_promises(reference, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_curves_are_those_that_were_kept(reference, kind):
     """A refactor changes no bit: ``AMRLHF_GOLDEN=write`` writes them anew, ``git diff`` shows."""
-    file, loss = (
-        GOLDEN / f"{kind}.txt",
-        "loss/policy" if kind not in REWARD_KINDS else f"loss/{kind}",
-    )
+    file, loss = GOLDEN / f"{kind}.txt", f"loss/{kind if kind in REWARD_KINDS else 'policy'}"
     found = [(x["step"], x[loss], x["engine/grad_norm"]) for x in numbers(reference[2][kind])]
     if os.environ.get("AMRLHF_GOLDEN") == "write":
         file.write_text("".join(f"{step} {value!r} {norm!r}\n" for step, value, norm in found))
