@@ -2,7 +2,8 @@
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,11 +16,12 @@ for _message in (
     warnings.filterwarnings("ignore", message=_message)
 
 
-def _import_megatron() -> None:
-    """Imports megatron-core, on a CPU without the compiler that its decorators would load.
+@contextmanager
+def without_compiler() -> Iterator[None]:
+    """For imports: on a CPU functions that ask to be compiled stay as they are.
 
-    ``patch_for_cpu`` switches their fusions off anyway, and loading the compiler takes every rank
-    most of a second of its start.
+    Loading the compiler takes every rank seconds of its start, and nothing here is compiled on a
+    CPU: ``patch_for_cpu`` switches megatron-core's fusions off.
     """
 
     def keep(function: Callable | None = None, **options: object) -> Callable:
@@ -29,9 +31,10 @@ def _import_megatron() -> None:
     if not torch.cuda.is_available():
         torch.compile = keep
     try:
-        importlib.import_module("megatron.core")
+        yield
     finally:
         torch.compile = compiler
 
 
-_import_megatron()
+with without_compiler():
+    importlib.import_module("megatron.core")

@@ -8,6 +8,7 @@ release moves what it patches.
 
 from __future__ import annotations
 
+import importlib
 import os
 
 import torch
@@ -27,6 +28,11 @@ from deepspeed.runtime.zero import (
     partitioned_param_coordinator,
     stage3,
 )
+
+from megatron_amrlhf.parallel import without_compiler
+
+with without_compiler():  # deepspeed.initialize imports it for every optimizer
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
 
 MEGATRON_MODULES = (
     schedules,

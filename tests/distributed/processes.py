@@ -14,12 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The fork server imports these once; every rank is then forked from it in milliseconds.
-PRELOAD = [
-    "megatron_amrlhf.algorithms.train",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen2.modeling_qwen2",
-]
+# The fork server imports this once; every rank is then forked from it in milliseconds.
+PRELOAD = ["tests.distributed.preload"]
 TIMEOUT_SECONDS = 600
 
 

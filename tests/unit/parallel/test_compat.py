@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
+import subprocess
+import sys
 from importlib.metadata import version
 
 import torch
@@ -10,9 +13,23 @@ from deepspeed.comm.torch import build_shm_op
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.utils import is_zero_supported_optimizer
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 
 from megatron_amrlhf.parallel import compat
+
+
+def test_a_cpu_rank_starts_without_the_compiler():
+    """It would take each rank seconds; deepspeed.initialize asks for the module of Muon."""
+    assert "muon.muon_optimizer import" in inspect.getsource(is_zero_supported_optimizer)
+    code = (
+        "import sys; from megatron_amrlhf.parallel import compat; "
+        "import deepspeed.runtime.zero.muon.muon_optimizer; "
+        "print([name for name in sys.modules if name.startswith('torch._inductor')])"
+    )
+    hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hidden)
+    assert found.stdout.splitlines()[-1:] == ["[]"], found.stdout + found.stderr
 
 
 def test_versions_are_the_pinned_ones():
@@ -49,3 +66,8 @@ def test_gradient_reduction_has_its_two_entry_points():
     assert callable(DeepSpeedZeroOptimizer_Stage3.clear_backward_seen_flag)
     source = inspect.getsource(DeepSpeedZeroOptimizer_Stage3)
     assert "self.averaged_gradients" in source and "self.fp16_groups" in source
+    # What engine/partitioned.py frees or hands over.
+    assert "self.__param_id_to_grad_partition" in source
+    assert "self.grad_partitions_flat_buffer" in source
+    assert "self.flatten(self.averaged_gradients[sub_group_id]).to(" in source
+    assert callable(DeepSpeedZeroOptimizer_Stage3._unflatten_partitioned_parameters)

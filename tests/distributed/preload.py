@@ -1,0 +1,12 @@
+"""Imported once by the server that all ranks of the tests are forked from."""
+
+import gc
+
+import transformers.models.llama.modeling_llama
+import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+import megatron_amrlhf.algorithms.train
+import megatron_amrlhf.report.plots  # noqa: F401
+
+gc.collect()
+gc.freeze()  # DeepSpeed collects at each start, and would go through all of this
