@@ -67,6 +67,12 @@ def test_right_runs_pass():
         ),
         (
             PPO,
+            {"engine": {"roles": {"actor": {"offload_optimizer": "nvme"}}}},
+            1,
+            "engine.roles.actor.offload_optimizer: nvme needs a folder, engine.nvme_folder",
+        ),
+        (
+            PPO,
             {"algorithm": {"kind": "dpo"}, "engine": {"micro_batch_tokens": 5000}},
             1,
             "does not hold a pair of rows of data.max_row_tokens = 4096: use at least 8192",
@@ -346,11 +352,17 @@ def test_missing_files_are_named_together(tmp_path):
         PPO,
         data={"train": str(tmp_path / "a.jsonl"), "heldout": str(tmp_path / "b.jsonl")},
         reward_model={"path": str(tmp_path / "prm")},
-        engine={"deepspeed": str(tmp_path / "zero.json")},
+        engine={
+            "deepspeed": str(tmp_path / "zero.json"),
+            "nvme_folder": str(tmp_path / "c.txt" / "disk"),
+        },
     )
+    (tmp_path / "c.txt").touch()
     message = message_of(check_files, config)
-    for key in ("data.train", "data.heldout", "reward_model.path", "engine.deepspeed"):
+    keys = ("data.train", "data.heldout", "reward_model.path")
+    for key in (*keys, "engine.deepspeed", "engine.nvme_folder"):
         assert f"{key}: {tmp_path}" in message
+    (tmp_path / "c.txt").unlink()
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "prm").mkdir()

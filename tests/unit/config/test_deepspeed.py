@@ -80,6 +80,10 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
             {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}},
             'zero_optimization.reduce_bucket_size: "auto" is not derived',
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "remove zero_optimization.offload_param: nvme is engine.roles.ROLE.offload_parameters",
+        ),
     ],
 )
 def test_what_the_engine_cannot_honour_is_refused(tmp_path, change, expected):

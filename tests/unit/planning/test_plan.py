@@ -121,6 +121,11 @@ def test_offloading_moves_bytes_to_the_host(tmp_path):
         assert memory["resting"].total == memory["resting"].weights + memory["resting"].optimizer
     both = moved["resting"].total + moved["resting"].host
     assert both == plain["resting"].total
+    on_disk = plan_of(
+        tmp_path, data=2, overrides=["engine.nvme_folder=/x", *(x[:-3] + "nvme" for x in keys)]
+    )
+    assert on_disk.stages[0].memory["resting"].disk == moved["resting"].host
+    assert on_disk.stages[0].memory["resting"].host == 0 == moved["resting"].disk
     # While it scores, the reference is on the device whole.
     assert moved["score reference"].gathered == plain["score reference"].gathered
 
