@@ -25,7 +25,8 @@ from tests.helpers_models import make_tiny_model
 
 pytestmark = pytest.mark.distributed
 
-MEMORY_TOLERANCE, BYTES_TOLERANCE = 0.06, 0.02
+# What a stage has sent stays until the next one has it, so a peak depends a little on the timing.
+MEMORY_TOLERANCE, BYTES_TOLERANCE = 0.1, 0.02
 MODEL = {
     "vocab_size": 515,
     "hidden": 128,
