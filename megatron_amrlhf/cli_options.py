@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from megatron_amrlhf.arguments import at_least_one
 from megatron_amrlhf.config.describe import list_keys
-from megatron_amrlhf.doctor.options import add_doctor
+from megatron_amrlhf.doctor import options as doctor_options
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.planning import options as plan_options
 
@@ -121,26 +121,27 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=raw,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    texts = {
-        "train": ("train a reward model or a policy", TRAIN_EPILOG + "\n" + describe_keys()),
-        "score": ("score the tokens of given answers by the run's PRM", SCORE_EPILOG),
-        "plan": (plan_options.SUMMARY, plan_options.EPILOG),
-        "config": ("print the whole configuration, defaults included, as YAML", None),
-    }
-    for name, (summary, epilog) in texts.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary, epilog=epilog, formatter_class=raw
+    train_epilog = TRAIN_EPILOG + "\n" + describe_keys()
+    for name, summary, epilog, add_options in (
+        ("train", "train a reward model or a policy", train_epilog, _add_config),
+        ("score", "score given answers' tokens by the run's PRM", SCORE_EPILOG, _add_score),
+        ("plan", plan_options.SUMMARY, plan_options.EPILOG, _add_plan),
+        ("config", "print the whole configuration, defaults included, as YAML", None, _add_config),
+        ("show-masks", "show answers with token rewards and mask", SHOW_MASKS_EPILOG, _add_masks),
+        ("status", "say what each rank does, or why a run ended", STATUS_EPILOG, _add_status),
+        ("doctor", doctor_options.SUMMARY, doctor_options.EPILOG, _add_doctor),
+    ):
+        add_options(
+            commands.add_parser(
+                name, help=summary, description=summary, epilog=epilog, formatter_class=raw
+            )
         )
-        command.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
-        _add_overrides(command)
-        if name == "score":
-            _add_score_options(command)
-        elif name == "plan":
-            plan_options.add_plan_options(command)
-    _add_show_masks(commands)
-    _add_status(commands)
-    _add_overrides(add_doctor(commands))
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG.yaml", help="the run's configuration")
+    _add_overrides(command)
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -155,15 +156,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_status(commands: argparse._SubParsersAction) -> None:
-    summary = "say what each rank of a run does, or why it ended"
-    command = commands.add_parser(
-        "status",
-        help=summary,
-        description=summary,
-        epilog=STATUS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_status(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="RUN", help="a run's folder or its configuration")
     _add_overrides(command)
     command.add_argument(
@@ -175,7 +168,8 @@ def _add_status(commands: argparse._SubParsersAction) -> None:
     )
 
 
-def _add_score_options(command: argparse.ArgumentParser) -> None:
+def _add_score(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
     command.add_argument(
         "--answers", required=True, metavar="FILE.jsonl", help="prompts with answers"
     )
@@ -189,15 +183,17 @@ def _add_score_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_show_masks(commands: argparse._SubParsersAction) -> None:
-    summary = "show a run's answers with token rewards, messages and mask"
-    command = commands.add_parser(
-        "show-masks",
-        help=summary,
-        description=summary,
-        epilog=SHOW_MASKS_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_plan(command: argparse.ArgumentParser) -> None:
+    _add_config(command)
+    plan_options.add_plan_options(command)
+
+
+def _add_doctor(command: argparse.ArgumentParser) -> None:
+    doctor_options.add_doctor_options(command)
+    _add_overrides(command)
+
+
+def _add_masks(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "source",
         metavar="SAMPLES_OR_RUN",

@@ -44,15 +44,8 @@ Rank 0 prints. Exit code: 0 no error (there may be warnings), 1 an error was fou
 """
 
 
-def add_doctor(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    """Adds the command; returns its parser."""
-    command = commands.add_parser(
-        "doctor",
-        help=SUMMARY,
-        description=SUMMARY,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_doctor_options(command: argparse.ArgumentParser) -> None:
+    """Adds what ``doctor`` takes beside ``--set``."""
     command.add_argument(
         "config", metavar="CONFIG.yaml", nargs="?", help="the run that is to be started"
     )
@@ -71,7 +64,6 @@ def add_doctor(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         f"{TIMEOUT_SECONDS:g})",
     )
     command.add_argument("--json", metavar="FILE", help="also write all findings and values there")
-    return command
 
 
 def read_config(config: str | None, overrides: Sequence[str]) -> Config | None:

@@ -31,10 +31,7 @@ def first_moments(folder: str, choices: dict[str, dict]) -> dict[str, dict[str, 
         take_steps(engine, range(1))
         weights = engine.roles["actor"].weights
         states = weights.read_states()
-        found[name] = {}
-        for key in weights.slices():
-            flat = states[f"{key}.exp_avg"].flatten().clone()
-            found[name][key] = flat
+        found[name] = {key: states[f"{key}.exp_avg"].flatten().clone() for key in weights.slices()}
     return found
 
 
