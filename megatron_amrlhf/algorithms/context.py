@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.role import RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.losses.reduce import Metrics, finish_metrics
@@ -64,6 +66,12 @@ class Context:
                 **training,
             )
         )
+
+    def log_selections(self, selections: Iterable[Selection]) -> None:
+        """Says which rows of the data files are not used, if any."""
+        for selection in selections:
+            if summary := selection.summary():
+                self.console.line(summary)
 
     def publish(self, metrics: Metrics) -> dict[str, float]:
         """Global means of (sum, count) metrics on every rank; ``metrics`` is read on last stages.

@@ -26,6 +26,7 @@ from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, upda
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.losses.reduce import Metrics
@@ -51,10 +52,12 @@ class PolicyAlgorithm(ABC):
             UserError: the data or the PRM are wrong.
         """
         self.is_offline = config.data.format == "pairs"
-        self.train_data = self.load(config.data.train, config, tokenizer)
+        self.train_data, selection = self.load(config.data.train, config, tokenizer)
+        self.selections = [selection]
         self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
         if config.data.heldout is not None:
-            self.heldout_data = self.load(config.data.heldout, config, tokenizer)
+            self.heldout_data, selection = self.load(config.data.heldout, config, tokenizer)
+            self.selections.append(selection)
         self.reward_models = load_reward_models(config, tokenizer)
         self.offline = load_offline_scores(config, self.reward_models)
         if not self.is_offline:
@@ -67,8 +70,8 @@ class PolicyAlgorithm(ABC):
 
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> list[EncodedPrompt] | list[ScoredPair]:
-        """Prompts, or the pairs that are learned from offline.
+    ) -> tuple[list[EncodedPrompt] | list[ScoredPair], Selection]:
+        """Prompts, or the pairs that are learned from offline, and what became of the rows.
 
         Raises:
             UserError: the data are wrong.
@@ -88,6 +91,7 @@ class PolicyAlgorithm(ABC):
     def build(self, context: Context) -> None:
         """Adds the roles. Entered by every rank."""
         self.context, optim = context, context.config.optimizer
+        context.log_selections(self.selections)
         updates = self.total_steps * self.updates_per_step
         folder = context.model_folder
         context.role("actor", folder, learning_rate=optim.lr, total_steps=updates)

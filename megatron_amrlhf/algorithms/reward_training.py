@@ -77,9 +77,7 @@ class RewardTraining(ABC, Generic[Example]):
     def build(self, context: Context) -> None:
         """Adds the one role. Entered by every rank."""
         self.context = context
-        for selection in self.selections:
-            if summary := selection.summary():
-                context.console.line(summary)
+        context.log_selections(self.selections)
         context.role(
             self.trained_role,
             context.model_folder,

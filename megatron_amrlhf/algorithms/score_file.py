@@ -154,8 +154,7 @@ def score_answers(context: Context, job: Job) -> None:
     on_all_ranks(lambda: (job.folder / PARTS).mkdir(parents=True, exist_ok=True), doing)
     for model in job.models:
         context.role(model.role, model.folder, model.num_attributes)
-    if summary := job.selection.summary():
-        context.console.line(summary)
+    context.log_selections([job.selection])
     done = on_all_ranks(lambda: _done(job) if context.mesh.is_main else set(), doing)[0]
     if done:
         context.console.line(f"{job.folder}: {len(done)} of {job.num_parts} parts are there")

@@ -135,6 +135,11 @@ class DataSection(Section):
     max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")
     max_row_tokens: Positive = Field(4096, description="longer prompt + response rows are refused")
 
+    @property
+    def skips_wrong_rows(self) -> bool:
+        """Whether a wrong row is left out, counted, instead of stopping the start."""
+        return self.on_wrong_row == "skip"
+
 
 class EvaluationSection(Section):
     prompts: NonNegative = Field(

@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import encode_solution, marker_token_id
+from megatron_amrlhf.data.chat import encode_solution, marker_token_id, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
-from megatron_amrlhf.data.prompts import encode_limited_prompt
+from megatron_amrlhf.data.keys import need_steps, need_text
+from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
-from megatron_amrlhf.data.step_record import answer_end, need_steps, need_text
+from megatron_amrlhf.data.step_record import answer_end
 from megatron_amrlhf.errors import UserError
 
 PROMPT_KEYS, ANSWER_KEYS = ("prompt", "problem"), ("steps", "response", "answer")
@@ -53,14 +54,13 @@ def load_answers(
     Raises:
         UserError: missing keys, empty answers, rows over the limits; with ``path:line:``.
     """
-    records, marker_id = read_numbered_jsonl(path, {}), None
-    if section.step_marker is not None:
-        marker_id = marker_token_id(tokenizer, section.step_marker, "data.step_marker")
+    records = read_numbered_jsonl(path, {})
+    marker_id = marker_token_id(tokenizer, section.step_marker)
 
     def encode(record: dict, where: str) -> list[GivenAnswer]:
         return [_encode(record, where, tokenizer, section, marker_id)]
 
-    return select_rows(path, records, encode, section.on_wrong_row == "skip")
+    return select_rows(path, records, encode, section.skips_wrong_rows)
 
 
 def _encode(
@@ -75,13 +75,10 @@ def _encode(
     is_steps = key == "steps"
     pieces = need_steps(record, key, where) if is_steps else (need_text(record, key, where),)
     end = answer_end(record, where)
-    head = encode_limited_prompt(prompt, tokenizer, section, where)
+    head = encode_limited(user_turn(prompt), tokenizer, section, where)
     separator, marker_id = (section.step_separator, marker_id) if is_steps else ("", None)
     ids, ends = encode_solution(tokenizer, head, pieces, separator, marker_id, end)
-    if len(ids) > section.max_row_tokens:
-        limit = f"data.max_row_tokens = {section.max_row_tokens}"
-        advice = "raise the limit or drop this line"
-        raise UserError(f"{where}: the row has {len(ids)} tokens, over {limit}; {advice}")
+    check_row(len(ids), section, where)
     return GivenAnswer(
         row=torch.tensor(ids, dtype=torch.int64),
         prompt_length=len(head),

@@ -16,6 +16,9 @@ from megatron_amrlhf.errors import UserError
 # Words, runs of blanks, digits, a line break, letters that many vocabularies lack.
 PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
 
+Message = dict[str, str]
+"""``{"role": "system" | "user" | "assistant", "content": str}``"""
+
 End = Literal["whole", "after step", "within step"]
 """Where a solution ends: at its end, or it was cut off after or within its last step.
 
@@ -67,27 +70,42 @@ def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path) -> None
         )
 
 
+def user_turn(text: str) -> tuple[Message, ...]:
+    """A conversation of one question."""
+    return ({"role": "user", "content": text},)
+
+
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, text: str, system_prompt: str | None
 ) -> list[int]:
-    """Token ids of a prompt up to where the answer starts.
+    """`encode_turns` of one question."""
+    return encode_turns(tokenizer, user_turn(text), system_prompt)
 
-    With a chat template: the system message (if any), the user's message, and the header of the
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Message], system_prompt: str | None
+) -> list[int]:
+    """Token ids of a conversation up to where the next answer starts.
+
+    With a chat template: the system message (if any), the turns, and the header of the
     assistant's turn. Some templates put in a system message of their own where none is given.
-    Without a template: ``text`` and a newline, the system prompt before it with an empty line,
-    and the special tokens (BOS) that the tokenizer puts at the start.
+    Without a template: the one question and a newline, the system prompt before it with an empty
+    line, and the special tokens (BOS) that the tokenizer puts at the start.
 
     Raises:
-        UserError: the template refuses the messages (some know no system role).
+        UserError: the template refuses the messages (some know no system role), or there are
+            several turns and no template.
     """
     if not tokenizer.chat_template:
+        if len(turns) > 1:
+            advice = "use a model with a template or single questions"
+            raise UserError(f"several turns need a chat template; {advice}")
         system = f"{system_prompt}\n\n" if system_prompt else ""
-        return list(tokenizer.encode(f"{system}{text}\n"))
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": text})
+        return list(tokenizer.encode(f"{system}{turns[0]['content']}\n"))
+    system_turn = [{"role": "system", "content": system_prompt}] if system_prompt else []
     try:
         ids = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+            [*system_turn, *turns], add_generation_prompt=True, tokenize=True, return_dict=False
         )
     except TemplateError as error:
         advice = "set data.system_prompt to null" if system_prompt else "use another model"
@@ -165,21 +183,18 @@ def encode_solution(
     return ids, step_end_positions
 
 
-def marker_token_id(tokenizer: PreTrainedTokenizerBase, marker: str, key: str) -> int:
-    """The one token that a step marker is.
-
-    Args:
-        tokenizer: any.
-        marker: its text.
-        key: the configuration key that it came from, for the message.
+def marker_token_id(tokenizer: PreTrainedTokenizerBase, marker: str | None) -> int | None:
+    """The one token that ``data.step_marker`` is; None without one.
 
     Raises:
         UserError: the tokenizer cuts it into several tokens, or does not know it.
     """
+    if marker is None:
+        return None
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
-            f"{key}: {marker!r} is {len(ids)} tokens of this tokenizer, not one of its own: "
-            "choose a text that it keeps as one token"
+            f"data.step_marker: {marker!r} is {len(ids)} tokens of this tokenizer, not one of its "
+            "own: choose a text that it keeps as one token"
         )
     return ids[0]

@@ -16,20 +16,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_amrlhf.data.prompts import check_text
+from megatron_amrlhf.data.chat import Message, user_turn
+from megatron_amrlhf.data.keys import is_text, need, need_steps, need_text, number
 from megatron_amrlhf.data.sentences import split_sentences
 from megatron_amrlhf.data.step_record import (
     ATTRIBUTES,
     MAX_SCORE,
     StepRecord,
     check_counts,
-    need,
-    need_steps,
-    need_text,
-    number,
     scores_by_dimension,
 )
-from megatron_amrlhf.data.turns import Message, user_turn
 from megatron_amrlhf.errors import UserError
 
 PROMPT_KEYS = ("prompt", "instruction")
@@ -105,7 +101,7 @@ def _conversation(text: str, where: str) -> tuple[tuple[Message, ...], str]:
     if turns[-1]["role"] != "assistant":
         raise UserError(f"{where}: 'text' must end with an Assistant turn; correct this line")
     answer = turns.pop()["content"]
-    if check_text(answer) or not turns:
+    if not is_text(answer) or not turns:
         raise UserError(f"{where}: 'text' has an empty answer or no question; correct this line")
     return tuple(turns), answer
 

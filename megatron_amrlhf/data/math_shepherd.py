@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import re
 
-from megatron_amrlhf.data.step_record import StepRecord, need_text
-from megatron_amrlhf.data.turns import user_turn
+from megatron_amrlhf.data.chat import user_turn
+from megatron_amrlhf.data.keys import need_text
+from megatron_amrlhf.data.step_record import StepRecord
 from megatron_amrlhf.errors import UserError
 
 FIRST_STEP = re.compile(r"\s*(?=Step 1\s*:)")

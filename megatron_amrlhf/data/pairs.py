@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.chat import Message, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
-from megatron_amrlhf.data.prompts import check_text, encode_limited_prompt
+from megatron_amrlhf.data.keys import need_text
+from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
-from megatron_amrlhf.data.turns import encode_limited_turns
 from megatron_amrlhf.errors import UserError
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
@@ -49,7 +50,7 @@ class EncodedPair:
 
 
 def load_pairs(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, data_section: DataSection
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection
 ) -> tuple[list[EncodedPair], Selection]:
     """Read and encode a file of preference pairs (formats: see the module).
 
@@ -60,14 +61,13 @@ def load_pairs(
     """
 
     def encode(record: dict, where: str) -> list[EncodedPair]:
-        return [encode_pair(record, tokenizer, data_section, where)]
+        return [encode_pair(record, tokenizer, section, where)]
 
-    skip = data_section.on_wrong_row == "skip"
-    return select_rows(path, numbered_records(path), encode, skip)
+    return select_rows(path, numbered_records(path), encode, section.skips_wrong_rows)
 
 
 def encode_pair(
-    record: dict, tokenizer: PreTrainedTokenizerBase, data_section: DataSection, where: str
+    record: dict, tokenizer: PreTrainedTokenizerBase, section: DataSection, where: str
 ) -> EncodedPair:
     """One object of a file of pairs.
 
@@ -75,17 +75,15 @@ def encode_pair(
         UserError: as ``load_pairs``; ``where`` is its ``path:line``.
     """
     if "conversations" in record:
-        turns = _messages(record["conversations"], where)
-        prompt_ids = encode_limited_turns(turns, tokenizer, data_section, where)
+        turns = _turns(record["conversations"], where)
     else:
-        prompt = _text(record, "prompt", where)
-        prompt_ids = encode_limited_prompt(prompt, tokenizer, data_section, where)
+        turns = user_turn(need_text(record, "prompt", where))
+    prompt_ids = encode_limited(turns, tokenizer, section, where)
     chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
     if chosen == rejected:
         raise UserError(f"{where}: 'chosen' and 'rejected' are equal; drop this line")
     rows = [
-        _encode_row(tokenizer, prompt_ids, answer, data_section.max_row_tokens, where)
-        for answer in (chosen, rejected)
+        _encode_row(tokenizer, prompt_ids, answer, section, where) for answer in (chosen, rejected)
     ]
     return EncodedPair(*rows, prompt_length=len(prompt_ids))
 
@@ -134,26 +132,17 @@ def _skip(text: str, place: int, characters: str) -> int:
     return place
 
 
-def _text(record: dict, key: str, where: str) -> str:
-    if key not in record:
-        found = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where}: key '{key}' is missing (keys here: {found}); add it")
-    if problem := check_text(record[key]):
-        raise UserError(f"{where}: '{key}' {problem}; correct this line")
-    return record[key]
-
-
 def _answer(record: dict, key: str, where: str) -> str:
     """An answer's text, given as a string or as a turn of ``gpt``."""
     turn = record.get(key)
     if isinstance(turn, dict):
         if turn.get("from") != "gpt":
             raise UserError(f"{where}: '{key}' must be a turn from gpt; correct this line")
-        return _text(turn, "value", where)
-    return _text(record, key, where)
+        return need_text(turn, "value", where)
+    return need_text(record, key, where)
 
 
-def _messages(turns: Any, where: str) -> list[dict[str, str]]:
+def _turns(turns: Any, where: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: 'conversations' must be a list of turns; correct this line")
     messages = []
@@ -161,17 +150,19 @@ def _messages(turns: Any, where: str) -> list[dict[str, str]]:
         if not isinstance(turn, dict) or turn.get("from") not in ROLES:
             known = ", ".join(ROLES)
             raise UserError(f"{where}: each turn must be 'from' one of {known}; correct this line")
-        messages.append({"role": ROLES[turn["from"]], "content": _text(turn, "value", where)})
+        messages.append({"role": ROLES[turn["from"]], "content": need_text(turn, "value", where)})
     return messages
 
 
 def _encode_row(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], text: str, limit: int, where: str
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    text: str,
+    section: DataSection,
+    where: str,
 ) -> Tensor:
     """Prompt, answer and end-of-turn token."""
     answer = tokenizer.encode(text, add_special_tokens=False)
     ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
-    if len(ids) > limit:
-        message = f"{where}: a row has {len(ids)} tokens, over data.max_row_tokens = {limit}"
-        raise UserError(f"{message}; raise the limit or drop this line")
+    check_row(len(ids), section, where)
     return torch.tensor(ids, dtype=torch.int64)

@@ -13,10 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_amrlhf.data.chat import user_turn
+from megatron_amrlhf.data.keys import need, need_text
 from megatron_amrlhf.data.rows import RowLeftOut
 from megatron_amrlhf.data.step_lists import rating_label
-from megatron_amrlhf.data.step_record import StepRecord, need, need_text
-from megatron_amrlhf.data.turns import user_turn
+from megatron_amrlhf.data.step_record import StepRecord
 from megatron_amrlhf.errors import UserError
 
 LEFT_OUT = {

@@ -28,12 +28,12 @@ from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import encode_solution, marker_token_id
 from megatron_amrlhf.data.helpsteer import read_sentences, read_whole_answer
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.math_shepherd import read_math_shepherd
 from megatron_amrlhf.data.prm800k import read_prm800k
 from megatron_amrlhf.data.rows import RowLeftOut, Selection, select_rows
 from megatron_amrlhf.data.step_lists import LABEL_KEYS, detect_keys, read_step_list
 from megatron_amrlhf.data.step_record import ATTRIBUTES, StepRecord
-from megatron_amrlhf.data.turns import encode_limited_turns
 from megatron_amrlhf.errors import UserError
 
 Reader = Callable[[dict, str], list[StepRecord]]
@@ -93,9 +93,7 @@ def load_prm_examples(
         UserError: `read_jsonl`'s errors, keys of no known format, wrong counts or ranges, rows or
             prompts over the limits; with ``path:line:``.
     """
-    marker_id = None
-    if section.step_marker is not None:
-        marker_id = marker_token_id(tokenizer, section.step_marker, "data.step_marker")
+    marker_id = marker_token_id(tokenizer, section.step_marker)
     records = read_numbered_jsonl(path, {})
     read = step_reader(path, records[0], section, num_attributes)
 
@@ -104,7 +102,7 @@ def load_prm_examples(
             _encode(found, tokenizer, section, marker_id, where) for found in read(record, where)
         ]
 
-    return select_rows(path, records, encode, section.on_wrong_row == "skip")
+    return select_rows(path, records, encode, section.skips_wrong_rows)
 
 
 def step_reader(
@@ -171,15 +169,12 @@ def _encode(
     judged = [place for place, label in enumerate(record.labels) if label is not None]
     if not judged:
         raise RowLeftOut("rows without a label")
-    prompt_ids = encode_limited_turns(record.turns, tokenizer, section, where)
+    prompt_ids = encode_limited(record.turns, tokenizer, section, where)
     separator = "" if record.joined else section.step_separator
     ids, positions = encode_solution(
         tokenizer, prompt_ids, record.steps, separator, marker_id, record.end
     )
-    if len(ids) > section.max_row_tokens:
-        limit = f"data.max_row_tokens = {section.max_row_tokens}"
-        advice = "raise the limit or drop this line"
-        raise UserError(f"{where}: the row has {len(ids)} tokens, over {limit}; {advice}")
+    check_row(len(ids), section, where)
     return PrmExample(
         row=torch.tensor(ids, dtype=torch.int64),
         prompt_length=len(prompt_ids),

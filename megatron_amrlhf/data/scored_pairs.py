@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.keys import number
 from megatron_amrlhf.data.pairs import EncodedPair, encode_pair, numbered_records
+from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.sentences import token_sentences
 from megatron_amrlhf.data.step_record import MAX_SCORE
 from megatron_amrlhf.errors import UserError
@@ -43,10 +45,10 @@ class ScoredPair:
 def load_scored_pairs(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    data_section: DataSection,
+    section: DataSection,
     attribute_weights: Sequence[float] | None,
     needs_scores: bool,
-) -> list[ScoredPair]:
+) -> tuple[list[ScoredPair], Selection]:
     """Reads a file of pairs, all of them with scores or none.
 
     Each token gets the score of its sentence divided by 4, the weighted sum (or the mean) over the
@@ -55,7 +57,7 @@ def load_scored_pairs(
     Args:
         path: JSONL file or JSON list.
         tokenizer: the policy's.
-        data_section: limits and system prompt.
+        section: limits and system prompt.
         attribute_weights: weight of each dimension; None: their mean.
         needs_scores: refuse pairs without scores.
 
@@ -63,17 +65,17 @@ def load_scored_pairs(
         UserError: ``load_pairs``'s errors; scores that are missing in some pairs, are not numbers
             in 0..4, or are not one for each sentence; with ``path:line:``.
     """
-    found: list[ScoredPair] = []
-    for number, record in numbered_records(path):
-        where = f"{path}:{number}"
-        pair = encode_pair(record, tokenizer, data_section, where)
+    seen: list[bool] = []  # whether each pair has scores: all or none
+
+    def encode(record: dict, where: str) -> list[ScoredPair]:
+        pair = encode_pair(record, tokenizer, section, where)
         has_scores = any(key in record for key in SCORE_KEYS)
         if needs_scores and not has_scores:
             raise UserError(
                 f"{where}: no 'chosen_scores' and 'rejected_scores': add them, or give a PRM in "
                 "reward_model.path, or set mask.kind to none"
             )
-        if found and has_scores != (found[0].rewards is not None):
+        if seen and has_scores != seen[0]:
             raise UserError(
                 f"{where}: {'has' if has_scores else 'lacks'} scores, unlike the pairs before it: "
                 "give all pairs scores or none"
@@ -85,8 +87,10 @@ def load_scored_pairs(
                 _token_rewards(record, key, answer, tokenizer, attribute_weights, where)
                 for key, answer in zip(SCORE_KEYS, answers, strict=True)
             )
-        found.append(ScoredPair(pair, rewards))
-    return found
+        seen.append(has_scores)
+        return [ScoredPair(pair, rewards)]
+
+    return select_rows(path, numbered_records(path), encode, section.skips_wrong_rows)
 
 
 def _token_rewards(
@@ -133,10 +137,4 @@ def _read_scores(record: dict, key: str, where: str) -> Tensor:
             f"{where}: '{key}' has lists of {lengths} scores; give 1 or 5 lists (dimensions) of "
             "one length"
         )
-    for score in (score for row in value for score in row):
-        if type(score) not in (int, float) or not 0 <= score <= MAX_SCORE:
-            raise UserError(
-                f"{where}: '{key}' has {str(score)[:40]!r}, must be numbers from 0 to {MAX_SCORE}; "
-                "correct this line"
-            )
-    return torch.tensor(value, dtype=torch.float32)
+    return torch.tensor([[number(x, 0, MAX_SCORE, key, where) for x in row] for row in value])

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_amrlhf.data.chat import user_turn
+from megatron_amrlhf.data.keys import need, need_steps, need_text, number
 from megatron_amrlhf.data.step_record import (
     ATTRIBUTES,
     MAX_SCORE,
@@ -25,13 +27,8 @@ from megatron_amrlhf.data.step_record import (
     StepRecord,
     answer_end,
     check_counts,
-    need,
-    need_steps,
-    need_text,
-    number,
     scores_by_dimension,
 )
-from megatron_amrlhf.data.turns import user_turn
 from megatron_amrlhf.errors import UserError
 
 PROMPT_KEYS = ("prompt", "problem")

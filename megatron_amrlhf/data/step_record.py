@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_amrlhf.data.chat import End
-from megatron_amrlhf.data.prompts import check_text
-from megatron_amrlhf.data.turns import Message
+from megatron_amrlhf.data.chat import End, Message
+from megatron_amrlhf.data.keys import number
 from megatron_amrlhf.errors import UserError
 
 MAX_SCORE = 4
@@ -39,46 +38,6 @@ class StepRecord:
         assert len(self.steps) == len(self.labels) > 0
 
 
-def need(record: dict, key: str, where: str) -> Any:
-    """The value of a key.
-
-    Raises:
-        UserError: there is no such key.
-    """
-    if key not in record:
-        found = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"{where}: key '{key}' is missing (keys here: {found}); add it")
-    return record[key]
-
-
-def need_text(record: dict, key: str, where: str) -> str:
-    """The value of a key that must be a text that is not blank.
-
-    Raises:
-        UserError: it is not.
-    """
-    value = need(record, key, where)
-    if problem := check_text(value):
-        raise UserError(f"{where}: '{key}' {problem}; correct this line")
-    return value
-
-
-def need_steps(record: dict, key: str, where: str) -> tuple[str, ...]:
-    """The value of a key that must be a list of texts, none of them blank.
-
-    Raises:
-        UserError: it is not.
-    """
-    value = need(record, key, where)
-    if not isinstance(value, list) or not value:
-        problem = "must be a list with at least one step"
-    elif any(check_text(step) for step in value):
-        problem = "must be a list of strings that are not blank"
-    else:
-        return tuple(value)
-    raise UserError(f"{where}: '{key}' {problem}; correct this line")
-
-
 def answer_end(record: dict, where: str) -> End:
     """Where an answer ends: ``truncated`` (within its last step), not ``finished``, or whole.
 
@@ -91,19 +50,6 @@ def answer_end(record: dict, where: str) -> End:
     if record.get("truncated", False):
         return "within step"
     return "whole" if record.get("finished", True) else "after step"
-
-
-def number(item: Any, low: int, high: int, key: str, where: str) -> float:
-    """A number in [low, high]; ``true`` and ``false`` are numbers only where that is [0, 1].
-
-    Raises:
-        UserError: something else.
-    """
-    types = (bool, int, float) if (low, high) == (0, 1) else (int, float)
-    if type(item) not in types or not low <= item <= high:
-        message = f"{where}: '{key}' has {repr(item)[:40]}, must be numbers from {low} to {high}"
-        raise UserError(f"{message}; correct this line")
-    return float(item)
 
 
 def check_counts(steps: int, labels: int, unit: str, key: str, where: str) -> None:

@@ -153,7 +153,8 @@ def test_held_out_margin_equals_hugging_faces(world, name):
     path = world.data[RUNS[name][1]]
     tokenizer = load_tokenizer(world.folder / "policy")
     margins = []
-    for scored in load_scored_pairs(path, tokenizer, section, None, False)[:PAIRS_PER_STEP]:
+    pairs, _ = load_scored_pairs(path, tokenizer, section, None, False)
+    for scored in pairs[:PAIRS_PER_STEP]:
         pair, sums = scored.pair, []
         for row in (pair.chosen, pair.rejected):
             for model in (policy, reference):

@@ -124,18 +124,18 @@ def test_rows_and_prompts_over_the_limits_are_refused(tmp_path, tokenizer):
 def test_prompts_are_encoded_with_their_answers(tmp_path, tokenizer):
     path = tmp_path / "p.jsonl"
     write_jsonl(path, [{"prompt": "3 x 4?", "answer": 12}, {"prompt": "Why?"}])
-    first, second = load_prompts(path, tokenizer, SECTION)
+    (first, second), _ = load_prompts(path, tokenizer, SECTION)
     assert (first.text, first.answer, second.answer) == ("3 x 4?", "12", None)
     assert tokenizer.decode(first.row).endswith("3 x 4?<|im_end|>\n<|im_start|>assistant\n")
     section = DataSection(train="unused", system_prompt="Be brief.")
-    assert "Be brief." in tokenizer.decode(load_prompts(path, tokenizer, section)[0].row)
+    assert "Be brief." in tokenizer.decode(load_prompts(path, tokenizer, section)[0][0].row)
 
 
 @pytest.mark.parametrize("name", ["max_prompt_tokens", "max_row_tokens"])
 def test_a_prompt_over_a_limit_names_line_and_limit(tmp_path, tokenizer, name):
     path = tmp_path / "p.jsonl"
     write_jsonl(path, [{"prompt": "Why?"}, {"prompt": "Why? " * 50}])
-    longest = load_prompts(path, tokenizer, SECTION)[1].row.numel()
+    longest = load_prompts(path, tokenizer, SECTION)[0][1].row.numel()
     limit = longest - 1 if name == "max_prompt_tokens" else longest
     section = DataSection(train="unused", **{name: limit})
     with pytest.raises(UserError, match=rf"p\.jsonl:2: .*{longest} tokens.*data\.{name} = {limit}"):
@@ -146,3 +146,15 @@ def test_an_answer_of_a_wrong_type_is_refused(tmp_path, tokenizer):
     write_jsonl(tmp_path / "p.jsonl", [{"prompt": "Why?", "answer": [1]}])
     with pytest.raises(UserError, match=r"p\.jsonl:1: 'answer' must be a string or a number"):
         load_prompts(tmp_path / "p.jsonl", tokenizer, SECTION)
+
+
+def test_wrong_prompts_are_left_out_where_asked_for(tmp_path, tokenizer):
+    path = tmp_path / "p.jsonl"
+    write_jsonl(path, [{"prompt": "Why?"}, {"prompt": " "}, {"text": "?"}, {"prompt": "?" * 600}])
+    section = DataSection(train="unused", on_wrong_row="skip", max_prompt_tokens=64)
+    (prompt,), selection = load_prompts(path, tokenizer, section)
+    assert prompt.where == f"{path}:1"
+    assert selection.left_out == {"wrong": 3}
+    assert selection.first_wrong == f"{path}:2: 'prompt' must be a string that is not blank; " + (
+        "correct this line"
+    )

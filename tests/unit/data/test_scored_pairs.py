@@ -26,10 +26,14 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-def load(tmp_path, tokenizer, *records, weights=None, needs_scores=True):
+def load(tmp_path, tokenizer, *records, **keys):
+    return select(tmp_path, tokenizer, SECTION, *records, **keys)[0]
+
+
+def select(tmp_path, tokenizer, section, *records, weights=None, needs_scores=True):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return load_scored_pairs(path, tokenizer, SECTION, weights, needs_scores)
+    return load_scored_pairs(path, tokenizer, section, weights, needs_scores)
 
 
 def test_each_token_gets_the_score_of_its_sentence(tmp_path, tokenizer):
@@ -74,10 +78,10 @@ def test_pairs_without_scores_where_nothing_reads_them(tmp_path, tokenizer):
     [
         ({"chosen_scores": [4, 1]}, None, ["'chosen_scores' has 2 scores", "has 3 sentences"]),
         ({"rejected_scores": [4, 1]}, None, ["'rejected_scores' has 2 scores", "has 1 sentence"]),
-        ({"chosen_scores": [4, 1, 5]}, None, ["'5'", "0 to 4"]),
-        ({"chosen_scores": [4, 1, -1]}, None, ["'-1'"]),
+        ({"chosen_scores": [4, 1, 5]}, None, ["has 5,", "0 to 4"]),
+        ({"chosen_scores": [4, 1, -1]}, None, ["has -1,"]),
         ({"chosen_scores": [4, 1, float("nan")]}, None, ["no JSON number"]),
-        ({"chosen_scores": [4, 1, True]}, None, ["'True'"]),
+        ({"chosen_scores": [4, 1, True]}, None, ["has True,"]),
         ({"chosen_scores": [4, 1, "4"]}, None, ["must be numbers"]),
         ({"chosen_scores": [[4, 1, 2]] * 3}, None, ["1 or 5 lists"]),
         ({"chosen_scores": [[4, 1, 2]] * 4 + [[1]]}, None, ["3, 3, 3, 3, 1"]),
@@ -112,3 +116,14 @@ def test_missing_scores_and_answers_are_refused(
 ):
     with pytest.raises(UserError, match=f"pairs.jsonl:{row}: .*{word}"):
         load(tmp_path, tokenizer, *records, needs_scores=needs_scores)
+
+
+def test_wrong_pairs_are_left_out_where_asked_for(tmp_path, tokenizer):
+    section = SECTION.model_copy(update={"on_wrong_row": "skip"})
+    scored, plain = PAIR | SCORES, PAIR
+    wrong = scored | {"chosen_scores": [1, 2]}
+    records = (wrong, scored, plain, scored)
+    found, selection = select(tmp_path, tokenizer, section, *records, needs_scores=False)
+    assert len(found) == 2 and all(pair.rewards is not None for pair in found)
+    assert selection.left_out == {"wrong": 2}
+    assert "pairs.jsonl:1: 'chosen_scores' has 2 scores" in selection.first_wrong
