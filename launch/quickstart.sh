@@ -16,7 +16,7 @@ Trains a small instruct model with Adaptive Message-wise RLHF, from nothing:
 Run again, it reuses what is there: the environment, the data, the PRM, and the run's checkpoints.
 
   --algorithm A    ppo, dpo, rejection_sampling, grpo or kto (default: ppo)
-  --model M        Hugging Face folder, hub id or .gguf file, of the Qwen2 or Llama family
+  --model M        Hugging Face folder, hub id or .gguf file (families: README.md)
                    (default: $DEFAULT_MODEL, SmolLM2-135M-Instruct)
   --steps N        steps of the algorithm; each is a rollout and an update (default: 3 for
                    ppo, 4 for the others)

@@ -79,7 +79,7 @@ class Prm(RewardTraining[PrmExample]):
             everyone = gather_objects(tuple(x.numpy() for x in pair), mesh.dp_group)
             scores, truth = (np.concatenate(part) for part in zip(*everyone, strict=True))
             threshold = THRESHOLDS[self.context.config.algorithm.loss]
-            found = step_metrics(scores, truth, threshold) | {"prm/num_steps": float(truth.size)}
+            found = step_metrics(scores, truth, threshold) | {"eval/num_steps": float(truth.size)}
         return broadcast_object_from_last_stage(found, mesh)
 
 

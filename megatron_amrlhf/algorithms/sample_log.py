@@ -6,6 +6,7 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.data.token_text import token_texts
 from megatron_amrlhf.report.samples import Message, SampleRecord, write_samples
 from megatron_amrlhf.types import MaskedBatch, PromptBatch
 
@@ -48,7 +49,7 @@ def _record(
         prompt=prompt,
         answer=tokenizer.decode(ids, skip_special_tokens=True),
         token_ids=ids,
-        tokens=[tokenizer.decode([i]) for i in ids],
+        tokens=token_texts(tokenizer, ids),
         token_rewards=judged.scored.token_rewards[source, :length].tolist(),
         signal=judged.dense.signal[source, :length].tolist(),
         baseline=float(judged.dense.baseline[source]),

@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.data.chat import encode_prompt
-from megatron_amrlhf.rewards.retokenise import align, decode, encode_with_ends, token_ends
+from megatron_amrlhf.data.token_text import decode, token_ends
+from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 

@@ -40,7 +40,7 @@ def update(
 
     Args:
         context: the run.
-        role: actor, critic or prm.
+        role: actor, critic, prm or orm.
         batch: this replica's rows of the optimizer step; replicas even them out by tokens.
         plan: where outputs are computed; ``plan.width`` is R.
         read: makes values of the last stage's outputs, differentiable.

@@ -55,7 +55,7 @@ def resolve_deepspeed(
         "train_batch_size": data_parallel_size,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": config.optimizer.max_grad_norm,
+        "gradient_clipping": 0.0,  # the engine clips, by a norm that counts right
     }
     bf16 = resolved.setdefault("bf16", {})
     bf16["enabled"] = config.model.dtype == "bfloat16"
@@ -72,7 +72,6 @@ def resolve_deepspeed(
         # torch's AdamW steps on the CPU too, without a compiled op.
         resolved["zero_force_ds_cpu_optimizer"] = False
     if not trainable:
-        del resolved["gradient_clipping"]
         zero.pop("offload_optimizer", None)
     _refuse_left_auto(resolved, path)
     return resolved

@@ -12,10 +12,9 @@ import re
 from bisect import bisect_right
 from itertools import accumulate
 
-from tokenizers.decoders import DecodeStream
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.data.token_text import token_starts
 
 ABBREVIATIONS = frozenset("dr e.g fig i.e mr mrs ms prof st vs".split())
 _END = re.compile(
@@ -58,28 +57,6 @@ def _is_no_stop(text: str, dot: int) -> bool:
     word = _WORD.search(text[max(dot - LONGEST_WORD, 0) : dot]).group()
     is_initial = len(word) == 1 and word.isupper() and word != "I"
     return is_initial or word.lower() in ABBREVIATIONS
-
-
-def token_starts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[str, list[int]]:
-    """The text of an answer, and where in it each token's own text starts.
-
-    Tokens are decoded one after the other, each with those before it, so that white space and
-    characters of several tokens come out as in the whole. A token that only begins a character
-    starts where that character will; a special token has no text and starts where the next does.
-
-    Raises:
-        UserError: the tokenizer is not a fast one.
-    """
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(
-            f"the tokenizer ({type(tokenizer).__name__}) cannot decode token by token: use a model "
-            "folder with a tokenizer.json"
-        )
-    stream, text, starts = DecodeStream(ids=[], skip_special_tokens=True), "", []
-    for token in ids:
-        starts.append(len(text))
-        text += stream.step(tokenizer.backend_tokenizer, token) or ""
-    return text, starts
 
 
 def token_sentences(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int]:

@@ -1,4 +1,4 @@
-"""One model (actor, critic, reference or prm) on this rank: a stage and how it is shared."""
+"""One model (actor, critic, reference, prm or orm) on this rank: a stage and how it is shared."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RoleSpec:
     """What a role is made of.
 
     Attributes:
-        name: actor, critic, reference or prm.
+        name: actor, critic, reference, prm or orm.
         folder: Hugging Face folder of its weights.
         dtype: of weights and activations.
         head_outputs: None for a language model, else outputs of its linear head.
@@ -116,7 +116,6 @@ class Role:
         plain = self._plain(options) if options.sequence_parallel else trainer
         plain = plain or self._plain(options)
         ds_config = resolve_deepspeed(config, mesh.dp_size, spec.name, spec.trainable)
-        ds_config["gradient_clipping"] = 0.0  # train_step clips, by a norm that counts right
         weights = PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
         to_disk = [x == "nvme" for x in (section.offload_parameters, section.offload_optimizer)]
         if any(to_disk):

@@ -19,14 +19,14 @@ def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> di
         threshold: a score above it says "right" (0 for a logit, 0.5 for a value in [0, 1]).
 
     Returns:
-        ``prm/accuracy`` and ``prm/auc``; the AUC is nan if only one class is present.
+        ``eval/step_accuracy`` and ``eval/step_auc``; the AUC is nan if only one class is present.
     """
     right = labels >= 0.5
     if not scores.size:
-        return {"prm/accuracy": math.nan, "prm/auc": math.nan}
+        return {"eval/step_accuracy": math.nan, "eval/step_auc": math.nan}
     both = right.any() and not right.all()
     roc_auc_score = importlib.import_module(SKLEARN_METRICS).roc_auc_score
     return {
-        "prm/accuracy": float(((scores > threshold) == right).mean()),
-        "prm/auc": float(roc_auc_score(right, scores)) if both else math.nan,
+        "eval/step_accuracy": float(((scores > threshold) == right).mean()),
+        "eval/step_auc": float(roc_auc_score(right, scores)) if both else math.nan,
     }

@@ -1,4 +1,4 @@
-"""Bit-packed masks, so that sending one costs R / 8 bytes a row (design.md, section 3)."""
+"""Bit-packed masks, so that sending one costs R / 8 bytes a row."""
 
 from __future__ import annotations
 

@@ -21,7 +21,6 @@ from rich.text import Text
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.samples import SampleRecord
 
-REPLACEMENT = "\ufffd"
 PART_OF_A_CHARACTER = "\u00b7"
 BORDER = "\u2502"
 # Figure 1: orange for high-reward tokens, green for low-reward ones.
@@ -39,9 +38,9 @@ class TokenView:
     """One token as it is shown.
 
     Attributes:
-        text: printable text; a newline stays one.
+        text: printable text; a newline stays one, a dot stands for a part of a character.
         reward: dense reward.
-        signal: what the threshold cut; the reward where the file does not say.
+        signal: what the threshold cut.
         height: signal over the threshold in [-1, 1], scaled by the answer's largest; 0 for NaN.
         kept: whether the loss reads it.
         message: number of its message, or -1.
@@ -83,42 +82,8 @@ def printable(text: str) -> str:
     return "".join(c if _harmless(c) else ascii(c)[1:-1] for c in text)
 
 
-def token_texts(tokens: Sequence[str], answer: str) -> list[str]:
-    """Text of each token such that the texts of all tokens together are readable.
-
-    Tokens decoded one by one lose the space before a word (SentencePiece), and parts of a character
-    (byte fallback) become replacement characters. Both are mended from the answer: a character
-    stands at its last token, the tokens before it show a dot. Tokens that are not in the answer,
-    such as the end token, keep their own text.
-
-    Args:
-        tokens: each token decoded alone.
-        answer: all tokens decoded together, without special tokens.
-
-    Returns:
-        One text a token; the tokens as they are where they do not fit the answer.
-    """
-    texts: list[str] = []
-    position = place = 0
-    while place < len(tokens):
-        end = place
-        while end < len(tokens) and REPLACEMENT in tokens[end]:
-            end += 1
-        if end > place:
-            stop = _next_clean(tokens[end:], answer, position)
-            texts += _spread(answer[position:stop], end - place)
-            position, place = stop, end
-            continue
-        found = _match(tokens[place], answer, position)
-        texts.append(tokens[place] if found is None else answer[position:found])
-        position = position if found is None else found
-        place += 1
-    return texts if not answer[position:].strip() else list(tokens)
-
-
 def token_views(record: SampleRecord) -> list[TokenView]:
     """All tokens of an answer as they are shown."""
-    signal = cut_signal(record)
     middle, largest = signal_scale(record)
     message_of = {
         place: number
@@ -126,12 +91,12 @@ def token_views(record: SampleRecord) -> list[TokenView]:
         for place in range(message.start, message.end)
     }
     views = []
-    for place, text in enumerate(token_texts(record.tokens, record.answer)):
+    for place, text in enumerate(record.tokens):
         number = message_of.get(place, -1)
-        value = signal[place]
+        value = record.signal[place]
         views.append(
             TokenView(
-                text=printable(text),
+                text=printable(text) or PART_OF_A_CHARACTER,
                 reward=record.token_rewards[place],
                 signal=value,
                 height=(value - middle) / largest if math.isfinite(value) else 0.0,
@@ -143,33 +108,22 @@ def token_views(record: SampleRecord) -> list[TokenView]:
     return views
 
 
-def cut_signal(record: SampleRecord) -> list[float]:
-    """What the threshold cut; the token rewards where the file does not say."""
-    return record.token_rewards if record.signal is None else record.signal
-
-
 def signal_scale(record: SampleRecord) -> tuple[float, float]:
     """The threshold (else the mean) of an answer's signal and the largest distance from it."""
-    finite = [x for x in cut_signal(record) if math.isfinite(x)]
-    middle = threshold_of(record)
-    if middle is None:
+    finite = [x for x in record.signal if math.isfinite(x)]
+    middle = record.baseline
+    if not math.isfinite(middle):
         middle = sum(finite) / max(len(finite), 1)
     return middle, max((abs(x - middle) for x in finite), default=0.0) or 1.0
 
 
-def threshold_of(record: SampleRecord) -> float | None:
-    """The threshold b of an answer, None where the file has none."""
-    known = record.baseline is not None and math.isfinite(record.baseline)
-    return record.baseline if known else None
-
-
 def describe_threshold(record: SampleRecord) -> str:
     """The threshold and its neutral band in one line."""
-    threshold, delta = threshold_of(record), record.delta
-    if threshold is None or delta is None:
-        return "threshold: not in this file; colours are relative to the answer's mean"
+    threshold, delta = record.baseline, record.delta
+    if not math.isfinite(threshold):
+        return "no threshold; colours are relative to the answer's mean"
     band = f"neutral from {threshold - delta:.4g} to {threshold + delta:.4g}"
-    units = "" if record.signal in (None, record.token_rewards) else " (units of the cut signal)"
+    units = "" if record.signal == record.token_rewards else " (units of the cut signal)"
     return f"threshold b = {threshold:.4g}, delta = {delta:.4g}: {band}{units}"
 
 
@@ -255,34 +209,6 @@ def _harmless(character: str) -> bool:
         return True
     category = unicodedata.category(character)
     return category not in ("Cc", "Cs") and character not in DIRECTION_MARKS
-
-
-def _match(token: str, answer: str, position: int) -> int | None:
-    """Where ``token`` ends in the answer from ``position`` on; spaces before it may be lost."""
-    if answer.startswith(token, position):
-        return position + len(token)
-    spaces = len(answer[position:]) - len(answer[position:].lstrip(" "))
-    if token and answer.startswith(token, position + spaces):
-        return position + spaces + len(token)
-    return None
-
-
-def _next_clean(rest: Sequence[str], answer: str, position: int) -> int:
-    """Where the characters end that the tokens before ``rest`` are parts of."""
-    for token in rest:
-        if token and REPLACEMENT not in token:
-            found = answer.find(token, position + 1)
-            if found >= 0:
-                return found
-    return len(answer)
-
-
-def _spread(text: str, count: int) -> list[str]:
-    """Characters over ``count`` tokens, each at the last token of its share."""
-    texts = [""] * count
-    for place, character in enumerate(text):
-        texts[max((place + 1) * count // len(text), 1) - 1] += character
-    return [text or PART_OF_A_CHARACTER for text in texts]
 
 
 def _ranges(steps: Sequence[int]) -> str:

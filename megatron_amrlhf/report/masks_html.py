@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
 
@@ -16,7 +17,6 @@ from megatron_amrlhf.report.masks import (
     printable,
     rgb_of,
     signal_scale,
-    threshold_of,
     token_views,
 )
 from megatron_amrlhf.report.samples import SampleRecord
@@ -102,7 +102,7 @@ def _chart(record: SampleRecord, views: Sequence[TokenView]) -> str:
     width = max(len(views), 1) * BAR_PIXELS
     half = CHART_PIXELS / 2
     shapes = []
-    if threshold_of(record) is not None and record.delta is not None:
+    if math.isfinite(record.baseline):
         band = min(record.delta / signal_scale(record)[1], 1.0) * half
         shapes.append(_rectangle(0, half - band, width, 2 * band, "#dde"))
     for place, view in enumerate(views):

@@ -14,11 +14,11 @@ from megatron_amrlhf.report.files import read_jsonl
 PICTURE_NAME = "curves.png"
 COLUMNS = 3
 PANEL_INCHES = (4.2, 2.8)
-# Title, then the metrics drawn together; a name that ends in "/" stands for all below it.
+# Title, then the metrics drawn together; "/" or "_" at the end: all that begin like that.
 PANELS = (
-    ("reward", ("reward/mean", "reward/chosen", "reward/rejected", "reward/heldout")),
+    ("reward", ("reward/mean", "reward/chosen", "reward/rejected", "eval/reward_mean")),
     ("loss", ("loss/",)),
-    ("reward model", ("prm/accuracy", "prm/auc", "orm/accuracy", "eval/pair_accuracy")),
+    ("reward model", ("prm/accuracy", "orm/accuracy", "eval/step_", "eval/pair_accuracy")),
     ("kept tokens", ("mask/kept_fraction",)),
     ("messages an answer", ("mask/num_messages",)),
     ("KL to the reference, nats", ("kl/ref_nats",)),
@@ -71,7 +71,7 @@ def _draw(axes: Axes, title: str, names: list[str], lines: list[dict[str, Any]])
 
 
 def _matches(name: str, pattern: str) -> bool:
-    return name.startswith(pattern) if pattern.endswith("/") else name == pattern
+    return name.startswith(pattern) if pattern.endswith(("/", "_")) else name == pattern
 
 
 def _drawn(name: str, value: Any) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.files import append_jsonl, read_jsonl
+from megatron_amrlhf.report.files import append_jsonl
 
 REWARD_DIGITS = 4
 SAMPLES_NAME = "samples.jsonl"
@@ -41,12 +41,11 @@ class SampleRecord:
         step: step of the rollout.
         prompt: the prompt's text.
         answer: the answer's text.
-        token_ids: ids of the response tokens, or None to leave them out.
-        tokens: text of each response token.
+        token_ids: ids of the response tokens.
+        tokens: text of each response token; of a character's tokens the first has it.
         token_rewards: dense reward of each token, as the reward model gives it.
-        signal: the dense signal that the threshold cut: whitened rewards, TD errors, ...; None, as
-            baseline and delta, in files that were written before they were kept.
-        baseline: threshold b of this answer, signal units.
+        signal: the dense signal that the threshold cut: whitened rewards, TD errors, ...
+        baseline: threshold b of this answer, signal units; NaN where there is none.
         delta: Schmitt offset of eq. 17, signal units.
         mask: 1 where the loss reads the token.
         messages: the messages, in order.
@@ -59,12 +58,12 @@ class SampleRecord:
     step: int
     prompt: str
     answer: str
-    token_ids: list[int] | None
+    token_ids: list[int]
     tokens: list[str]
     token_rewards: list[float]
-    signal: list[float] | None
-    baseline: float | None
-    delta: float | None
+    signal: list[float]
+    baseline: float
+    delta: float
     mask: list[int]
     messages: list[Message]
     sequence_reward: float
@@ -75,7 +74,7 @@ class SampleRecord:
     def __post_init__(self):
         count = len(self.tokens)
         lists = [self.token_rewards, self.mask, self.signal, self.token_ids]
-        lengths = [len(entries) for entries in lists if entries is not None]
+        lengths = [len(entries) for entries in lists]
         assert set(lengths) <= {count}, f"{count} tokens, but lists of {lengths}"
         assert all(bit in (0, 1) for bit in self.mask), "mask holds more than 0 and 1"
         inside = all(0 <= message.start < message.end <= count for message in self.messages)
@@ -92,18 +91,10 @@ def write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
     append_jsonl(path, [_as_json(record) for record in records])
 
 
-def read_samples(path: Path) -> list[dict[str, Any]]:
-    """Reads the samples back, as plain dicts."""
-    return read_jsonl(path)
-
-
 def _as_json(record: SampleRecord) -> dict[str, Any]:
     fields = asdict(record)
-    if record.token_ids is None:
-        del fields["token_ids"]
     fields["token_rewards"] = [round(float(r), REWARD_DIGITS) for r in record.token_rewards]
-    if record.signal is not None:
-        fields["signal"] = [round(float(x), REWARD_DIGITS) for x in record.signal]
+    fields["signal"] = [round(float(x), REWARD_DIGITS) for x in record.signal]
     fields["mask"] = [int(bit) for bit in record.mask]
     for message in fields["messages"]:
         message["reward"] = round(float(message["reward"]), REWARD_DIGITS)
@@ -153,18 +144,16 @@ def load_samples(path: str | Path) -> list[SampleRecord]:
 
 def _as_record(fields: dict[str, Any]) -> SampleRecord:
     """Undoes ``_as_json``; raises what a wrong type or a missing key raises."""
-    signal = fields.get("signal")
-    baseline, delta = fields.get("baseline"), fields.get("delta")
     return SampleRecord(
         step=int(fields["step"]),
         prompt=_text(fields["prompt"]),
         answer=_text(fields["answer"]),
-        token_ids=fields.get("token_ids"),
+        token_ids=[int(token) for token in fields["token_ids"]],
         tokens=[_text(token) for token in fields["tokens"]],
         token_rewards=[_number(reward) for reward in fields["token_rewards"]],
-        signal=None if signal is None else [_number(x) for x in signal],
-        baseline=None if baseline is None else float(baseline),
-        delta=None if delta is None else float(delta),
+        signal=[_number(x) for x in fields["signal"]],
+        baseline=_number(fields["baseline"]),
+        delta=_number(fields["delta"]),
         mask=[int(bit) for bit in fields["mask"]],
         messages=[
             Message(int(m["start"]), int(m["end"]), int(m["sign"]), _number(m["reward"]))

@@ -11,38 +11,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-REPLACEMENT = "\ufffd"  # what a decoder gives for a part of a character
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The text of tokens, special tokens and white space as they are."""
-    return tokenizer.decode(
-        list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-
-
-def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    """Where the text of each token ends, in characters of ``decode(ids)``; never decreasing.
-
-    A token that ends inside a character (byte-level and byte-fallback tokens) ends after it, so
-    all tokens of one character have the same end.
-    """
-    ends: list[int] = []
-    first = read = done = 0  # decoded again from `first`, so that what depends on context is right
-    before = ""
-    for place in range(len(ids)):
-        new = decode(tokenizer, ids[first : place + 1])[len(before) :]
-        whole = new.rstrip(REPLACEMENT)
-        ends.append(done + len(whole) + (whole != new))
-        if new and whole == new:
-            done += len(new)
-            first, read = read, place + 1
-            before = decode(tokenizer, ids[first:read])
-    length = len(decode(tokenizer, ids))
-    ends = [min(end, length) for end in ends]
-    for place in range(1, len(ends)):
-        ends[place] = max(ends[place], ends[place - 1])
-    return ends
+from megatron_amrlhf.data.token_text import decode, token_ends
 
 
 def encode_with_ends(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:

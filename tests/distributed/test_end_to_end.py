@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
-from megatron_amrlhf.report.samples import read_samples
+from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.processes import run_on
 from tests.distributed.runs import (
     assert_same_line,
@@ -68,7 +68,7 @@ REWARD_KINDS = ("prm", "orm")  # they train a reward model, on no answers of the
 KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
 
 OWN_METRICS = {
-    "prm": {"prm/auc", "prm/accuracy", "loss/prm"},
+    "prm": {"eval/step_auc", "prm/accuracy", "loss/prm"},
     "orm": {"orm/accuracy", "orm/margin", "eval/pair_accuracy", "loss/orm"},
     "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value"},
     "grpo": {"policy/clipfrac", "loss/kl", "grpo/advantage", "grpo/flat_groups"},
@@ -131,7 +131,7 @@ def test_run_leaves_all_it_promises(reference, kind):
         expected |= {"kl/ref_nats", "policy/entropy_nats", "time/rollout_seconds"}
         expected |= {"time/score_seconds", "time/mask_seconds", "eval/reward_mean"}
         expected |= {"throughput/rollout_tokens_per_second"}
-        sample = read_samples(folder / SAMPLES)[0]
+        sample = read_jsonl(folder / SAMPLES)[0]
         assert {"prompt", "answer", "token_rewards", "mask", "messages"} <= sample.keys()
         assert len(sample["mask"]) == len(sample["token_ids"]) == len(sample["tokens"])
         assert sample["messages"][-1]["end"] == len(sample["mask"])
@@ -206,7 +206,7 @@ def test_an_exported_orm_gives_one_reward_to_a_whole_answer(reference):
     assert kind == "process"
     model = f"reward_model.path={export}"
     start(folder, configs["grpo"], 1, 1, 1, model, "run.name=grpo-orm", "run.steps=1")
-    for sample in read_samples(folder / "runs" / "grpo-orm" / SAMPLES):
+    for sample in read_jsonl(folder / "runs" / "grpo-orm" / SAMPLES):
         assert len(set(sample["token_rewards"])) == 1
         assert math.isclose(sample["token_rewards"][0], sample["sequence_reward"], abs_tol=1e-3)
 

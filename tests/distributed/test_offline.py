@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.data.scored_pairs import load_scored_pairs
-from megatron_amrlhf.report.samples import read_samples
+from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.runs import (
     assert_same_numbers,
     numbers,
@@ -119,7 +119,7 @@ def test_metrics(world):
 
 def test_scores_cut_the_answers_where_the_file_says(world):
     for name in ("dpo-scores", "sampling-scores"):
-        samples = read_samples(world.runs[name] / "samples.jsonl")
+        samples = read_jsonl(world.runs[name] / "samples.jsonl")
         both = name == "dpo-scores"
         assert len(samples) == 2 * PAIRS_PER_STEP * (2 if both else 1)
         assert [sample["chosen"] for sample in samples] == [True, not both] * (len(samples) // 2)
@@ -137,7 +137,7 @@ def test_scores_cut_the_answers_where_the_file_says(world):
 
 
 def test_a_prm_scores_pairs_without_scores(world):
-    samples = read_samples(world.runs["dpo-model"] / "samples.jsonl")
+    samples = read_jsonl(world.runs["dpo-model"] / "samples.jsonl")
     assert all(len(set(sample["token_rewards"])) > 1 for sample in samples)
 
 

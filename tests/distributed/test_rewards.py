@@ -24,7 +24,7 @@ from megatron_amrlhf.data.chat import encode_prompt, load_tokenizer
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.parallel.mesh import build_mesh
-from megatron_amrlhf.report.samples import read_samples
+from megatron_amrlhf.report.files import read_jsonl
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.distributed.contexts import make_context
 from tests.distributed.processes import run_on
@@ -208,7 +208,7 @@ def test_an_answer_whose_reward_failed_is_not_learned_from(folder, kind):
     run_on(1, run_config, str(path), [f"algorithm={{kind: {kind}}}", f"run.name={run.name}"])
     (line,) = read_metrics(run)
     assert line["reward/failed_fraction"] == 0.25 and line["engine/skipped_steps"] == 0
-    samples = read_samples(run / "samples.jsonl")
+    samples = read_jsonl(run / "samples.jsonl")
     failed = [sum(sample["mask"]) for sample in samples if sample["prompt"] == "Say 0"]
     others = [sum(sample["mask"]) for sample in samples if sample["prompt"] != "Say 0"]
     assert failed == ([] if "pairs" in kind else [0, 0, 0]) and sum(others) > 0
@@ -341,7 +341,7 @@ def test_the_threshold_of_a_run_is_the_files(folder, scored):
     level = {"offline_statistic": "quantile", "offline_quantile": 0.3, "delta": 0.5}
     path = offline_run(folder, scored, "offline", mask=level)
     run_on(1, run_config, str(path), [])
-    for sample in read_samples(folder / "runs" / "offline" / "samples.jsonl"):
+    for sample in read_jsonl(folder / "runs" / "offline" / "samples.jsonl"):
         assert sample["baseline"] == pytest.approx(np.quantile(scores, 0.3), abs=1e-4)
         assert sample["delta"] == pytest.approx(0.5 * scores.std(), abs=1e-4)
         assert sample["signal"] == pytest.approx(sample["token_rewards"], abs=1e-4)
@@ -358,7 +358,7 @@ def test_whitening_by_the_file_is_eq_11(folder, scored):
     )
     run_on(1, run_config, str(path), [])
     median = (np.median(scores) - scores.mean()) / scores.std()
-    for sample in read_samples(folder / "runs" / "whitened" / "samples.jsonl"):
+    for sample in read_jsonl(folder / "runs" / "whitened" / "samples.jsonl"):
         expected = (np.array(sample["token_rewards"]) - scores.mean()) / scores.std()
         assert sample["signal"] == pytest.approx(expected, abs=1e-3)
         assert sample["baseline"] == pytest.approx(median, abs=1e-4) and sample["delta"] == 0.5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.report.samples import read_samples
+from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.runs import (
     assert_same_numbers,
     make_models,
@@ -36,7 +36,7 @@ PER_PROMPT = {"all": ANSWERS, "one": 1 / PROMPTS, "none": 0.0, "top": 2.0}
 
 
 def first_step(run: Path) -> list:
-    return [sample for sample in read_samples(run / "samples.jsonl") if sample["step"] == 1]
+    return [sample for sample in read_jsonl(run / "samples.jsonl") if sample["step"] == 1]
 
 
 class World:

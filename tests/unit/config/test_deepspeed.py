@@ -26,7 +26,7 @@ def test_the_shipped_file_resolves_from_any_folder(tmp_path, monkeypatch):
     assert resolved["train_batch_size"] == 4
     assert resolved["train_micro_batch_size_per_gpu"] == 1
     assert resolved["gradient_accumulation_steps"] == 1
-    assert resolved["gradient_clipping"] == 0.5
+    assert resolved["gradient_clipping"] == 0.0
     assert resolved["bf16"] == {"enabled": True}
     assert "auto" not in json.dumps(resolved)
 
@@ -37,7 +37,7 @@ def test_deepspeed_accepts_the_shipped_file_without_unknown_zero_keys():
     assert parsed.zero_config.stage == 3
     assert parsed.zero_config.param_persistence_threshold == 0
     assert parsed.zero_config.prefetch_bucket_size == 0
-    assert parsed.gradient_clipping == 1.0
+    assert parsed.gradient_clipping == 0.0
     assert parsed.bfloat16_config.enabled
     known = type(parsed.zero_config).model_fields
     names = set(known) | {field.alias for field in known.values() if field.alias}
@@ -52,7 +52,7 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
     offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
     content = SHIPPED | {"zero_optimization": SHIPPED["zero_optimization"] | offload}
     frozen = resolve_json(tmp_path, content, trainable=False)
-    assert "optimizer" not in frozen and "gradient_clipping" not in frozen
+    assert "optimizer" not in frozen
     assert "offload_optimizer" not in frozen["zero_optimization"]
     assert frozen["zero_optimization"]["offload_param"] == {"device": "cpu"}
     trained = resolve_json(tmp_path, content)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizer
 
-from megatron_amrlhf.data.sentences import split_sentences, token_sentences, token_starts
+from megatron_amrlhf.data.sentences import split_sentences, token_sentences
+from megatron_amrlhf.data.token_text import token_starts
 from megatron_amrlhf.errors import UserError
 from tests.helpers import make_tiny_tokenizer
 

@@ -69,7 +69,9 @@ def test_the_summary_shows_the_change_and_only_paths_that_exist(tmp_path):
     console, out, _ = make()
     folder = RunFolder(tmp_path, 1, True)
     folder.metrics.touch()
-    console.final_summary(folder, {"reward/heldout": 0.25}, {"reward/heldout": 0.5, "prm/auc": 0.9})
+    console.final_summary(
+        folder, {"eval/reward_mean": 0.25}, {"eval/reward_mean": 0.5, "eval/step_auc": 0.9}
+    )
     text = out.getvalue()
     assert "+0.25" in text and "0.9" in text
     assert str(folder.metrics) in text and str(folder.export) not in text

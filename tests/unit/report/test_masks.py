@@ -6,8 +6,6 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from rich.console import Console
 
 from megatron_amrlhf import cli
@@ -17,19 +15,17 @@ from megatron_amrlhf.report.masks import (
     print_records,
     printable,
     rgb_of,
-    token_texts,
     token_views,
 )
 from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.samples import Message, SampleRecord, load_samples, write_samples
 
-BAD = "\ufffd"
 HOSTILE = "<script>alert(1)</script> \" ' & \x1b[31m \u202e [bold]"
 RECORD = SampleRecord(
     step=3,
     prompt="2 + 2? " + HOSTILE,
     answer="it is 4",
-    token_ids=None,
+    token_ids=[5, 6, 7, 2],
     tokens=["it", " is", " 4", "<|end|>"],
     token_rewards=[-0.5, 0.1, 1.0, 0.4],
     signal=[-1.0, 0.0, 2.0, 0.5],
@@ -69,38 +65,6 @@ def printed(*records):
     console = Console(file=io.StringIO(), width=100)
     print_records(console, records)
     return console.file.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("tokens", "answer", "expected"),
-    [
-        (["it", " is"], "it is", ["it", " is"]),
-        (["it", "is"], "it is", ["it", " is"]),  # the decoder lost the space
-        ([BAD, BAD, BAD, "!"], "\u597d!", ["\u00b7", "\u00b7", "\u597d", "!"]),
-        (["a", BAD * 2, BAD, " b"], "a\U0001f389 b", ["a", "\u00b7", "\U0001f389", " b"]),
-        ([BAD] * 6, "\u4f60\u597d", ["\u00b7", "\u00b7", "\u4f60", "\u00b7", "\u00b7", "\u597d"]),
-        (["\u4f60\u597d", BAD], "\u4f60\u597d" + BAD, ["\u4f60\u597d", BAD]),
-        (["ok", "<|im_end|>"], "ok", ["ok", "<|im_end|>"]),
-        ([BAD, BAD, "<|im_end|>"], "\u00e9", ["\u00b7", "\u00e9", "<|im_end|>"]),
-        (["a", "b", "c"], "a b d", ["a", "b", "c"]),  # no fit: the tokens as they are
-        ([], "", []),
-    ],
-)
-def test_token_texts_are_mended_from_the_answer(tokens, answer, expected):
-    assert token_texts(tokens, answer) == expected
-
-
-@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters=BAD), max_size=12))
-def test_one_token_a_byte_still_shows_every_character(answer):
-    tokens = [chr(byte) if byte < 128 else BAD for byte in answer.encode()]
-    texts = token_texts(tokens, answer)
-    assert len(texts) == len(tokens)
-    assert "".join(texts).replace("\u00b7", "") == answer.replace("\u00b7", "")
-
-
-@given(st.lists(st.text(max_size=4), max_size=6), st.text(max_size=20))
-def test_there_is_one_text_a_token_whatever_the_answer(tokens, answer):
-    assert len(token_texts(tokens, answer)) == len(tokens)
 
 
 def test_what_steers_a_terminal_is_shown_instead():
@@ -160,18 +124,24 @@ def test_the_page_has_messages_masks_and_a_chart():
 
 
 def test_chinese_and_emoji_pass_unchanged():
-    record = dataclasses.replace(
-        RECORD, answer="\u4f60\u597d\U0001f389", tokens=["\u4f60\u597d", BAD, BAD, "<|end|>"]
-    )
+    tokens = ["\u4f60\u597d", "\U0001f389", "", "<|end|>"]
+    record = dataclasses.replace(RECORD, answer="\u4f60\u597d\U0001f389", tokens=tokens)
     assert "\u4f60\u597d" in Page(page([record], "run")).text
-    assert "\u4f60\u597d\u00b7\u2502\U0001f389" in printed(record)
+    assert "\u4f60\u597d\U0001f389\u2502\u00b7<|end|>" in printed(record)
 
 
 def test_nan_rewards_and_empty_answers_can_be_shown():
     nan = float("nan")
     odd = dataclasses.replace(RECORD, token_rewards=[nan] * 4, signal=[nan] * 4)
     empty = dataclasses.replace(
-        RECORD, answer="", tokens=[], token_rewards=[], signal=[], mask=[], messages=[]
+        RECORD,
+        answer="",
+        token_ids=[],
+        tokens=[],
+        token_rewards=[],
+        signal=[],
+        mask=[],
+        messages=[],
     )
     assert "nan" in page([odd, empty], "run") and printed(odd, empty)
 
@@ -209,14 +179,13 @@ def test_samples_read_back_as_they_were(run):
     assert load_samples(run)[0] == RECORD
 
 
-def test_files_from_before_the_threshold_was_kept_can_be_shown(run, capsys):
-    path = run / "samples.jsonl"
-    fields = json.loads(path.read_text().split("\n")[0])
-    for key in ("signal", "baseline", "delta"):
-        del fields[key]
-    path.write_text(json.dumps(fields) + "\n" + '{"step": 4, "cut sh')
+def test_an_answer_without_a_threshold_can_be_shown(run, capsys):
+    odd = dataclasses.replace(RECORD, step=6, baseline=float("nan"))
+    write_samples(run / "samples.jsonl", [odd])
+    with (run / "samples.jsonl").open("a") as file:
+        file.write('{"step": 7, "cut sh')
     assert cli.main(["show-masks", str(run)]) == 0
-    assert "threshold: not in this file" in capsys.readouterr().out
+    assert "no threshold; colours are relative to the answer's mean" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

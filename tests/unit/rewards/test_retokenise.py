@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.data.chat import encode_prompt
-from megatron_amrlhf.rewards.retokenise import align, decode, encode_with_ends, token_ends
+from megatron_amrlhf.data.token_text import decode, token_ends, token_texts
+from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.helpers import CHATML_TEMPLATE, make_tiny_tokenizer
 
@@ -107,6 +110,10 @@ def test_ends_equal_those_of_counting_bytes(request, name, text):
     assert decode(tokenizer, ids) == text
     assert ends == token_ends(tokenizer, ids) == ends_by_bytes(tokenizer, ids, text)
     assert ends[-1] == len(text)
+    texts = token_texts(tokenizer, ids)
+    assert "".join(texts) == text and [len(x) for x in texts] == [
+        end - start for start, end in pairwise([0, *ends])
+    ]
 
 
 @pytest.mark.parametrize("name", ["policy", "coarse", "fallback"])
