@@ -23,8 +23,8 @@ from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.console import PLAIN_WIDTH
-from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.postmortem import find_cause, status_lines
@@ -144,8 +144,7 @@ def _run_folder(source: str, overrides: list[str]) -> Path:
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         return path
-    run = load_config(path, overrides).run
-    return Path(run.folder).expanduser() / run.name
+    return load_config(path, overrides).run.path
 
 
 def _rank() -> int:

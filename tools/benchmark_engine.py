@@ -26,11 +26,11 @@ from megatron_amrlhf.engine.costs import bubble_fraction
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
 from megatron_amrlhf.evaluation.start_ranks import start_ranks
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.engine_tables import engine_tables
-from megatron_amrlhf.report.files import write_atomic
 
 WORKER = "megatron_amrlhf.evaluation.engine_speed"
 SIZES = {

@@ -22,11 +22,11 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.comparisons import plot_costs
 from megatron_amrlhf.report.console import PLAIN_WIDTH, RunConsole
-from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.types import TrainBatch
 

@@ -32,9 +32,9 @@ from megatron_amrlhf.evaluation.synthetic import (
     decode_two_levels,
     make_answers,
 )
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.comparisons import ErrorPicture, plot_errors
 from megatron_amrlhf.report.console import PLAIN_WIDTH
-from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.samples import SampleRecord, load_samples
 
 DESCRIPTION = """\

@@ -15,12 +15,12 @@ from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
 from megatron_amrlhf.report.console import PLAIN_WIDTH
-from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.plan_tables import plan_tables, sizes_of, suggestion_table
 
 GIB = 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -17,10 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import sha256_of, write_atomic
 from megatron_amrlhf.parallel.collectives import gather_objects
 
 Result = TypeVar("Result")
-CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -78,15 +77,6 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def fsync(path: Path) -> None:
     """Puts a file, or a folder's list of names, on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -111,11 +101,5 @@ def write_tensors(
 
 def write_text(path: Path, text: str) -> FileRecord:
     """Writes a whole text file or nothing, and puts it on the disk."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    data = text.encode("utf-8")
-    return FileRecord(path.name, len(data), hashlib.sha256(data).hexdigest())
+    write_atomic(path, text)
+    return FileRecord(path.name, path.stat().st_size, sha256_of(path))

@@ -8,8 +8,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_amrlhf.checkpoint.files import fsync, sha256_of, write_text
+from megatron_amrlhf.checkpoint.files import fsync, write_text
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import sha256_of
 
 FORMAT = 2
 MANIFEST_FILE, STATE_FILE, LATEST_FILE = "manifest.json", "state.json", "latest"

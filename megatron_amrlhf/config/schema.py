@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -36,6 +37,11 @@ class RunSection(Section):
     log_samples: NonNegative = Field(
         8, description="samples a step written to samples.jsonl (count a data-parallel rank)"
     )
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.folder).expanduser() / self.name
 
 
 class ModelSection(Section):

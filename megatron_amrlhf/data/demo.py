@@ -10,8 +10,9 @@ from typing import Literal
 
 from megatron_amrlhf.data.arithmetic import generate_problems
 from megatron_amrlhf.data.general_prompts import general_prompts
-from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint, write_atomically
+from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import write_atomic
 
 PRM_TRAIN = "prm_train.jsonl"
 PRM_HELDOUT = "prm_heldout.jsonl"
@@ -74,8 +75,8 @@ def write_demo_data(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            write_atomically(folder / name, content)
-        write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=2) + "\n").encode())
+            write_atomic(folder / name, content)
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"{folder}: cannot write the demo data: {error.strerror}") from error
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import sha256_of, write_atomic
 
 Requirement = type | tuple[type, ...] | Callable[[Any], str | None]
 """What a key's value must be: a type, several types, or a check.
@@ -64,7 +64,7 @@ def read_numbered_jsonl(
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
     """Write one JSON object a line (UTF-8) so that the file is there whole or not at all."""
-    write_atomically(path, dump_jsonl(records))
+    write_atomic(Path(path), dump_jsonl(records))
 
 
 def dump_jsonl(records: Iterable[dict]) -> bytes:
@@ -72,33 +72,16 @@ def dump_jsonl(records: Iterable[dict]) -> bytes:
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path``, flush it to disk, rename it."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def fingerprint(path: str | Path) -> str:
-    """sha256 of a file's bytes, hex. A resumed run compares it with the one it was saved with.
+    """SHA-256 of a file. A resumed run compares it with the one it was saved with.
 
     Raises:
         UserError: the file cannot be read.
     """
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return sha256_of(Path(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read the data file: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _read_text(path: str | Path) -> str:

@@ -84,5 +84,5 @@ def run_folder(config: Config | None, folder: str | None) -> Path:
     if folder is not None:
         return Path(folder).expanduser()
     if config is not None:
-        return Path(config.run.folder).expanduser() / config.run.name
+        return config.run.path
     return Path(NO_RUN_FOLDER)

@@ -16,8 +16,9 @@ from rich.table import Table
 
 from megatron_amrlhf.doctor.judge_ranks import limit_text
 from megatron_amrlhf.doctor.records import Finding, RankFacts, listed, ranks_by_host
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.console import PLAIN_WIDTH
-from megatron_amrlhf.report.files import strict, write_atomic
+from megatron_amrlhf.report.files import strict
 
 EXIT_OK, EXIT_FOUND_ERROR = 0, 1
 STYLES = {"ok": "green", "warning": "yellow", "error": "bold red"}

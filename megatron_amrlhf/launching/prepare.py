@@ -19,9 +19,9 @@ from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config
 from megatron_amrlhf.doctor.options import run_folder as doctor_folder
 from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
-from megatron_amrlhf.report.files import write_atomic
 from megatron_amrlhf.report.run_folder import last_attempt
 from megatron_amrlhf.report.stop_request import STOP_NAME
 from megatron_amrlhf.slurm import job_port
@@ -101,7 +101,7 @@ def check(arguments: argparse.Namespace, world_size: int) -> Path:
     check_files(config)
     if arguments.command == "score":
         return Path(arguments.out).expanduser()
-    return Path(config.run.folder).expanduser() / config.run.name
+    return config.run.path
 
 
 def write_environment(path: Path) -> None:

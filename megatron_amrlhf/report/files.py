@@ -1,23 +1,14 @@
-"""Small file helpers of the run folder: atomic text files and JSON Lines that can be resumed."""
+"""JSON Lines of the run folder that can be resumed."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: a reader never sees half of it, not even after a kill."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from megatron_amrlhf.files import write_atomic
 
 
 def append_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME
 from megatron_amrlhf.report.stacks import error_stack, is_waiting, main_stack
 

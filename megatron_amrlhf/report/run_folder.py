@@ -14,7 +14,7 @@ import yaml
 from megatron_amrlhf.config.load import dump_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.stop_request import STOP_NAME
 
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
@@ -51,7 +51,7 @@ class RunFolder:
             UserError: the folder belongs to another run (algorithm.kind or model.path differ), on
                 every rank alike; or it cannot be made.
         """
-        path = Path(config.run.folder).expanduser() / config.run.name
+        path = config.run.path
         _refuse_other_run(path, config)
         if rank != 0:
             return cls(path, 0, False)

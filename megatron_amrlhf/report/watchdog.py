@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_amrlhf.report.files import write_atomic
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.heartbeat import Beat, read_beats, read_dump
 from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME, RunFolder, note_failure
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "errors arguments config types parallel data models engine rollout rewards mask losses "
+    "errors arguments files config types parallel data models engine rollout rewards mask losses "
     "checkpoint conversion planning evaluation report algorithms slurm doctor cli_options cli "
     "launching __main__"
 ).split()

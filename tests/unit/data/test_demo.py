@@ -73,7 +73,7 @@ def test_an_interrupted_write_is_completed(tmp_path, monkeypatch):
     write_demo_data(tmp_path, 0, 30, 10)
     whole = contents(tmp_path)
     write_demo_data(tmp_path, 1, 30, 10)
-    real = demo.write_atomically
+    real = demo.write_atomic
 
     def fail_at_the_third(path, content):
         if Path(path).name == demo.PROMPTS_TRAIN:
@@ -81,7 +81,7 @@ def test_an_interrupted_write_is_completed(tmp_path, monkeypatch):
         real(path, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "write_atomically", fail_at_the_third)
+        patch.setattr(demo, "write_atomic", fail_at_the_third)
         with pytest.raises(UserError, match="No space left"):
             write_demo_data(tmp_path, 0, 30, 10)
     assert write_demo_data(tmp_path, 0, 30, 10)

@@ -5,7 +5,8 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_amrlhf.report.files import append_jsonl, read_jsonl, truncate_jsonl, write_atomic
+from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.report.files import append_jsonl, read_jsonl, truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.run_folder import RunFolder
 
