@@ -95,8 +95,7 @@ class ScoredBatch:
 
     Attributes:
         token_rewards: scalar reward of each response token (raw reward units).
-        sequence_rewards: ``[B]`` reward of each answer (raw units). Of an answer whose reward
-            failed: the mean of its group's others, so that it moves no mean and is never the best.
+        sequence_rewards: ``[B]`` reward of each answer (raw units); NaN if it failed.
         logprobs: log-probs of the policy at the start of the step, nats.
         reference_logprobs: log-probs of the reference, nats.
         values: critic values of the state before each token; zeros without a critic.
@@ -119,6 +118,11 @@ class ScoredBatch:
         for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
             assert field.shape == shape, (field.shape, shape)
         assert self.sequence_rewards.shape == shape[:1]
+
+    @property
+    def judged(self) -> Tensor:
+        """``[B]`` bool, the answers whose reward did not fail."""
+        return self.response_mask.any(dim=1)
 
 
 @dataclass(frozen=True)

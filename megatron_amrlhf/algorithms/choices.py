@@ -1,6 +1,7 @@
 """Which answers are learned from: pairs for DPO, selected answers for rejection sampling.
 
-Rewards are ``[G, N]``, N answers to each of G prompts; answer n of prompt g is row g N + n.
+Rewards are ``[G, N]``, N answers to each of G prompts; answer n of prompt g is row g N + n. One
+that is NaN has failed: its answer is never picked.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from torch import Tensor
 
 
 def best_and_worst(rewards: Tensor) -> Tensor:
-    """``[G, 2]`` rows of the best and the worst answer to each prompt.
+    """``[P, 2]`` rows of the best and the worst answer to each prompt with two rewards or more.
 
     Of equal rewards the first is the best and the last the worst, so the two always differ.
     """
     num_answers = rewards.shape[1]
     first_G = torch.arange(rewards.shape[0], device=rewards.device) * num_answers
-    best_G = first_G + rewards.argmax(dim=1)
-    worst_G = first_G + num_answers - 1 - rewards.flip(1).argmin(dim=1)
-    return torch.stack([best_G, worst_G], dim=1)
+    best_G = first_G + rewards.nan_to_num(nan=-torch.inf).argmax(dim=1)
+    last_first = rewards.nan_to_num(nan=torch.inf).flip(1)
+    worst_G = first_G + num_answers - 1 - last_first.argmin(dim=1)
+    return torch.stack([best_G, worst_G], dim=1)[(~rewards.isnan()).sum(dim=1) >= 2]
 
 
 def pairs_above(rewards: Tensor, margin: float) -> Tensor:
@@ -41,12 +43,14 @@ def top_rows(scores: Tensor, counts: Tensor) -> Tensor:
 
     Args:
         scores: ``[G, N]``; of equal ones the first comes first.
-        counts: ``[G]`` int64 in [0, N].
+        counts: ``[G]`` int64 in [0, N]; where fewer have not failed, these.
 
     Returns:
-        Row numbers, by prompt, then from the highest score on; S is the sum of ``counts``.
+        Row numbers, by prompt, then from the highest score on.
     """
     num_prompts, num_answers = scores.shape
+    counts = counts.minimum((~scores.isnan()).sum(dim=1))
+    scores = scores.nan_to_num(nan=-torch.inf)
     order_GN = scores.argsort(dim=1, descending=True, stable=True)
     first_G = torch.arange(num_prompts, device=scores.device) * num_answers
     is_taken_GN = torch.arange(num_answers, device=scores.device) < counts[:, None]

@@ -212,11 +212,12 @@ class ExperienceMaker:
         if self.context.config.mask.kind == "adaptive":
             mask = adaptive_mask(judged.dense.signs[rows], chosen, valid)
         rewards = judged.dense.sequence_rewards[rows]
+        rejected = judged.scored.judged[rows] & ~chosen
         return mask, {
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
             "mask/empty_answers": count_metric((~mask.any(dim=1)).sum(), len(mask)),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
-            "reward/rejected": count_metric(rewards[~chosen].sum(), (~chosen).sum()),
+            "reward/rejected": count_metric(rewards[rejected].sum(), rejected.sum()),
         }
 
     def timings(self, rollout: RolloutBatch, update_seconds: float, updated: int) -> dict:
@@ -232,7 +233,7 @@ class ExperienceMaker:
 
 
 def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:
-    rows, judged = len(rollout.rows), scored.response_mask.any(dim=1)
+    rows, judged = len(rollout.rows), scored.judged
     messages = message_counts(dense.messages, dense.signs).sum()
     tokens = (dense.signs != 0).sum()
     return {

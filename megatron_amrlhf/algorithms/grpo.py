@@ -23,6 +23,7 @@ class Grpo(SurrogateAlgorithm):
             judged.dense.sequence_rewards,
             judged.rollout.group_ids,
             self.context.config.algorithm.scale_rewards,
+            judged.scored.judged,
         )
 
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
@@ -41,13 +42,13 @@ class Grpo(SurrogateAlgorithm):
             "behaviour_logprobs": behaviour_logprobs(batch, scored),
             "reference_logprobs": scored.reference_logprobs,
             "weight": row_weights(counted) if by_row else torch.ones_like(advantages)[:, None],
-            "denominator": torch.ones_like(counted[:, :1]) if by_row else counted,
+            "denominator": scored.judged[:, None] if by_row else counted,
         }
-        count = advantages.numel()
+        count = scored.judged.sum()
         return targets, {
             "grpo/advantage": count_metric(advantages.abs().sum(), count),
-            "grpo/flat_groups": count_metric((std == 0).sum(), count),
-            "grpo/group_std": count_metric(std.sum(), count),
+            "grpo/flat_groups": count_metric((std == 0)[scored.judged].sum(), count),
+            "grpo/group_std": count_metric(std[scored.judged].sum(), count),
         }
 
     @property

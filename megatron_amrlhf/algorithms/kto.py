@@ -25,7 +25,8 @@ class KtoBatch(TrainBatch):
 
     Attributes:
         mismatched: each row's prompt with an answer to another prompt, known to every rank; on
-            last stages ``targets`` has its ``mismatched_mask`` and ``mismatched_reference``.
+            last stages ``targets`` has its ``mismatched_mask``, ``mismatched_reference`` and
+            ``mismatched_judged``.
     """
 
     mismatched: RolloutBatch
@@ -45,6 +46,7 @@ class Kto(PolicyAlgorithm):
             self.context.config.mask.label,
             judged.rollout.group_ids.to(rewards.device),
             group=self.context.mesh.dp_group,
+            judged=judged.scored.judged,
         )
         return all_rows(judged), labels
 
@@ -52,7 +54,10 @@ class Kto(PolicyAlgorithm):
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
         samples = self.context.config.rollout.samples_per_prompt
-        mismatched, kept = mismatched_pairs(batch, samples, self.context.mesh)
+        has_reward = torch.ones_like(batch.chosen)
+        if judged.scored is not None:
+            has_reward = judged.scored.judged
+        mismatched, kept, counted = mismatched_pairs(batch, has_reward, samples, self.context.mesh)
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
         targets = {}
@@ -64,7 +69,8 @@ class Kto(PolicyAlgorithm):
                 "reference_logprobs": judged.scored.reference_logprobs,
                 "mismatched_mask": kept.to(batch.mask.device),
                 "mismatched_reference": reference,
-                "denominator": torch.ones_like(batch.chosen)[:, None],  # one an answer
+                "mismatched_judged": counted.to(batch.mask.device),
+                "denominator": has_reward[:, None],  # one an answer
             }
         train = KtoBatch(**vars(TrainBatch.of(batch, targets)), mismatched=mismatched)
         return self.update(train)
@@ -84,7 +90,8 @@ class Kto(PolicyAlgorithm):
         width = logprobs.shape[1]  # the targets are as wide as the whole rollout
         reference = part.targets["mismatched_reference"][:, :width]
         mask = part.targets["mismatched_mask"][:, :width]
-        return reference_point(logprobs, reference, mask, self.context.mesh.dp_group)
+        counted = part.targets["mismatched_judged"]
+        return reference_point(logprobs, reference, mask, self.context.mesh.dp_group, counted)
 
     @property
     def reads_kept_alone(self) -> bool:
@@ -105,35 +112,42 @@ class Kto(PolicyAlgorithm):
                 algorithm.beta,
                 algorithm.desirable_weight,
                 algorithm.undesirable_weight,
+                targets["denominator"][:, 0],
             )
 
         return self.update_policy(part, terms, on_block)
 
 
-def mismatched_pairs(batch: MaskedBatch, samples: int, mesh: Mesh) -> tuple[RolloutBatch, Tensor]:
+def mismatched_pairs(
+    batch: MaskedBatch, has_reward: Tensor, samples: int, mesh: Mesh
+) -> tuple[RolloutBatch, Tensor, Tensor]:
     """Each prompt with the answer of the same number to the step's next prompt.
 
     Prompts go round over all replicas in their global order, so that the pairs do not depend on
-    the layout. An answer takes its mask with it. Entered by every rank.
+    the layout. An answer takes its mask with it, and whether it has a reward. Entered by every
+    rank.
 
     Args:
         batch: this replica's answers, ``samples`` to a prompt one after the other.
+        has_reward: ``[B]`` bool, not those whose reward failed; read on last stages.
         samples: answers a prompt.
         mesh: the mesh.
 
     Returns:
-        The pairs in the batch's order (fields but rows are those of the batch's answers) and
-        their kept tokens, ``[B, R']`` bool on the CPU.
+        The pairs in the batch's order (fields but rows are those of the batch's answers), their
+        kept tokens ``[B, R']`` and whether their answer has a reward ``[B]``, bool on the CPU.
     """
     rollout = batch.rollout
     lengths, counts = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     answers = [row[length:] for row, length in zip(rollout.rows, lengths, strict=True)]
     kept = [mask[:count] for mask, count in zip(batch.mask.cpu(), counts, strict=True)]
-    firsts = gather_objects((answers[:samples], kept[:samples]), mesh.dp_group)
-    next_answers, next_kept = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
+    counted = has_reward.tolist()
+    firsts = gather_objects((answers[:samples], kept[:samples], counted[:samples]), mesh.dp_group)
+    next_answers, next_kept, next_counted = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
     answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept
+    counted = torch.tensor(counted[samples:] + next_counted)
     parts = zip(rollout.rows, lengths, answers, strict=True)
     rows = tuple(torch.cat([row[:length], answer]) for row, length, answer in parts)
     mismatched = replace(rollout, rows=rows)
     valid = mismatched.response_mask
-    return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept))
+    return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept)), counted

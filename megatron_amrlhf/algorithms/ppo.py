@@ -29,31 +29,40 @@ class Ppo(SurrogateAlgorithm):
 
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         scored, rollout = judged.scored, judged.rollout
+        kind, rewards = self.context.config.mask.label, judged.dense.sequence_rewards
+        if kind == "value":  # in the critic's units: those of the shaped rewards
+            rewards = self.advantages(judged)[1][:, 0]
         labels = chosen_labels(
-            judged.dense.sequence_rewards,
-            self.context.config.mask.label,
+            rewards,
+            kind,
             rollout.group_ids.to(scored.values.device),
             scored.values[:, 0],
             self.context.mesh.dp_group,
+            scored.judged,
         )
         return all_rows(judged), labels
 
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+    def advantages(self, judged: Judged) -> tuple[Tensor, Tensor]:
         """Advantages and returns of dense rewards, maybe with the KL in them (last stages)."""
-        config, scored = self.context.config, judged.scored
-        algorithm, valid = config.algorithm, scored.response_mask
+        algorithm, scored = self.context.config.algorithm, judged.scored
         rewards = judged.dense.shaped
         if algorithm.kl_in == "reward":
             both = (scored.logprobs, scored.reference_logprobs)
             rewards = rewards - algorithm.kl_coef * reward_penalty(*both, algorithm.kl_estimator)
-        advantages, returns = gae(
-            torch.where(valid, rewards, 0.0),
+        return gae(
+            torch.where(scored.response_mask, rewards, 0.0),
             scored.values,
-            valid,
+            scored.response_mask,
             algorithm.gamma,
             algorithm.gae_lambda,
             scored.bootstrap_values,
         )
+
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+        """What actor and critic learn from (last stages)."""
+        scored, algorithm = judged.scored, self.context.config.algorithm
+        valid = scored.response_mask
+        advantages, returns = self.advantages(judged)
         if algorithm.whiten_advantages:
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
         targets = {

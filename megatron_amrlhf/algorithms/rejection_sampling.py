@@ -24,7 +24,8 @@ class RejectionSampling(SelectionAlgorithm):
         else:  # best: k is 1
             counts = torch.full_like(scores[:, 0], algorithm.k, dtype=torch.int64)
         if algorithm.control == "random":
-            scores = self.random_scores(judged, step).view_as(scores).to(scores.device)
+            chance = self.random_scores(judged, step).view_as(scores).to(scores.device)
+            scores = torch.where(scores.isnan(), torch.nan, chance)
         rows = top_rows(scores, counts)
         return rows, torch.ones_like(rows, dtype=torch.bool)
 

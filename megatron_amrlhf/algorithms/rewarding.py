@@ -15,7 +15,6 @@ from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.mask.statistics import group_means
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
 from megatron_amrlhf.rewards.units import newline_token_ids
 from megatron_amrlhf.rewards.verifiable import Verifier
@@ -28,7 +27,7 @@ class Rewards:
 
     Attributes:
         tokens: ``[B, R]`` weighted sum at each token, raw units; 0 outside ``valid``.
-        sequences: ``[B]`` weighted sum of each answer (see `ScoredBatch.sequence_rewards`).
+        sequences: ``[B]`` weighted sum of each answer; NaN if it failed.
         valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
         problem: why the first failed answer failed, or an empty text.
     """
@@ -90,7 +89,7 @@ class Rewarder:
             verdicts, problem = self._verdicts(rollout, prompts)
             sequences += (whole := weights.verifiable_weight * verdicts)
             tokens += whole[:, None]
-        return without_failures(tokens, sequences, valid, rollout.group_ids, problem)
+        return without_failures(tokens, sequences, valid, problem)
 
     def given(self, tokens: Tensor, rollout: RolloutBatch) -> Rewards:
         """Rewards of which the tokens' are known, ``[B, R]`` raw units. On last stages."""
@@ -132,34 +131,44 @@ def model_rewards(
     """
     read = read_reward(context, model.role)
     if model.tokenizer is None:
-        return score_tokens(context, model.role, rollout, "at", read, on_block)
-    system = context.config.data.system_prompt
-    texts = translate(rollout, prompts, context.tokenizer, model.tokenizer, system)
-    scores = score_tokens(context, model.role, texts.rollout, "at", read, on_block)
-    return None if scores is None else read_back(scores, texts, rollout)
+        scores = score_tokens(context, model.role, rollout, "at", read, on_block)
+    else:
+        system = context.config.data.system_prompt
+        texts = translate(rollout, prompts, context.tokenizer, model.tokenizer, system)
+        scores = score_tokens(context, model.role, texts.rollout, "at", read, on_block)
+        scores = None if scores is None else read_back(scores, texts, rollout)
+    if scores is None or model.role != "prm":
+        return scores
+    return end_as_before(scores, rollout)
 
 
-def without_failures(
-    tokens: Tensor, sequences: Tensor, valid: Tensor, group_ids: Tensor, problem: str
-) -> Rewards:
+def end_as_before(scores: Tensor, rollout: RolloutBatch) -> Tensor:
+    """``[B, R]`` scores whose end tokens have the score of the token before them.
+
+    A PRM judges steps, and an end token belongs to none: it has learned nothing there. An answer
+    that is nothing but its end token keeps its score.
+    """
+    last = (rollout.response_lengths - 1)[:, None].to(scores.device)
+    before = torch.where(rollout.ended.to(scores.device)[:, None], last - 1, last).clamp(min=0)
+    return scores.scatter(1, last, scores.gather(1, before))
+
+
+def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: str) -> Rewards:
     """Takes answers with a reward that is not finite out of the valid ones.
 
     Args:
         tokens: ``[B, R]`` rewards, NaN or infinite where one failed.
         sequences: ``[B]`` as this.
         valid: ``[B, R]`` bool, response tokens.
-        group_ids: ``[B]`` int64, which prompt an answer is to.
         problem: why the first one failed, if that is known.
     """
     finite = torch.where(valid, tokens, 0.0).isfinite().all(dim=1) & sequences.isfinite()
     if not problem and not finite.all():
         problem = "a reward model gave a number that is not finite"
     valid = valid & finite[:, None]
-    sequences = torch.where(finite, sequences, 0.0)
-    others = group_means(sequences[:, None], finite[:, None], group_ids).to(sequences.dtype)
     return Rewards(
         tokens=torch.where(valid, tokens, 0.0),
-        sequences=torch.where(finite, sequences, others),
+        sequences=torch.where(finite, sequences, torch.nan),
         valid=valid,
         problem=problem,
     )

@@ -43,7 +43,7 @@ class SelectionAlgorithm(PolicyAlgorithm):
             labels = (rows % 2 == 0).to(self.context.mesh.device)
         else:
             rows, labels = self.select(judged, step)
-        return without_failed(rows, labels, judged.scored.response_mask, self.rows_per_unit)
+        return without_failed(rows, labels, judged.scored.judged, self.rows_per_unit)
 
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
@@ -68,7 +68,8 @@ class SelectionAlgorithm(PolicyAlgorithm):
     def selection_metrics(self, judged: Judged, units: int) -> Metrics:
         """How many answers or pairs were selected, and where there was nothing to choose from."""
         rewards = rewards_by_prompt(judged)
-        is_flat = rewards.amax(dim=1) == rewards.amin(dim=1)
+        least, most = rewards.nan_to_num(nan=torch.inf), rewards.nan_to_num(nan=-torch.inf)
+        is_flat = most.amax(dim=1) <= least.amin(dim=1)  # also where all have failed
         prompts = rewards.shape[0]
         return {
             "selection/per_prompt": count_metric(units, prompts),
@@ -87,21 +88,27 @@ class SelectionAlgorithm(PolicyAlgorithm):
 
 
 def without_failed(
-    rows: Tensor, labels: Tensor, response_mask: Tensor, rows_per_unit: int
+    rows: Tensor, labels: Tensor, judged: Tensor, rows_per_unit: int
 ) -> tuple[Tensor, Tensor]:
     """Rows and labels of the units all of whose answers have a reward.
 
     Args:
         rows: ``[U * rows_per_unit]`` int64 indices of answers, units one after the other.
         labels: of each row.
-        response_mask: ``[B, R]`` bool, all False for an answer whose reward failed.
+        judged: ``[B]`` bool, answers that have a reward.
         rows_per_unit: rows that stay together.
     """
-    is_judged = response_mask.any(dim=1).to(rows.device)
-    keep = is_judged[rows].reshape(-1, rows_per_unit).all(dim=1).repeat_interleave(rows_per_unit)
+    keep = (
+        judged.to(rows.device)[rows]
+        .reshape(-1, rows_per_unit)
+        .all(dim=1)
+        .repeat_interleave(rows_per_unit)
+    )
     return rows[keep], labels[keep.to(labels.device)]
 
 
 def rewards_by_prompt(judged: Judged) -> Tensor:
-    """``[G, N]`` rewards of the N answers to each of this replica's G prompts (last stages)."""
+    """``[G, N]`` rewards of the N answers to each of this replica's G prompts, NaN where the reward
+    failed (last stages).
+    """
     return judged.dense.sequence_rewards.reshape(judged.rollout.group_ids.unique().numel(), -1)

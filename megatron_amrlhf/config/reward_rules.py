@@ -28,6 +28,12 @@ def reward_problems(config: Config) -> Iterator[str]:
             "anything, leave it out"
         )
     yield from _offline_problems(config)
+    mask = config.mask
+    if (mask.threshold, mask.signal, weights.normalise) == ("running", "reward", "batch"):
+        yield (
+            "mask.threshold: running follows nothing where each batch of rewards is whitened to "
+            "mean 0: use reward.normalise: none or offline"
+        )
 
 
 def _offline_problems(config: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ def reference_point(
     reference_logprobs: Tensor,
     mask: Tensor,
     group: ProcessGroup | None = None,
+    judged: Tensor | None = None,
 ) -> Tensor:
     """z0: the mean log-ratio of mismatched pairs (a prompt, an answer to another one), at least 0.
 
@@ -30,11 +31,14 @@ def reference_point(
             log-ratios it is compared with are sums over the same tokens; all response tokens:
             plain KTO.
         group: data-parallel group; None: this process only. Enters one all-reduce.
+        judged: ``[B]`` bool, pairs whose answer has a reward; the others do not count. None: all.
 
     Returns:
         0-dim, nats, detached; the same on all ranks of the group.
     """
     logratio_B = (masked(logprobs, mask) - masked(reference_logprobs, mask)).sum(dim=1)
+    if judged is not None:
+        logratio_B = logratio_B[judged]
     return global_mean(logratio_B.detach(), group).clamp(min=0.0)
 
 
@@ -47,6 +51,7 @@ def kto_loss(
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
+    judged: Tensor | None = None,
 ) -> LossOutput:
     """``w_D (1 - sigmoid(beta (r - z0)))`` if chosen, else ``w_U (1 - sigmoid(beta (z0 - r)))``.
 
@@ -65,19 +70,20 @@ def kto_loss(
         z0: 0-dim, of ``reference_point``, nats.
         beta: how fast the value saturates, 1 / nats.
         desirable_weight, undesirable_weight: lambda_D and lambda_U.
+        judged: ``[B]`` bool, answers that have a reward; the terms of the others are 0. None: all.
 
     Returns:
-        Terms ``[B, 1]``; the caller divides by the global number of answers.
+        Terms ``[B, 1]``; the caller divides by the global number of (judged) answers.
     """
     logratio_B = (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
     gain_B = torch.where(chosen, logratio_B - z0, z0 - logratio_B)
     loss_B = torch.sigmoid(-beta * gain_B)  # 1 - sigmoid(beta gain), exact for large gains too
     weight_B = torch.full_like(loss_B, undesirable_weight).masked_fill(chosen, desirable_weight)
-    every_B = torch.ones_like(chosen)
+    every_B = torch.ones_like(chosen) if judged is None else judged
     metrics = {
         "kto/slope": metric(4 * loss_B * (1 - loss_B), every_B),
         "kto/z0": metric(z0.expand_as(loss_B), every_B),
         "reward/implicit_chosen": metric(beta * logratio_B, chosen),
-        "reward/implicit_rejected": metric(beta * logratio_B, ~chosen),
+        "reward/implicit_rejected": metric(beta * logratio_B, every_B & ~chosen),
     }
-    return LossOutput((weight_B * loss_B)[:, None], metrics)
+    return LossOutput(masked(weight_B * loss_B, every_B)[:, None], metrics)

@@ -30,6 +30,7 @@ def chosen_labels(
     group_ids: Tensor | None = None,
     values: Tensor | None = None,
     group: ProcessGroup | None = None,
+    judged: Tensor | None = None,
 ) -> Tensor:
     """An answer is chosen iff its reward is strictly above its baseline; a tie is rejected.
 
@@ -42,6 +43,8 @@ def chosen_labels(
         group_ids: ``[B]`` int64, needed by ``group``.
         values: ``[B]`` critic's value of each prompt, needed by ``value``.
         group: data-parallel group; None: this process only.
+        judged: ``[B]`` bool, answers that have a reward; the others are in no mean, and are
+            rejected. None: all.
 
     Returns:
         ``[B]`` bool.
@@ -50,15 +53,15 @@ def chosen_labels(
         ValueError: unknown kind.
     """
     rewards_B = at_least_float32(sequence_reward)
-    all_B = torch.ones_like(rewards_B, dtype=torch.bool)
+    judged_B = torch.ones_like(rewards_B, dtype=torch.bool) if judged is None else judged
     if kind == "batch":
-        baseline = masked_moments(rewards_B, all_B, group).mean
+        baseline = masked_moments(rewards_B, judged_B, group).mean
     elif kind == "group":
         assert group_ids is not None, "label 'group' needs group_ids"
-        baseline = group_means(rewards_B[:, None], all_B[:, None], group_ids)
+        baseline = group_means(rewards_B[:, None], judged_B[:, None], group_ids)
     elif kind == "value":
         assert values is not None, "label 'value' needs values"
         baseline = values
     else:
         raise ValueError(f"unknown label {kind!r}")
-    return rewards_B > baseline.to(rewards_B.dtype)
+    return (rewards_B > baseline.to(rewards_B.dtype)) & judged_B

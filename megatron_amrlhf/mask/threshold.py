@@ -106,6 +106,9 @@ def baseline_and_std(
 def delta_in_signal_units(delta: float, unit: str, std: Tensor) -> Tensor:
     """The offset of eq. 17 as a 0-dim tensor in the signal's units.
 
+    It is above 0 where ``delta`` is, also for a signal without deviation (the log-ratios of the
+    first step): what equals the baseline is then neutral, as eq. 17 says.
+
     Args:
         delta: the configured offset, at least 0.
         unit: ``signal`` (taken as it is) or ``deviations`` (times ``std``).
@@ -116,4 +119,5 @@ def delta_in_signal_units(delta: float, unit: str, std: Tensor) -> Tensor:
     """
     if unit not in ("signal", "deviations"):
         raise ValueError(f"unknown delta unit {unit!r}")
-    return delta * std if unit == "deviations" else torch.full_like(std, delta)
+    offset = delta * std if unit == "deviations" else torch.full_like(std, delta)
+    return offset.clamp(min=torch.finfo(offset.dtype).tiny) if delta > 0 else offset

@@ -14,14 +14,16 @@ def newline_token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
 
 
 def step_ids(tokens_BR: Tensor, newline_ids: Tensor, valid_BR: Tensor) -> Tensor:
-    """``[B, R]`` int64 number of the step that each token is in; a newline ends its step.
+    """``[B, R]`` int64 step that each token is in; it ends with the last newline of a run.
 
     Args:
         tokens_BR: ``[B, R]`` int64 response tokens.
         newline_ids: sorted ids of tokens with a newline.
         valid_BR: ``[B, R]`` bool.
     """
-    is_end = torch.isin(tokens_BR, newline_ids.to(tokens_BR.device)) & valid_BR
+    is_newline = torch.isin(tokens_BR, newline_ids.to(tokens_BR.device)) & valid_BR
+    is_end = is_newline.clone()
+    is_end[:, :-1] &= ~is_newline[:, 1:]
     return is_end.long().cumsum(dim=1) - is_end.long()
 
 

@@ -9,14 +9,19 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import os
 import re
 import signal
 import sys
+from decimal import Decimal
 from typing import TextIO
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # math-verify finds no number that touches a Chinese character or full stop.
 _CHINESE = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
+_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+")
+_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 
 
 def end_with_parent() -> None:
@@ -36,9 +41,21 @@ def serve(lines: TextIO, out: TextIO) -> None:
         print(json.dumps(_compare(request, parse, verify)), file=out, flush=True)
 
 
+def as_mathematics(gold: str) -> str:
+    """A reference answer as math-verify reads it whole.
+
+    Without delimiters it reads the first number that it finds: 2 of ``2\\sqrt{3}``. A text with
+    words (``18 dollars``) is left to that.
+    """
+    gold = gold.strip()
+    if _SCIENTIFIC.fullmatch(gold):
+        return f"{Decimal(gold):f}"
+    return gold if _DELIMITED.search(gold) or _WORD.search(gold) else f"${gold}$"
+
+
 def _compare(request: dict, parse, verify) -> dict:
     try:
-        gold = parse(request["gold"], parsing_timeout=None, raise_on_error=True)
+        gold = parse(as_mathematics(request["gold"]), parsing_timeout=None, raise_on_error=True)
         if not gold:
             return {"problem": f"no number in the reference answer {request['gold'][:40]!r}"}
         text = _CHINESE.sub(r" \g<0> ", request["text"])
@@ -51,4 +68,6 @@ def _compare(request: dict, parse, verify) -> dict:
 
 if __name__ == "__main__":
     end_with_parent()
-    serve(sys.stdin, sys.stdout)
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no reply
+    serve(sys.stdin, replies)

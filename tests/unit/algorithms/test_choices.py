@@ -63,3 +63,11 @@ def test_one_pair_a_prompt_is_among_all_pairs_unless_tied(rewards):
     for row, pair in zip(rewards, best_and_worst(table).tolist(), strict=True):
         assert pair[0] != pair[1]
         assert (pair in every) == (max(row) > min(row))
+
+
+def test_failed_answers_are_never_picked():
+    nan = float("nan")
+    rewards = torch.tensor([[nan, 1.0, 1.0], [nan, nan, 5.0], [2.0, nan, 1.0], [nan, nan, nan]])
+    assert best_and_worst(rewards).tolist() == [[1, 2], [6, 8]]
+    assert pairs_above(rewards, 0.0).tolist() == [[6, 8]]
+    assert top_rows(rewards, torch.tensor([1, 2, 3, 1])).tolist() == [1, 5, 6, 8]

@@ -40,8 +40,13 @@ def whole_batch() -> MaskedBatch:
     return MaskedBatch(rollout, mask, flags)
 
 
-def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int]]]:
-    """(row, kept columns) of each pair, put together from all replicas."""
+def has_reward(batch: MaskedBatch) -> torch.Tensor:
+    """Every fifth answer's reward has failed."""
+    return batch.rollout.sample_ids % 5 != 0
+
+
+def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool]]:
+    """(row, kept columns, has a reward) of each pair, put together from all replicas."""
     whole = whole_batch()
     shares = torch.arange(NUM_PROMPTS * SAMPLES).chunk(dp_size)
     batches = []
@@ -58,15 +63,16 @@ def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int]]]:
     monkeypatch.setattr(kto, "gather_objects", record)
     meshes = [SimpleNamespace(dp_rank=r, dp_size=dp_size, dp_group=None) for r in range(dp_size)]
     for batch, mesh in zip(batches, meshes, strict=True):
-        mismatched_pairs(batch, SAMPLES, mesh)
+        mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
     firsts = list(sent)
     monkeypatch.setattr(kto, "gather_objects", lambda value, group: firsts)
     found = []
     for batch, mesh in zip(batches, meshes, strict=True):
-        rollout, kept = mismatched_pairs(batch, SAMPLES, mesh)
+        rollout, kept, counted = mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
         assert kept.shape == rollout.response_mask.shape
         columns = [row.nonzero().flatten().tolist() for row in kept]
-        found += zip((row.tolist() for row in rollout.rows), columns, strict=True)
+        rows = [row.tolist() for row in rollout.rows]
+        found += zip(rows, columns, counted.tolist(), strict=True)
     return found
 
 
@@ -75,9 +81,10 @@ def test_each_prompt_gets_the_next_ones_answer_of_the_same_number(dp_size, monke
     expected = []
     for prompt in range(NUM_PROMPTS):
         for sample in range(SAMPLES):
-            tokens = answer((prompt + 1) % NUM_PROMPTS, sample)
+            other = (prompt + 1) % NUM_PROMPTS
+            tokens, counts = answer(other, sample), (other * SAMPLES + sample) % 5 != 0
             kept = [j for j, token in enumerate(tokens) if token % 2 == 0]
-            expected.append(([prompt] * (prompt + 2) + tokens, kept))
+            expected.append(([prompt] * (prompt + 2) + tokens, kept, counts))
     assert pairs_on(dp_size, monkeypatch) == expected
 
 
@@ -85,7 +92,7 @@ def test_minibatches_take_their_pairs_along(monkeypatch):
     batch = whole_batch()
     monkeypatch.setattr(kto, "gather_objects", lambda value, group: [value])
     mesh = SimpleNamespace(dp_rank=0, dp_size=1, dp_group=None)
-    mismatched, kept = mismatched_pairs(batch, SAMPLES, mesh)
+    mismatched, kept, _ = mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
     rollout = batch.rollout
     of_rows = TrainBatch.of(batch, {"mismatched_mask": kept})
     train = KtoBatch(**vars(of_rows), mismatched=mismatched)

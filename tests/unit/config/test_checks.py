@@ -270,6 +270,7 @@ def test_right_runs_pass():
         (PPO, {"reward_model": {"orm_path": "x"}}, 1, "is read by reward.orm_weight only"),
         (PPO, {"mask": {"offline_file": "x"}}, 1, "mask.offline_file: is read by mask.threshold"),
         (PPO, {"mask": {"threshold": "offline"}}, 1, "mask.threshold: offline needs mask.offline"),
+        (PPO, {"mask": {"threshold": "running"}}, 1, "mask.threshold: running follows nothing"),
         (PPO, {"reward": {"normalise": "offline"}}, 1, "reward.normalise: offline needs mask.off"),
         (PPO, BY_FILE, 1, "does not fit rewards that are whitened by batch"),
         (

@@ -183,3 +183,14 @@ def test_empty_batches_and_unknown_estimators():
     assert advantages.numel() == std.numel() == 0
     with pytest.raises(ValueError, match="k1"):
         loss(LOGPROBS, estimator="k1")
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_a_failed_answer_moves_nobody_elses_advantage(scale):
+    rewards = torch.tensor([1.0, float("nan"), 0.0, 5.0, float("nan")])
+    groups = torch.tensor([0, 0, 0, 1, 1])
+    judged = ~rewards.isnan()
+    advantages, std = group_advantages(rewards, groups, scale, judged)
+    alone = group_advantages(rewards[judged], groups[judged], scale)
+    assert torch.equal(advantages[judged], alone[0]) and torch.equal(std[judged], alone[1])
+    assert advantages[~judged].eq(0).all() and alone[0][0] > 0.4

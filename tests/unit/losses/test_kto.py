@@ -154,3 +154,17 @@ def test_a_batch_without_rows_has_all_metrics_at_zero():
     output = kto_loss(empty, empty, chosen, mask, torch.tensor(0.5), 0.1, 1.0, 1.0)
     output.terms.sum().backward()
     assert output.metrics and all(n == 0 for _, n in output.metrics.values())
+
+
+def test_a_failed_answer_counts_nowhere():
+    torch.manual_seed(1)
+    x, reference = torch.randn(3, 4), torch.randn(3, 4)
+    mask, judged = torch.ones(3, 4, dtype=torch.bool), torch.tensor([True, False, True])
+    chosen, z0 = torch.tensor([True, False, False]), torch.tensor(0.1)
+    kept = mask & judged[:, None]
+    output = kto_loss(x, reference, chosen, kept, z0, 0.5, 1.0, 2.0, judged)
+    alone = kto_loss(x[judged], reference[judged], chosen[judged], mask[judged], z0, 0.5, 1.0, 2.0)
+    assert output.terms[1] == 0 and torch.equal(output.terms[judged], alone.terms)
+    assert finish_metrics(output.metrics) == pytest.approx(finish_metrics(alone.metrics))
+    point = reference_point(x, x - 1.0, kept, judged=judged)
+    assert point.item() == pytest.approx(4.0)

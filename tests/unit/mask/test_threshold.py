@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 
 from megatron_amrlhf.losses.reduce import finish_metrics, global_count, merge_metrics
 from megatron_amrlhf.mask.adaptive import chosen_labels
+from megatron_amrlhf.mask.schmitt import signs
 from megatron_amrlhf.mask.statistics import masked_moments, whiten
 from megatron_amrlhf.mask.threshold import (
     RunningBaseline,
@@ -79,6 +80,15 @@ def test_delta_units():
     std = torch.tensor(3.0)
     assert delta_in_signal_units(0.5, "signal", std) == 0.5
     assert delta_in_signal_units(0.5, "deviations", std) == 1.5
+    assert delta_in_signal_units(0.0, "deviations", std) == 0.0
+
+
+def test_equal_signals_are_neutral_where_there_is_a_band():
+    flat, every = torch.zeros(1, 3), torch.ones(1, 3, dtype=torch.bool)
+    none = torch.tensor(0.0)
+    for delta, sign in ((0.3, 0), (0.0, -1)):
+        offset = delta_in_signal_units(delta, "deviations", none)
+        assert signs(flat, every, flat[:, :1], offset, "drop").tolist() == [[sign] * 3]
 
 
 def test_the_mean_of_equal_numbers_is_that_number():

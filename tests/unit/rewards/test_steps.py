@@ -12,7 +12,7 @@ from tests.helpers_models import END_TOKEN_ID, tiny_tokenizer
 PROMPT = "Say. it\nnow"
 # One token a character; the end token closes each answer.
 ANSWERS = ["Go on. 3.5 is\nit", "a\n\nb", "no end", "x!? y. "]
-BY_NEWLINE = [[0] * 14 + [1, 1, 1], [0, 0, 1, 2, 2], [0] * 7, [0] * 8]
+BY_NEWLINE = [[0] * 14 + [1, 1, 1], [0, 0, 0, 1, 1], [0] * 7, [0] * 8]
 # White space belongs to the sentence after it.
 BY_SENTENCE = [[0] * 6 + [1] * 7 + [2] * 4, [0] + [1] * 4, [0] * 7, [0] * 3 + [1] * 5]
 

@@ -34,6 +34,13 @@ def verifier():
         ("1200", "It costs 1,200 dollars", 1.0),
         ("12", "\u7b54\u6848\u662f12\u3002", 1.0),
         ("-3", "The answer is 3", 0.0),
+        ("2\\sqrt{3}", "So it is 2.", 0.0),  # LaTeX without delimiters is read whole
+        ("2\\sqrt{3}", "So it is $2\\sqrt{3}$.", 1.0),
+        ("3+4i", "$3$", 0.0),
+        ("\\pi", "$\\pi$", 1.0),
+        ("1e3", "1000", 1.0),
+        ("18 dollars", "It costs 18", 1.0),
+        ("50%", "50%", 1.0),
     ],
 )
 def test_a_number_is_right_or_wrong(verifier, gold, text, reward):
