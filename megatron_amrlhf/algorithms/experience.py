@@ -147,6 +147,8 @@ class ExperienceMaker:
                 check_stop(context)
                 states = self.critic_states(rollout, bar.advance)
         self.seconds["score"] = time.perf_counter() - start
+        if rewards is not None:
+            rewards = rewards.where_finite(policy, reference, states)
         stop_on_failures(context, rewards, step)
         if rewards is None:
             return None, {}

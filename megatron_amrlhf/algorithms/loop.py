@@ -14,7 +14,13 @@ from megatron_amrlhf.algorithms.planned_memory import memory_line, plan_of_run
 from megatron_amrlhf.algorithms.preemption import StepAbandoned, check_stop
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.files import on_all_ranks
-from megatron_amrlhf.checkpoint.folders import Retention, clear_leftovers, find_latest
+from megatron_amrlhf.checkpoint.folders import (
+    Retention,
+    clear_leftovers,
+    find_latest,
+    step_folders,
+    wait_until_seen,
+)
 from megatron_amrlhf.checkpoint.loading import load_checkpoint
 from megatron_amrlhf.checkpoint.parts import SavedLayout
 from megatron_amrlhf.checkpoint.store import CheckpointWriter
@@ -85,8 +91,12 @@ class Loop:
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
         on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
-        if section.resume:
-            latest = find_latest(checkpoints)
+        if section.resume:  # as rank 0 sees it: a shared file system may show other nodes less
+            found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
+            latest = found[0]
+            on_all_ranks(lambda: latest and wait_until_seen(latest), doing)
+        else:
+            on_all_ranks(lambda: context.mesh.is_main and self._set_aside(checkpoints), doing)
         if latest is not None:
             context.console.progress.enter("load")
             loaded = load_checkpoint(context.engine, latest)
@@ -102,6 +112,11 @@ class Loop:
             truncate_jsonl(context.folder.samples, self.done)
         dist.barrier()
         self.writer.truncate_after(self.done - (self.pending is not None))
+
+    def _set_aside(self, checkpoints: Path) -> None:
+        """Earlier attempts' checkpoints: they would be newer than those of a run from the start."""
+        if step_folders(checkpoints):
+            checkpoints.rename(f"{checkpoints}-before-attempt-{self.context.folder.attempt}")
 
     def run(self) -> None:
         """All steps that are left.
@@ -130,7 +145,8 @@ class Loop:
             self._close_step()
             context.stop.note_step(time.monotonic() - start)
             self._note_status(f"{step} of {self.total} steps")
-            self.saver.poll()
+            if self.saver.poll():
+                context.stop.note_save(self.saver.seconds)
             every = context.config.checkpoint.every
             if every and step % every == 0:
                 self._save()
@@ -200,7 +216,8 @@ class Loop:
         seconds = self.saver.save(self.done, state)
         self.saved = self.done
         context.console.line(f"checkpoint of step {self.done}: training waited {seconds:.1f} s")
-        context.stop.note_save(seconds)
+        if not context.config.checkpoint.asynchronous:
+            context.stop.note_save(seconds)
 
     def _finish_saving(self) -> None:
         """Waits for a checkpoint that is still being written."""

@@ -42,6 +42,23 @@ class Rewards:
         """``[B]`` bool."""
         return ~self.valid.any(dim=1)
 
+    def where_finite(self, *numbers: Tensor | None) -> Rewards:
+        """These rewards where the models' ``[B, R, ...]`` log-probs and values are finite too.
+
+        Advantages and signals are made of them, and one NaN there would reach every baseline.
+        """
+        finite = torch.ones_like(self.failed)
+        for found in numbers:
+            if found is not None:
+                finite &= found.flatten(1).isfinite().all(dim=1)
+        problem = "" if finite.all() else "a log-prob or value is not finite"
+        return without_failures(
+            self.tokens,
+            torch.where(finite, self.sequences, torch.nan),
+            self.valid,
+            self.problem or problem,
+        )
+
 
 class Rewarder:
     """Scores answers by every reward that has a weight.

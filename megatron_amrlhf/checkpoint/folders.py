@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ MANIFEST_FILE, STATE_FILE, LATEST_FILE = "manifest.json", "state.json", "latest"
 STEP_FOLDER = re.compile(r"step-(\d+)", re.ASCII)
 TEMPORARY = "tmp-"  # prefix of folders that are being written or deleted
 ASIDE = f"{TEMPORARY}old-"  # of complete ones that are being replaced or deleted
+LONGEST_LAG_SECONDS = 60.0  # of a shared file system that caches folders
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,13 @@ def find_latest(checkpoints: Path) -> Path | None:
     """The newest complete checkpoint: it has a manifest, and each file has the size it tells."""
     complete = [folder for folder in step_folders(checkpoints) if is_complete(folder)]
     return complete[-1] if complete else None
+
+
+def wait_until_seen(folder: Path) -> None:
+    """Waits a minute at most until a checkpoint that another node sees is complete here too."""
+    deadline = time.monotonic() + LONGEST_LAG_SECONDS
+    while not is_complete(folder) and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def step_of(path: Path) -> int:

@@ -91,6 +91,7 @@ class CheckpointWriter:
         self._engine, self._checkpoints = engine, checkpoints
         self._retention, self._asynchronous = retention, asynchronous
         self._pending: _Pending | None = None
+        self.seconds: float | None = None  # from a save's start to this rank's parts on the disk
 
     def save(self, step: int, state: dict) -> float:
         """Saves the state after a step; an asynchronous one counts after ``poll`` or ``finish``.
@@ -125,7 +126,14 @@ class CheckpointWriter:
 
         with deleted_on_failure(temporary, mesh.is_main):
             on_all_ranks(begin, doing)
-        parts = _start(self._writing(temporary), self._asynchronous)
+        work = self._writing(temporary)
+
+        def timed() -> list[FileRecord]:
+            records = work()
+            self.seconds = time.perf_counter() - start
+            return records
+
+        parts = _start(timed, self._asynchronous)
         self._pending = _Pending(folder, temporary, text, parts)
         if not self._asynchronous:
             self.finish()

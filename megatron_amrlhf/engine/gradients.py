@@ -58,7 +58,8 @@ def global_norm(
             continue
         if entry.local == tied and not mesh.is_first_stage:
             continue
-        total += gradients.own(entry.local).double().square().sum()
+        own = gradients.own(entry.local)
+        total += torch.linalg.vector_norm(own, dtype=torch.float64).square()
     if not losses_are_finite:
         total.fill_(torch.nan)
     dist.all_reduce(total)

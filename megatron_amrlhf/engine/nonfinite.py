@@ -25,12 +25,12 @@ class LossLog:
     """
 
     values: list[Tensor]
-    rows: list[list[int]]
+    rows: list[Tensor]
 
     def add(self, value: Tensor, block: MicroBatch) -> None:
         """Keeps a micro-batch's loss."""
         self.values.append(value.detach())
-        self.rows.append(block.row_index.tolist())
+        self.rows.append(block.row_index)
 
     @property
     def is_finite(self) -> bool:
@@ -39,7 +39,7 @@ class LossLog:
     def wrong_rows(self) -> list[int]:
         """Places of the rows in micro-batches whose loss is not finite."""
         pairs = zip(self.values, self.rows, strict=True)
-        return [row for value, rows in pairs if not value.isfinite() for row in rows]
+        return [row for value, rows in pairs if not value.isfinite() for row in rows.tolist()]
 
 
 def describe(losses: LossLog, ids: Tensor, gradients: GradientAccumulator) -> str:

@@ -24,6 +24,7 @@ from megatron_amrlhf.engine.weights import (
     MOMENTS,
     Slice,
     Weights,
+    adam_step,
     lent,
     release,
     schedule_state,
@@ -222,7 +223,7 @@ class PartitionedWeights(Weights):
             return
         zeros_like = torch.zeros_like if self._disk is None else self._disk.zeros_like
         for flat in self._flat_masters:
-            self._state[flat] = {"step": torch.tensor(step, dtype=torch.float32)}
+            self._state[flat] = {"step": adam_step(step, flat)}
             self._state[flat] |= {moment: zeros_like(flat) for moment in MOMENTS}
 
     def _refresh_weights(self) -> None:

@@ -18,6 +18,7 @@ from megatron_amrlhf.engine.weights import (
     MOMENTS,
     Slice,
     Weights,
+    adam_step,
     lent,
     schedule_state,
     set_schedule,
@@ -143,7 +144,7 @@ class ReplicatedWeights(Weights):
             state = {moment: torch.zeros_like(self._master) for moment in MOMENTS}
             flats |= state
             self.optimizer.state[self._master] = {
-                "step": torch.tensor(step, dtype=torch.float32),
+                "step": adam_step(step, self._master),
                 **state,
             }
         for name, place in self.slices().items():

@@ -134,6 +134,11 @@ def make_optimizer(
     return optimizer, scheduler
 
 
+def adam_step(step: float, parameter: Tensor) -> Tensor:
+    """Adam's step count as torch's fused AdamW keeps it: float32, 0-dim, beside its parameter."""
+    return torch.tensor(step, dtype=torch.float32, device=parameter.device)
+
+
 def schedule_state(scheduler) -> dict:
     """The schedule's position, JSON-able."""
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -68,7 +69,7 @@ class Zero3Engine:
         self.config, self.mesh = config, mesh
         self.roles: dict[str, Role] = {}
         self.skipped_steps = 0
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row: Counter[str] = Counter()  # by role
 
     def add_role(self, spec: RoleSpec) -> Role:
         """Builds, loads and shares a model. Entered by every rank, in the same order."""
@@ -131,7 +132,7 @@ class Zero3Engine:
         Entered by every rank.
 
         Raises:
-            NonFiniteGradients: ``engine.max_skipped_steps`` steps in a row were skipped.
+            NonFiniteGradients: ``engine.max_skipped_steps`` of the role's steps in a row skipped.
         """
         role, mesh = self.roles[name], self.mesh
         weights, gradients = role.weights, role.weights.gradients
@@ -158,29 +159,30 @@ class Zero3Engine:
         if limit and norm > limit:
             gradients.scale(limit / (norm + 1e-6))
         weights.update()
-        self._skipped_in_a_row = 0
+        self._skipped_in_a_row[name] = 0
         return StepResult(extras, norm, None)
 
     def trainable(self) -> dict[str, Role]:
         """The roles that are trained, by name."""
         return {name: role for name, role in self.roles.items() if role.spec.trainable}
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, int | dict[str, int]]:
         """Counters of skipped steps, JSON-able and equal on every rank."""
-        return {"skipped_steps": self.skipped_steps, "skipped_in_a_row": self._skipped_in_a_row}
+        return {"skipped_steps": self.skipped_steps, "in_a_row": dict(self._skipped_in_a_row)}
 
-    def set_counters(self, counters: dict[str, int]) -> None:
+    def set_counters(self, counters: dict[str, int | dict[str, int]]) -> None:
         """Puts back what ``counters`` gave."""
         self.skipped_steps = counters["skipped_steps"]
-        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        self._skipped_in_a_row = Counter(counters.get("in_a_row", {}))
 
     def _skip(self, role: Role, why: str) -> None:
         role.weights.skip()
         self.skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.config.engine.max_skipped_steps:
+        name = role.spec.name
+        self._skipped_in_a_row[name] += 1
+        if self._skipped_in_a_row[name] >= self.config.engine.max_skipped_steps:
             raise NonFiniteGradients(
-                f"{role.spec.name}: loss or gradient is not finite in {self._skipped_in_a_row} "
+                f"{name}: loss or gradient is not finite in {self._skipped_in_a_row[name]} "
                 f"optimizer steps in a row (engine.max_skipped_steps); the last one: {why}; "
                 "look at these samples, or lower optimizer.lr"
             )

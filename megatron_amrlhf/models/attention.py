@@ -29,13 +29,15 @@ class KVCache:
     """Keys and values of one decoding micro-batch on one stage.
 
     ``keys[layer]`` and ``values[layer]`` are ``[B, num_kv_heads / TP, capacity, head_dim]``.
-    ``lengths`` ``[B]`` int64 counts the tokens of each row that are in the cache.
+    ``lengths`` ``[B]`` int64 counts the tokens of each row that are in the cache, ``used`` those of
+    the longest with the one that is being decoded.
     """
 
     lengths: Tensor
     capacity: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    used: int = 0
 
     def prefill(self, layer: int, key: Tensor, value: Tensor) -> None:
         """Stores the prompts' ``[B, kv, T, d]``; padding is overwritten later."""
@@ -51,8 +53,9 @@ class KVCache:
         rows = torch.arange(key.shape[0], device=key.device)
         self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
         self.values[layer][rows, :, self.lengths] = value[:, :, 0]
-        used = int(self.lengths.max()) + 1
-        return self.keys[layer][:, :, :used], self.values[layer][:, :, :used]
+        if layer == 0:  # the same in all layers, and reading it waits for the device
+            self.used = int(self.lengths.max()) + 1
+        return self.keys[layer][:, :, : self.used], self.values[layer][:, :, : self.used]
 
     def keep(self, rows: Tensor) -> None:
         """Drops all rows but those at index ``rows``."""

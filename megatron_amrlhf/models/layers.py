@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
@@ -77,6 +78,19 @@ def layer_spec(qk_norm: bool) -> ModuleSpec:
             mlp_bda=get_bias_dropout_add,
         ),
     )
+
+
+class ValueHead(nn.Linear):
+    """The head of a critic or a reward model; float32, whatever the dtype of its weights.
+
+    Values of size 1 lie 2^-7 apart in bfloat16, more than a token changes them: differences of
+    neighbouring values, which advantages are made of, would be rounding.
+    """
+
+    def forward(self, hidden_NH: Tensor) -> Tensor:
+        """``[N, outputs]`` float32 (float64 for float64 weights)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return F.linear(hidden_NH.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
 
 class LmHead(ColumnParallelLinear):

@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_amrlhf.models.attention import KVCache, Packing
-from megatron_amrlhf.models.layers import LmHead, LogitsFunction, Norm, layer_spec
+from megatron_amrlhf.models.layers import LmHead, LogitsFunction, Norm, ValueHead, layer_spec
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.parallel.mesh import Mesh
 
@@ -130,7 +130,7 @@ class StageChunk(GPTModel):
         if self.post_process and head_outputs is None:
             self.output_layer = LmHead(self.config, shape, mesh.tp_size, own=not shared)
         elif self.post_process:
-            self.output_layer = nn.Linear(
+            self.output_layer = ValueHead(
                 shape.hidden_size, head_outputs, dtype=dtype, device=mesh.device
             )
         for place, layer in enumerate(self.decoder.layers):

@@ -36,6 +36,7 @@ class Verifier:
         self.timeout_seconds = timeout_seconds
         self._command = command or [sys.executable, "-m", WORKER]
         self._process: subprocess.Popen | None = None
+        self._broken: str | None = None
         self._replies: queue.Queue[str | None] = queue.Queue()
 
     def judge(self, gold: str, text: str) -> Verdict:
@@ -65,7 +66,9 @@ class Verifier:
             self._process = None
 
     def _start(self) -> str | None:
-        """Starts the worker; what went wrong, or None."""
+        """Starts the worker; what went wrong, or None. It is tried once."""
+        if self._broken is not None:
+            return self._broken
         self._replies = queue.Queue()
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -76,8 +79,8 @@ class Verifier:
         reader.start()
         if self._reply(START_SECONDS) is None:
             self.close()
-            return "the worker that compares answers does not start"
-        return None
+            self._broken = "the worker that compares answers does not start"
+        return self._broken
 
     def _reply(self, seconds: float) -> dict | None:
         try:

@@ -138,13 +138,17 @@ def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.W
         dtype = block.module.config.params_dtype
         hidden = torch.empty(block.hidden_shape, dtype=dtype, device=mesh.device)
         before = (mesh.pp_rank - 1) % mesh.pp_size
-        dist.recv(hidden, group=mesh.pp_group, group_src=before)
+        # From the last stage to the first on another group: with two stages NCCL would put both
+        # directions into one queue, where each side's send may wait for its own receive.
+        group = mesh.token_group if mesh.is_first_stage else mesh.pp_group
+        dist.recv(hidden, group=group, group_src=before)
     output = block.forward(chunk, hidden)
     if not (mesh.is_last_stage and last):
         while sent and sent[0].is_completed():
             sent.pop(0)
         after = (mesh.pp_rank + 1) % mesh.pp_size
-        sent.append(dist.isend(output.contiguous(), group=mesh.pp_group, group_dst=after))
+        group = mesh.token_group if mesh.is_last_stage else mesh.pp_group
+        sent.append(dist.isend(output.contiguous(), group=group, group_dst=after))
     return output
 
 

@@ -186,6 +186,17 @@ def test_a_run_resumes_at_another_layout(reference, kind):
     assert_same_line(numbers(runs[kind])[1], numbers(moved)[1])
 
 
+def test_a_run_from_the_start_sets_earlier_checkpoints_aside(reference):
+    folder, configs, _ = reference
+    name = ["run.name=prm-anew"]
+    run_on(1, run_config, str(configs["prm"]), [*name, "checkpoint.every=1"])
+    run_on(1, run_config, str(configs["prm"]), [*name, "checkpoint.resume=false", "run.steps=1"])
+    run = folder / "runs" / "prm-anew"
+    assert find_latest(run / "checkpoints").name == "step-1"
+    assert find_latest(run / "checkpoints-before-attempt-2").name == "step-2"
+    assert len(numbers(run)) == 1
+
+
 def test_a_run_does_not_resume_on_other_data(reference):
     folder, configs, _ = reference
     name = "run.name=prm-other-data"

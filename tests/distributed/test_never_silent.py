@@ -42,7 +42,9 @@ def build(folder: str, tensor: int, pipeline: int, zero_stage: int):
     return context, mesh
 
 
-def step(context, mesh, spoil: tuple[int, ...] = (), gradient_only: bool = False):
+def step(
+    context, mesh, spoil: tuple[int, ...] = (), gradient_only: bool = False, role: str = "actor"
+):
     """One optimizer step; the loss (or its gradient alone) of these samples is NaN."""
     rollout = shard_rollout(random_rollout(LENGTHS, VOCAB_SIZE, seed=3), mesh)
     lengths = torch.tensor([row.numel() for row in rollout.rows])
@@ -59,7 +61,7 @@ def step(context, mesh, spoil: tuple[int, ...] = (), gradient_only: bool = False
         return value, None
 
     args = (rollout.rows, rollout.sample_ids, plan, read, loss)
-    return context.engine.train_step("actor", *args)
+    return context.engine.train_step(role, *args)
 
 
 def weights_of(context) -> dict[str, torch.Tensor]:
@@ -123,6 +125,21 @@ def too_many(folder: str) -> str:
 def test_too_many_in_a_row_stop_the_run(folder):
     for text in run_on(2, too_many, folder):
         assert f"{MAX_SKIPPED} optimizer steps in a row" in text and "loss of samples 0" in text
+
+
+def one_role_alone(folder: str) -> str:
+    context, mesh = build(folder, 1, 1, 1)
+    context.role("critic", Path(folder), learning_rate=1e-3, total_steps=10)
+    step(context, mesh, spoil=(1,))
+    step(context, mesh, role="critic")  # which is well does not help the actor
+    with pytest.raises(NonFiniteGradients) as caught:
+        step(context, mesh, spoil=(1,))
+    return str(caught.value)
+
+
+def test_a_role_that_never_learns_stops_the_run_though_another_one_does(folder):
+    (text,) = run_on(1, one_role_alone, folder)
+    assert text.startswith(f"actor: loss or gradient is not finite in {MAX_SKIPPED} optimizer")
 
 
 def changed_weights(folder: str) -> tuple[str, str, str | None]:

@@ -50,3 +50,15 @@ def test_an_end_token_has_the_score_of_the_token_before_it():
     scores = torch.tensor([[1.0, 2, 3], [4, 5, 0], [6, 0, 0], [7, 8, 9]])
     expected = [[1.0, 2, 2], [4, 4, 0], [6, 0, 0], [7, 8, 9]]
     assert end_as_before(scores, rollout).tolist() == expected
+
+
+def test_an_answer_whose_logprobs_are_not_finite_has_no_reward():
+    found = rewards(TOKENS, SEQUENCES)
+    logprobs, values = torch.zeros(6, 3, 2), torch.zeros(6, 4)
+    logprobs[0, 1, 0], values[2, 3] = NAN, INF
+    left = found.where_finite(logprobs, None, values)
+    assert left.failed.tolist() == [True, True, True, False, True, True]
+    assert not left.valid[0].any() and left.sequences[3] == 1.0
+    whole = rewards([[1.0, 2, 3]] * 6, [1.0] * 6)
+    assert "log-prob" in whole.where_finite(logprobs).problem
+    assert whole.where_finite(values[:2].new_zeros(6, 3)).problem == ""
