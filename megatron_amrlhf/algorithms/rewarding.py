@@ -192,7 +192,9 @@ def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: 
 
 
 def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> None:
-    """Ends the run where too many rewards of a step failed. Entered by every rank.
+    """Tells of failed rewards of a step, and ends the run where they are too many.
+
+    Entered by every rank.
 
     Raises:
         UserError: on every rank, more than ``reward.max_failed_fraction`` of all replicas' answers.
@@ -205,8 +207,11 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
         found = (sum(x[0] for x in everyone), sum(x[1] for x in everyone), [*problems, ""][0])
     failed, total, problem = broadcast_object_from_last_stage(found, context.mesh)
     limit = context.config.reward.max_failed_fraction
+    what = f"step {step}: the reward of {failed} of {total} answers failed"
     if failed > limit * total:
         raise UserError(
-            f"step {step}: the reward of {failed} of {total} answers failed, more than "
-            f"reward.max_failed_fraction = {limit:g} of them; the first: {problem}"
+            f"{what}, more than reward.max_failed_fraction = {limit:g} of them; "
+            f"the first: {problem}"
         )
+    if failed:
+        context.console.line(f"{what}; the first: {problem}")

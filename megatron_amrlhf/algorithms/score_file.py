@@ -244,8 +244,8 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
 def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
     for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):
         if not row.isfinite().all():
-            answer = job.part(number)[place] + 1
-            raise UserError(f"{job.selection.path}: a score of answer {answer} is not finite")
+            where = job.answers[job.part(number)[place]].where
+            raise UserError(f"{where}: a score of this answer is not finite")
     file = _part_file(job, number)
     temporary = file.with_suffix(".tmp")
     write_tensors(temporary, tensors, {"format": "pt"})

@@ -34,6 +34,7 @@ class GivenAnswer:
         step_ends: index in the response of the token that each step is judged at; empty without
             ``steps``.
         extra: what else the line says (``problem_id``, ``correct``).
+        where: ``path:line`` that it comes from.
     """
 
     row: Tensor
@@ -42,6 +43,7 @@ class GivenAnswer:
     ended: bool
     step_ends: tuple[int, ...]
     extra: dict[str, Any]
+    where: str
 
 
 def load_answers(
@@ -86,6 +88,7 @@ def _encode(
         ended=end == "whole",
         step_ends=tuple(end - len(head) for end in ends) if is_steps else (),
         extra={name: record[name] for name in ("problem_id", "correct") if name in record},
+        where=where,
     )
 
 

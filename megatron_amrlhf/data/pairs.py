@@ -95,7 +95,7 @@ def numbered_records(path: str | Path) -> list[tuple[int, dict]]:
         UserError: a file that cannot be read or is not JSON objects; with ``path:line:``.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         text = ""  # read_numbered_jsonl has an error message for each case
     if text.lstrip()[:1] == "[":
