@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
@@ -17,6 +16,7 @@ from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.algorithms.watch import watch
+from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
@@ -77,8 +77,8 @@ def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerB
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
-    folder = RunFolder.create(config, mesh.rank)
-    dist.barrier()
+    doing = f"cannot make {config.run.path}"
+    folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]
     limit = config.run.max_minutes
     return Context(
         config=config,

@@ -22,11 +22,11 @@ from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
-from megatron_amrlhf.report.run_folder import last_attempt
+from megatron_amrlhf.report.run_folder import last_attempt, logs_folder, refuse_other_run
 from megatron_amrlhf.report.stop_request import STOP_NAME
 from megatron_amrlhf.slurm import job_port
 
-LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
+ENVIRONMENT_NAME = ".deepspeed_env"
 
 
 @tells_user_errors
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
     os.environ[HOSTS_VARIABLE] = ",".join(hosts)
     attempt = 0 if is_doctor else last_attempt(folder) + 1
-    logs = folder / LOGS_NAME / f"attempt-{attempt:02d}"
+    logs = logs_folder(folder, attempt)
     try:
         if not is_doctor:  # which looks at the folder of a run that may be going on
             logs.mkdir(parents=True, exist_ok=True)
@@ -94,13 +94,14 @@ def check(arguments: argparse.Namespace, world_size: int) -> Path:
     """The folder that a run writes to, after all checks that need no model.
 
     Raises:
-        UserError: configuration, files or layout are wrong.
+        UserError: configuration, files or layout are wrong, or the folder is another run's.
     """
     config = load_config(arguments.config, arguments.overrides)
     check_run(config, world_size)
     check_files(config)
     if arguments.command == "score":
         return Path(arguments.out).expanduser()
+    refuse_other_run(config.run.path, config)
     return config.run.path
 
 

@@ -18,15 +18,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Literal
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME
 from megatron_amrlhf.report.stacks import error_stack, is_waiting, main_stack
+from megatron_amrlhf.report.stop_request import process_age
 
+HEARTBEAT_NAME = "heartbeat"
 LONGEST_INTERVAL_SECONDS = 5.0
 BEATS_A_LIMIT = 8  # the watchdog's limit is at least this many intervals
 DUMP_AFTER, AWAY_AFTER = 4, 8  # intervals without a turn of the thread
@@ -68,7 +69,7 @@ class Beat:
 
     Attributes:
         rank, host, pid: the process.
-        state: ``missing`` is a rank without a file.
+        state: ``missing`` is a rank without a file, ``unreadable`` one with a damaged file.
         step, phase, phases, done: as in ``RankProgress``.
         still_seconds: since the last progress.
         waiting: whether the main thread is in a collective or waits for the device.
@@ -77,12 +78,13 @@ class Beat:
         time: when, by this host's clock (UTC, ISO 8601).
         error: one line, where the state is ``failed``.
         stack: of the main thread, innermost last.
+        started: when the process did, as ``time``.
     """
 
     rank: int
     host: str = ""
     pid: int = 0
-    state: Literal["running", "finished", "failed", "missing"] = "missing"
+    state: Literal["running", "finished", "failed", "missing", "unreadable"] = "missing"
     step: int = 0
     phase: str = "start"
     phases: int = 0
@@ -93,6 +95,7 @@ class Beat:
     time: str = ""
     error: str = ""
     stack: tuple[str, ...] = ()
+    started: str = ""
 
     @property
     def who(self) -> str:
@@ -110,11 +113,12 @@ def read_beats(folder: Path, world_size: int | None = None) -> list[Beat]:
 
     Args:
         folder: the run's folder.
-        world_size: number of ranks; None: as many as there are files.
+        world_size: number of ranks; None: up to the last one that has a file.
     """
     folder = folder / HEARTBEAT_NAME
     if world_size is None:
-        world_size = len(list(folder.glob("rank-*.json")))
+        ranks = [int(path.stem.removeprefix("rank-")) for path in folder.glob("rank-*.json")]
+        world_size = max(ranks, default=-1) + 1
     beats = []
     for rank in range(world_size):
         try:
@@ -122,7 +126,14 @@ def read_beats(folder: Path, world_size: int | None = None) -> list[Beat]:
             beats.append(Beat(**record | {"stack": tuple(record["stack"])}))
         except FileNotFoundError:
             beats.append(Beat(rank))
+        except (ValueError, KeyError, TypeError):
+            beats.append(Beat(rank, state="unreadable"))
     return beats
+
+
+def seconds_since(time_text: str) -> float:
+    """From a beat's time to now, by this host's clock."""
+    return time.time() - datetime.fromisoformat(time_text).timestamp()
 
 
 def read_dump(folder: Path, rank: int) -> str:
@@ -172,6 +183,8 @@ class Heartbeat:
         self._path = _path(folder / HEARTBEAT_NAME, rank)
         self._rank, self._progress, self._every = rank, progress, every_seconds
         self._on_beat, self._on_error = on_beat, on_error
+        started = datetime.now(UTC) - timedelta(seconds=process_age())
+        self._started = started.isoformat(timespec="seconds")
         self._end, self._lock = threading.Event(), threading.Lock()
         self._state, self._error, self._beats = "running", "", 0
         self._awake_since = self._last_turn = time.monotonic()
@@ -246,6 +259,7 @@ class Heartbeat:
             time=datetime.now(UTC).isoformat(timespec="milliseconds"),
             error=self._error,
             stack=tuple(stack),
+            started=self._started,
         )
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from datetime import datetime
 from pathlib import Path
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.heartbeat import Beat, read_beats, read_dump
-from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME, STATUS_NAME, WATCHDOG_NAME
+from megatron_amrlhf.report.heartbeat import (
+    HEARTBEAT_NAME,
+    LONGEST_INTERVAL_SECONDS,
+    Beat,
+    read_beats,
+    read_dump,
+    seconds_since,
+)
+from megatron_amrlhf.report.living import living
+from megatron_amrlhf.report.run_folder import STATUS_NAME, WATCHDOG_NAME, read_status
 
 # In the message of a rank whose partner has gone; it is a consequence, not the cause.
 LOST_PARTNER = re.compile(
@@ -18,6 +24,7 @@ LOST_PARTNER = re.compile(
     re.IGNORECASE,
 )
 SILENT_SECONDS = 60.0  # heartbeats come each 5 seconds
+NO_BEAT = {"missing": "no heartbeat yet", "unreadable": "its heartbeat file is damaged"}
 FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 
 
@@ -36,26 +43,28 @@ def status_lines(folder: Path) -> list[str]:
     """The run's state and each rank's last sign of life.
 
     Raises:
-        UserError: there is no run in the folder.
+        UserError: there is no run in the folder, or its status is damaged.
     """
-    status = folder / STATUS_NAME
-    if not status.is_file():
+    record = read_status(folder)
+    if record is None:
         raise UserError(f"{folder}: no run ({STATUS_NAME} is missing)")
-    record = json.loads(status.read_text(encoding="utf-8"))
     lines = [_headline(record)]
     beats = read_beats(folder)
-    youngest = min((_age(beat.time) for beat in beats), default=0.0)
+    youngest = min((seconds_since(beat.time) for beat in beats if beat.time), default=0.0)
     if record["state"] == "running" and youngest > SILENT_SECONDS:
         lines.append(f"no sign of life for {youngest:.0f} s: the run is gone, or its node is")
     for beat in beats:
-        age = _age(beat.time)
+        if beat.state in NO_BEAT:
+            lines.append(f"{beat.who}: {NO_BEAT[beat.state]}")
+            continue
+        age = seconds_since(beat.time)
         text = f"{beat.who}: {beat.state}, {beat.where}; last heartbeat {age:.0f} s ago"
         lines.append(f"{text}, no progress for {beat.still_seconds:.0f} s before it")
     return lines
 
 
 def find_cause(folder: Path, since: float) -> str | None:
-    """One line on what ended a run none of whose processes is left.
+    """One line on what ended a run; ranks of other hosts may not have noticed yet.
 
     A rank that was killed by SIGKILL left a heartbeat that still says ``running`` and no stack;
     one that was ended by SIGTERM, as the launcher does once a rank has failed, left a stack.
@@ -65,9 +74,14 @@ def find_cause(folder: Path, since: float) -> str | None:
         since: when it was started (Unix time); what is older is left out.
 
     Returns:
-        None where the ranks left nothing, or all finished.
+        None where the ranks left nothing, or all finished, or were ended on demand.
     """
+    status = read_status(folder)
+    if status is not None and status["state"] == "stopped":
+        return None
+    alive = {beat.rank for beat in living(folder, 2 * LONGEST_INTERVAL_SECONDS)}
     beats = [beat for beat in read_beats(folder) if _is_since(beat, since)]
+    beats = [beat for beat in beats if beat.rank not in alive]
     if beats and (folder / WATCHDOG_NAME).exists():
         return (folder / WATCHDOG_NAME).read_text(encoding="utf-8").split("\n", 1)[0]
     dumps = {beat.rank: read_dump(folder, beat.rank) for beat in beats}
@@ -95,12 +109,8 @@ def _headline(record: dict) -> str:
     line = f"{record['state']}, attempt {record['attempt']}, {step}: {record['message']}"
     if record["state"] != "running" or not total or not seconds:
         return line
-    left = max(0.0, (total - record["step"]) * seconds - _age(record["time"]))
+    left = max(0.0, (total - record["step"]) * seconds - seconds_since(record["time"]))
     return f"{line}; about {left / 60:.0f} min left" if left >= 60 else f"{line}; {left:.0f} s left"
-
-
-def _age(time_text: str) -> float:
-    return time.time() - datetime.fromisoformat(time_text).timestamp()
 
 
 def _failure(beat: Beat) -> str:

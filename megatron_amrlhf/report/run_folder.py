@@ -15,11 +15,14 @@ from megatron_amrlhf.config.load import dump_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.stop_request import STOP_NAME
+from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME
+from megatron_amrlhf.report.living import refuse_living_run
+from megatron_amrlhf.report.stop_request import STOP_NAME, process_age
 
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
-HEARTBEAT_NAME, WATCHDOG_NAME = "heartbeat", "watchdog.txt"
+WATCHDOG_NAME = "watchdog.txt"
+STATUS_KEYS = {"state", "step", "message", "time", "attempt"}
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,13 @@ class RunFolder:
             rank: global rank of this process.
 
         Raises:
-            UserError: the folder belongs to another run (algorithm.kind or model.path differ), on
-                every rank alike; or it cannot be made.
+            UserError: the folder belongs to another run or to one that is going on, or it cannot
+                be made; on rank 0 alone.
         """
         path = config.run.path
-        _refuse_other_run(path, config)
         if rank != 0:
             return cls(path, 0, False)
+        refuse_other_run(path, config)
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -65,6 +68,7 @@ class RunFolder:
         (path / WATCHDOG_NAME).unlink(missing_ok=True)
         folder = cls(path, attempt, True)
         folder.status("running", 0, "started")
+        folder._clear_old_stop()
         return folder
 
     @property
@@ -132,27 +136,53 @@ class RunFolder:
         }
         write_atomic(self.path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
 
+    def clear_stop(self) -> None:
+        """The request has been answered (rank 0 only)."""
+        if self.is_writer:
+            self.stop.unlink(missing_ok=True)
+
+    def _clear_old_stop(self) -> None:
+        """Removes the stop file of an earlier attempt.
+
+        A launch script has done so before it made this attempt's logs: a file that is there now
+        is a request, even if older than this process. Two times of one file system are compared.
+        """
+        if not self.stop.exists() or logs_folder(self.path, self.attempt).exists():
+            return
+        now = (self.path / STATUS_NAME).stat().st_mtime  # just written
+        if now - self.stop.stat().st_mtime > process_age():
+            self.clear_stop()
+
+
+def logs_folder(path: Path, attempt: int) -> Path:
+    """Where launch scripts keep the output of an attempt's ranks."""
+    return path / "logs" / f"attempt-{attempt:02d}"
+
 
 def note_failure(path: Path, message: str) -> None:
-    """Turns ``status.json`` into ``failed``; any process may, also one that is no writer.
+    """Turns ``status.json``, if any, into ``failed``; any process may, also one that is no writer.
 
     Args:
         path: the run's folder.
         message: one line: why.
     """
-    status = path / STATUS_NAME
-    record = json.loads(status.read_text(encoding="utf-8"))
+    record = read_status(path)
+    if record is None:
+        return
     now = datetime.now(UTC).isoformat(timespec="seconds")
     record |= {"state": "failed", "message": message, "time": now}
-    write_atomic(status, json.dumps(record, indent=2) + "\n")
+    write_atomic(path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
 
 
-def _refuse_other_run(path: Path, config: Config) -> None:
-    """Reads the earlier configuration; safe beside rank 0, which keeps these two keys."""
-    earlier = _read_config(path / CONFIG_NAME)
-    if earlier is None:
-        return
+def refuse_other_run(path: Path, config: Config) -> None:
+    """Changes nothing. Takes some seconds where a run has just been killed on another host.
+
+    Raises:
+        UserError: the folder belongs to another run (algorithm.kind or model.path differ), or to
+            one that is going on.
+    """
     now = config.model_dump(mode="json")
+    earlier = _read_config(path / CONFIG_NAME) or now
     for section, key in (("algorithm", "kind"), ("model", "path")):
         before = earlier.get(section, {}).get(key)
         if before != now[section][key]:
@@ -160,14 +190,16 @@ def _refuse_other_run(path: Path, config: Config) -> None:
                 f"{path} holds a run with {section}.{key} {before}, this one has "
                 f"{now[section][key]}: choose another run.name or delete the folder"
             )
+    refuse_living_run(path)
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
+    text = _read(path)
+    if text is None:
         return None
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        earlier = yaml.safe_load(text)
+    except yaml.YAMLError:
         earlier = None
     if not isinstance(earlier, dict):
         raise UserError(f"{path} is damaged: choose another run.name or delete the folder")
@@ -178,15 +210,39 @@ def last_attempt(path: Path) -> int:
     """Starts of the run in this folder so far.
 
     Raises:
-        UserError: ``status.json`` is damaged.
+        UserError: as `read_status`.
     """
-    status = path / STATUS_NAME
-    if not status.is_file():
-        return 0
+    record = read_status(path)
+    return 0 if record is None else record["attempt"]
+
+
+def read_status(path: Path) -> dict[str, Any] | None:
+    """What ``status.json`` of a run's folder says; None where there is none.
+
+    Raises:
+        UserError: it is damaged or cannot be read.
+    """
+    text = _read(path / STATUS_NAME)
+    if text is None:
+        return None
     try:
-        return int(json.loads(status.read_text(encoding="utf-8"))["attempt"])
+        record = json.loads(text)
+        datetime.fromisoformat(record["time"])
+        if STATUS_KEYS <= record.keys() and isinstance(record["attempt"], int):
+            return record
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{status} is damaged: delete it to go on with this run") from None
+        pass
+    raise UserError(f"{path / STATUS_NAME} is damaged: delete it to go on with this run")
+
+
+def _read(path: Path) -> str | None:
+    """None where there is no file; bytes that are no text become a text that is no record."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
 def _write_config(path: Path, config: Config, attempt: int) -> None:

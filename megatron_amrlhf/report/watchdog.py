@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.heartbeat import Beat, read_beats, read_dump
-from megatron_amrlhf.report.run_folder import HEARTBEAT_NAME, RunFolder, note_failure
+from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME, Beat, read_beats, read_dump
+from megatron_amrlhf.report.run_folder import RunFolder, note_failure
 
 EXIT_STALLED = 3
 # After the limit, another rank's report is awaited for this share of it.
@@ -130,7 +130,7 @@ def find_laggard(beats: list[Beat], silent: set[int]) -> Beat:
     def key(beat: Beat) -> tuple:
         if beat.state in ("failed", "finished"):
             kind = 0 if beat.state == "failed" else 4
-        elif beat.rank in silent or beat.state == "missing":
+        elif beat.rank in silent or beat.state != "running":
             kind = 1
         else:
             kind = 3 if beat.waiting else 2

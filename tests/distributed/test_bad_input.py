@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf.cli import main
+from megatron_amrlhf.report.heartbeat import Heartbeat, RankProgress
 from tests.distributed.processes import free_port, run_on
 from tests.distributed.runs import make_models, write_config
 
@@ -115,3 +116,13 @@ def test_wrong_layout_ends_all_ranks(folder, overrides, words, tmp_path):
     (tmp_path / "policy").rename(odd)
     done = launch(write_config(folder, "ppo"), *(o.replace("ODD", str(odd)) for o in overrides))
     assert_refused(done, folder, *words)
+
+
+def test_a_run_that_is_going_on_is_refused_on_every_rank(folder, tmp_path):
+    config, run = write_config(folder, "ppo"), tmp_path / "living"
+    run.mkdir()
+    arguments = ["train", str(config), "--set", f"run.folder={tmp_path}", "run.name=living"]
+    with Heartbeat(run, 1, RankProgress(), 0.5, lambda beat: None, lambda beat: None):
+        for code, error in run_on(2, call_main, arguments):
+            assert code == 2 and "a run that is going on: rank 1 (host " in error, error
+    assert [path.name for path in run.iterdir()] == ["heartbeat"]

@@ -142,7 +142,10 @@ def test_a_signal_leaves_the_stack_and_ends_the_process(tmp_path, number, words)
 def test_a_rank_without_a_file_is_missing(tmp_path):
     with heartbeat(tmp_path, rank=1):
         states = [beat.state for beat in read_beats(tmp_path, 3)]
+        (tmp_path / "heartbeat" / "rank-0002.json").write_text("{")
+        found = [beat.state for beat in read_beats(tmp_path)]
     assert states == ["missing", "running", "missing"]
+    assert found == ["missing", "running", "unreadable"]
 
 
 @pytest.mark.parametrize(

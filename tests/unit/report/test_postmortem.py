@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import asdict, replace
+from datetime import UTC, datetime
 
 import pytest
 
 from megatron_amrlhf import cli
+from megatron_amrlhf.report import living
 from megatron_amrlhf.report.heartbeat import Beat
 from megatron_amrlhf.report.postmortem import find_cause, first_failure
 
@@ -20,9 +22,9 @@ def beat(rank, second, state="running", error=""):
     return Beat(rank, "far", 10 + rank, state, 2, "update", 9, 5, 0.0, True, 7, time, error)
 
 
-def put(folder, *beats, dumps=()):
+def put(folder, *beats, dumps=(), state="running"):
     (folder / "heartbeat").mkdir()
-    record = {"state": "running", "step": 1, "message": "1 of 3 steps", "attempt": 2, "total": 3}
+    record = {"state": state, "step": 1, "message": "1 of 3 steps", "attempt": 2, "total": 3}
     record |= {"step_seconds": 1e9, "time": "2026-01-01T00:00:00+00:00"}
     (folder / "status.json").write_text(json.dumps(record))
     for one in beats:
@@ -43,6 +45,26 @@ def test_a_rank_without_a_last_word_was_killed(tmp_path, timer):
     cause = find_cause(tmp_path, START)
     assert cause.startswith("rank 1 (host far, pid 11) was killed by SIGKILL")
     assert "phase update of step 2" in cause
+
+
+@pytest.mark.parametrize("lives", [False, True])
+def test_a_rank_of_another_host_that_still_beats_was_not_killed(tmp_path, monkeypatch, lives):
+    here = replace(beat(0, 0, "failed", LOST), time=datetime.now(UTC).isoformat())
+    there = replace(beat(1, 0), time=here.time)
+    put(tmp_path, here, there)
+
+    def go_on(seconds):
+        later = json.dumps(asdict(replace(there, beats=there.beats + lives)))
+        (tmp_path / "heartbeat" / "rank-0001.json").write_text(later)
+
+    monkeypatch.setattr(living.time, "sleep", go_on)
+    named = "rank 0 (host far, pid 10) failed" if lives else "rank 1 (host far, pid 11) was killed"
+    assert find_cause(tmp_path, START).startswith(named)
+
+
+def test_a_run_that_was_ended_on_demand_has_no_cause(tmp_path):
+    put(tmp_path, beat(0, 9), state="stopped")
+    assert find_cause(tmp_path, START) is None
 
 
 def test_an_error_of_its_own_comes_before_lost_connections(tmp_path):
@@ -106,6 +128,23 @@ def test_status_after_the_end_names_the_cause_and_keeps_it(tmp_path, capsys):
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "failed" and status["step"] == 1
     assert out == f"cause: {status['message']}\n" and "rank 1" in out
+
+
+def test_status_lists_the_other_ranks_beside_one_that_it_cannot_read(tmp_path, capsys):
+    put(tmp_path, beat(1, 9), beat(2, 9))
+    (tmp_path / "heartbeat" / "rank-0002.json").write_text("{")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert lines[0] == "rank 0: no heartbeat yet" and lines[1].startswith("rank 1 (host far")
+    assert lines[2] == "rank 2: its heartbeat file is damaged"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"time": "yesterday"}'])
+def test_a_damaged_status_is_one_line(tmp_path, capsys, text):
+    (tmp_path / "status.json").write_text(text)
+    assert cli.main(["status", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "status.json is damaged" in error and error.count("\n") == 1
 
 
 def test_no_run_is_one_line(tmp_path, capsys):

