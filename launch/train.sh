@@ -139,6 +139,9 @@ stop() {
     done
     kill -KILL -- "-$GROUP" 2>/dev/null || true
     [[ -z "$FOLLOWER" ]] || kill "$FOLLOWER" 2>/dev/null || true
+    # The ranks may be gone before one of them has noted the end.
+    [[ "$HOSTS" -gt 1 || "$COMMAND" != train ]] ||
+        "$BIN/python" -m megatron_amrlhf status "$FOLDER" --ended-since "$STARTED" >/dev/null || true
     exit "$1"
 }
 trap 'stop 130' INT

@@ -165,6 +165,7 @@ class Loop:
         self._finish_saving()
         self.writer.close()
         message = f"stopped by {reason.text} after step {self.done} of {self.total}"
+        context.folder.clear_stop()
         self._note_status(message, "preempted")
         context.console.line(f"{message}; started again, it goes on (exit code {EXIT_AGAIN})")
         dist.barrier()
@@ -184,6 +185,7 @@ class Loop:
         if context.mesh.is_main:
             importlib.import_module(PLOTTER).plot_run(folder.path)
         self._log_memory()
+        folder.clear_stop()
         self._note_status("all steps done", "finished")
         console.final_summary(folder, self.before, self.after)
 

@@ -109,15 +109,29 @@ def test_sigterm_and_the_stop_file_are_requests(undisturbed):
     keys = [*KEYS, "parallel.pipeline=1", "evaluation.prompts=0"]
     assert run_on(1, run_with_signals, str(config), ["run.name=signal", *keys]) == [False]
     assert status_of(folder, "signal")["message"].startswith("stopped by a signal after step 0")
-    (folder / "runs" / "file").mkdir()
-    (folder / "runs" / "file" / "stop").touch()
-    assert run_on(1, run_until_done, str(config), ["run.name=file", *keys]) == [False]
+    stop = folder / "runs" / "file" / "stop"
+    stop.parent.mkdir()
+    arguments = (str(config), ["run.name=file", *keys])
+    assert run_on(1, run_with_file, *arguments, str(stop)) == [False]
     assert "the file 'stop'" in status_of(folder, "file")["message"]
+    assert not stop.exists(), "it would stop the next attempt too"
 
 
-def run_until_done(path: str, overrides: list[str]) -> bool:
-    """What every rank of an undisturbed run calls."""
+def run_with_file(path: str, overrides: list[str], stop: str) -> bool:
+    """A run that is asked to stop once its process has started."""
+    Path(stop).touch()
     return train.run(load_config(path, overrides))
+
+
+@pytest.mark.parametrize("text", ["", "now"])
+def test_a_stop_file_of_an_earlier_attempt_stops_nothing(undisturbed, text):
+    folder, config = undisturbed
+    name = f"earlier-{text}"
+    stop = folder / "runs" / name / "stop"
+    stop.parent.mkdir()
+    stop.write_text(text)
+    run_on(WORLD, run_config, str(config), [f"run.name={name}", *KEYS])
+    assert status_of(folder, name)["state"] == "finished" and not stop.exists()
 
 
 def status_of(folder: Path, name: str) -> dict:

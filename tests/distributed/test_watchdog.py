@@ -154,6 +154,7 @@ def test_a_first_signal_asks_and_a_second_one_ends(folder):
         assert (run.folder / "stop").exists() and run.process.poll() is None
         run.process.send_signal(signal.SIGTERM)
         assert run.wait(END_SECONDS + 30) == EXIT_TERMINATED, run.text()
+        assert run.status()["state"] in ("stopped", "failed")
     with Launched(folder, "stop", pp=2, limit=0) as run:  # the first one stays where it was
         run.wait_for_fault()
         run.process.send_signal(signal.SIGTERM)
@@ -161,6 +162,7 @@ def test_a_first_signal_asks_and_a_second_one_ends(folder):
         os.kill(run.beat(FAULTY)["pid"], signal.SIGCONT)
         assert run.wait(START_SECONDS) == EXIT_AGAIN, run.text()
         assert (run.status()["state"], run.status()["step"]) == ("preempted", 2)
+        assert not (run.folder / "stop").exists()
 
 
 def test_a_delayed_rank_changes_nothing(folder):
