@@ -16,22 +16,19 @@ from megatron_amrlhf.report.heartbeat import (
 from megatron_amrlhf.report.stop_request import STOP_NAME
 
 RECENT_SECONDS = 30.0  # far more than an interval: the clocks of two hosts differ
+WATCH_SECONDS = 2 * LONGEST_INTERVAL_SECONDS  # a busy rank may be late
 
 
-def living(folder: Path, watch_seconds: float) -> list[Beat]:
+def living(folder: Path) -> list[Beat]:
     """The ranks whose heartbeat goes on.
 
-    Waits only where a rank may live: its last beat is recent, and its process is there or on
-    another host.
-
-    Args:
-        folder: the run's folder.
-        watch_seconds: how long such ranks are given to write again.
+    Waits for another beat only where a rank may live: its last one is recent, and its process is
+    there or on another host.
     """
     before = {beat.rank: beat.beats for beat in read_beats(folder) if _may_live(beat)}
     if not before:
         return []
-    time.sleep(watch_seconds)
+    time.sleep(WATCH_SECONDS)
     return [
         beat
         for beat in read_beats(folder)
@@ -45,7 +42,7 @@ def refuse_living_run(folder: Path) -> None:
     Raises:
         UserError: a rank of a run in this folder lives.
     """
-    for beat in living(folder, LONGEST_INTERVAL_SECONDS + 1)[:1]:
+    for beat in living(folder)[:1]:
         raise UserError(
             f"{folder} holds a run that is going on: {beat.who}, started {beat.started}, is in "
             f"step {beat.step}; stop it (touch {folder / STOP_NAME}) or choose another run.name"

@@ -9,7 +9,6 @@ from pathlib import Path
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.heartbeat import (
     HEARTBEAT_NAME,
-    LONGEST_INTERVAL_SECONDS,
     Beat,
     read_beats,
     read_dump,
@@ -79,7 +78,7 @@ def find_cause(folder: Path, since: float) -> str | None:
     status = read_status(folder)
     if status is not None and status["state"] == "stopped":
         return None
-    alive = {beat.rank for beat in living(folder, 2 * LONGEST_INTERVAL_SECONDS)}
+    alive = {beat.rank for beat in living(folder)}
     beats = [beat for beat in read_beats(folder) if _is_since(beat, since)]
     beats = [beat for beat in beats if beat.rank not in alive]
     if beats and (folder / WATCHDOG_NAME).exists():
