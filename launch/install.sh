@@ -81,7 +81,7 @@ sys.exit(torch.__version__ not in SpecifierSet('${TORCH_RANGE#torch}'))" 2>/dev/
     fi
 }
 
-if [[ ! -x "$VENV/bin/python" ]]; then
+if [[ ! -x "$VENV/bin/pip" ]]; then # which is there last
     PYTHON_FOUND="$(find_python)"
     echo "making the virtual environment $VENV with $PYTHON_FOUND ..."
     "$PYTHON_FOUND" -m venv "$VENV" ||

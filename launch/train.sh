@@ -18,7 +18,8 @@ parallel.pipeline are in the YAML, the rest is data parallel. With GPUs one proc
                    and environment have to be at the same place on all of them
   --node-rank R    without ssh: start this script on each machine, R is its line in F, from 0
   --master H:P     host and port that the ranks meet at, with --hostfile (default: F's first host
-                   and a port that is free here; 29500 with --node-rank)
+                   and MASTER_PORT, else a port that is free here; 29500 with --node-rank)
+  --logs DIR       the ranks' logs (default: runs/NAME/logs/attempt-NN, a new one)
   --set ...        override keys of the YAML, such as --set optimizer.lr=1e-6 parallel.pipeline=2
   --help           this text
 
@@ -28,13 +29,15 @@ Examples:
   bash launch/train.sh --hostfile hosts configs/ppo_qwen2_7b.yaml
   bash launch/train.sh --hostfile hosts doctor configs/ppo_qwen2_7b.yaml
 
-The console shows rank 0; every rank's output is in runs/NAME/logs/attempt-NN/. Ctrl-C or SIGTERM:
-the run saves at the end of its last completed step and leaves; again: it ends at once. Started
-again, it goes on from its newest checkpoint. The exit code is the run's: 0 done, 2 a mistake in
-the input, 3 stopped by the watchdog (no progress for engine.watchdog_seconds), 75 asked to stop,
-start it again, 247 a process was killed, 1 another error; the last line then names the rank that
-failed first. Variables: VENV (default .venv), MASTER_PORT (default: a free one), OMP_NUM_THREADS
-(default: cores / processes); what other nodes get of the environment is in runs/NAME/.deepspeed_env.
+Files named here are looked for where you are, then in the repository; paths inside the YAML and in
+--set count from the repository's root. The console shows rank 0; every rank's output is in the
+folder of --logs. Ctrl-C or SIGTERM: the run saves at the end of its last completed step and leaves;
+again: it ends at once. Started again, it goes on from its newest checkpoint. The exit code is the
+run's: 0 done, 2 a mistake in the input, 3 stopped by the watchdog (no progress for
+engine.watchdog_seconds), 75 asked to stop, start it again, 247 a process was killed, 1 another
+error; the last line then names the rank that failed first. Variables: VENV (default .venv),
+MASTER_PORT (default: a free one), OMP_NUM_THREADS (default: cores / processes); what other nodes get
+of the environment is in runs/NAME/.deepspeed_env.
 TEXT
 }
 
@@ -43,13 +46,14 @@ fail() {
     exit 2
 }
 
-PROCESSES="" HOSTFILE="" NODE_RANK="" MEET=""
+PROCESSES="" HOSTFILE="" NODE_RANK="" MEET="" LOGS=""
 while [[ $# -gt 0 ]]; do
     case "$1" in
         --processes) [[ "${2:-}" =~ ^[1-9][0-9]*$ ]] || fail "--processes needs a number (see --help)"; PROCESSES="$2"; shift 2 ;;
         --hostfile) [[ -f "${2:-}" ]] || fail "--hostfile needs a file (got '${2:-}')"; HOSTFILE="$(realpath "$2")"; shift 2 ;;
         --node-rank) [[ "${2:-}" =~ ^[0-9]+$ ]] || fail "--node-rank needs a number (see --help)"; NODE_RANK="$2"; shift 2 ;;
         --master) [[ "${2:-}" =~ ^[^:]+:[0-9]+$ ]] || fail "--master needs HOST:PORT (see --help)"; MEET="$2"; shift 2 ;;
+        --logs) [[ -n "${2:-}" ]] || fail "--logs needs a folder (see --help)"; LOGS="$(realpath -sm -- "$2")"; shift 2 ;;
         --help | -h) usage; exit 0 ;;
         -*) fail "unknown option '$1' (see --help)" ;;
         *) break ;;
@@ -63,6 +67,19 @@ case "${1:-}" in train | score | doctor) COMMAND="$1"; shift ;; esac
 [[ -z "$HOSTFILE" || -n "$NODE_RANK" ]] || command -v pdsh >/dev/null ||
     fail "pdsh is not installed: install it, or start this script on each machine with --node-rank"
 
+# The ranks run in the repository: what is named from here needs its whole path.
+WORDS=() OPTION=""
+for WORD in "$@"; do
+    if [[ "$WORD" =~ ^(--(answers|out|folder|json))=(.*)$ ]]; then
+        WORDS+=("${BASH_REMATCH[1]}") OPTION="${BASH_REMATCH[1]}" WORD="${BASH_REMATCH[3]}"
+    fi
+    if [[ -f "$WORD" || ("$OPTION" =~ ^--(out|folder|json)$ && "$WORD" != "~"*) ]]; then
+        WORD="$(realpath -sm -- "$WORD")"
+    fi
+    WORDS+=("$WORD") OPTION="$WORD"
+done
+set -- "${WORDS[@]}"
+[[ ! -d "${VENV:-}" ]] || VENV="$(realpath -s -- "$VENV")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 VENV="${VENV:-.venv}"
 [[ -x "$VENV/bin/deepspeed" ]] || fail "nothing is installed in $VENV: bash launch/install.sh"
@@ -78,18 +95,19 @@ fi
 export TOKENIZERS_PARALLELISM=false
 [[ "$GPUS" -gt 0 ]] || export DS_ACCELERATOR=cpu
 PREPARED="$("$BIN/python" -m megatron_amrlhf.launching.prepare --processes "$PROCESSES" \
-    ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} -- "$COMMAND" "$@")"
-eval "$PREPARED" # FOLDER LOGS ATTEMPT PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
-export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES"
+    ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} ${LOGS:+--logs "$LOGS"} -- "$COMMAND" "$@")"
+[[ "$PREPARED" == FOLDER=* ]] || { echo "$PREPARED"; exit 0; } # a command's --help
+eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
+export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES" AMRLHF_PREPARED=1
 
 OPTIONS=(--log_level critical --no_local_rank)
 # The doctor's rank 0 speaks for all, also where the folder for logs is what is wrong.
 [[ "$COMMAND" == doctor ]] || OPTIONS+=(--enable_each_rank_log "$LOGS")
 if [[ -n "$HOSTFILE" ]]; then
     [[ -z "$NODE_RANK" ]] || { PORT=29500; OPTIONS+=(--no_ssh --node_rank "$NODE_RANK"); }
-    MEET="${MEET:-$MASTER:$PORT}"
+    MEET="${MEET:-$MASTER:${MASTER_PORT:-$PORT}}"
     OPTIONS+=(--hostfile "$HOSTFILE" --master_addr "${MEET%:*}")
-    PORT="${MEET##*:}"
+    MASTER_PORT="${MEET##*:}"
     export DS_ENV_FILE="$FOLDER/.deepspeed_env"
 elif [[ "$GPUS" -gt 0 ]]; then
     # The launcher ignores CUDA_VISIBLE_DEVICES when --num_gpus is given, so the devices are named.
@@ -104,25 +122,18 @@ OPTIONS+=(--master_port "${MASTER_PORT:-$PORT}")
 # Rank 0 writes into its log; its progress bars go straight to the terminal, if this is one.
 [[ ! -t 2 ]] || export AMRLHF_TERMINAL="$(readlink "/proc/$$/fd/2")"
 
-STARTED="$(date +%s)"
-# The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
-# process group of its own, so that the signals of a terminal reach this script alone.
-set -m
-"$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
-GROUP=$!
-set +m
-FOLLOWER=""
-if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
-    (
-        until compgen -G "$LOGS/*_rank0.log" >/dev/null; do sleep 0.2; done
-        exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
-    ) &
-    FOLLOWER=$!
-fi
-
 # A first signal asks the run to stop, a second one ends it. Ranks of other nodes see the file; the
 # launcher itself would end every run of this user there, so on several nodes it is not asked.
-REQUESTS=0 SIGNALLED=0
+GROUP="" FOLLOWER="" REQUESTS=0 SIGNALLED=0 STARTED="$(date +%s)"
+end_now() {
+    [[ "$COMMAND" == doctor ]] || echo now >"$FOLDER/stop" # which may be that of another run
+    [[ "$HOSTS" -gt 1 && -z "$NODE_RANK" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
+    for _ in {1..30}; do
+        kill -0 -- "-$GROUP" 2>/dev/null || break
+        sleep 1
+    done
+    kill -KILL -- "-$GROUP" 2>/dev/null || true
+}
 stop() {
     SIGNALLED=1 REQUESTS=$((REQUESTS + 1))
     if [[ "$REQUESTS" == 1 && "$COMMAND" == train ]]; then
@@ -131,13 +142,8 @@ stop() {
         return 0 # without a number it would be that of the interrupted wait, on which set -e exits
     fi
     trap '' INT TERM HUP
-    [[ "$COMMAND" == doctor ]] || echo now >"$FOLDER/stop" # which may be that of another run
-    [[ "$HOSTS" -gt 1 && -z "$NODE_RANK" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
-    for _ in {1..30}; do
-        kill -0 -- "-$GROUP" 2>/dev/null || break
-        sleep 1
-    done
-    kill -KILL -- "-$GROUP" 2>/dev/null || true
+    GROUP="${GROUP:-${!:-}}" # just started
+    end_now
     [[ -z "$FOLLOWER" ]] || kill "$FOLLOWER" 2>/dev/null || true
     # The ranks may be gone before one of them has noted the end.
     [[ "$HOSTS" -gt 1 || "$COMMAND" != train ]] ||
@@ -147,11 +153,40 @@ stop() {
 trap 'stop 130' INT
 trap 'stop 143' TERM
 trap 'stop 129' HUP
+
+status() { cat "$FOLDER/status.json" 2>/dev/null || true; }
+BEFORE="$(status)"
+# The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
+# process group of its own, so that the signals of a terminal reach this script alone.
+set -m
+"$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
+GROUP=$!
+set +m
+if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
+    (
+        until compgen -G "$LOGS/*_rank0.log" >/dev/null; do
+            kill -0 -- "-$GROUP" 2>/dev/null || exit 0
+            sleep 0.2
+        done
+        exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
+    ) &
+    FOLLOWER=$!
+fi
 while :; do
     CODE=0 SIGNALLED=0
     wait "$GROUP" || CODE=$?
     [[ "$SIGNALLED" == 1 ]] || break # a signal ends the wait, not the run
 done
+
+CAUSE=""
+# DeepSpeed says 0 where its launcher on a node, or pdsh, was killed: the run itself knows better.
+if [[ "$CODE/$COMMAND/${NODE_RANK:-0}" == 0/train/0 ]]; then
+    NOW="$(status)"
+    if [[ "$NOW" == "$BEFORE" || ! "$NOW" =~ '"state": "'(finished|preempted) ]]; then
+        CODE=1 CAUSE="cause: the launcher ended before the run (killed: out of memory, or by hand)"
+        end_now
+    fi
+fi
 [[ -z "$FOLLOWER" ]] || wait "$FOLLOWER" || true
 
 # Lines of a rank whose log the console has not shown.
@@ -166,7 +201,8 @@ case "$COMMAND/$CODE" in
         ;;
     doctor/*) echo "train.sh: the doctor has not ended as it should (exit code $CODE)" >&2 ;;
     *)
-        CAUSE="$("$BIN/python" -m megatron_amrlhf status "$@" --ended-since "$STARTED")" || CAUSE=""
+        [[ -n "$CAUSE" ]] ||
+            CAUSE="$("$BIN/python" -m megatron_amrlhf status "$FOLDER" --ended-since "$STARTED")" || CAUSE=""
         [[ ! "$CAUSE" =~ ^cause:\ .*rank\ ([0-9]+)\  ]] || show_rank "${BASH_REMATCH[1]}" 20
         echo "train.sh: the run failed (exit code $CODE), ${CAUSE:-see $LOGS}" >&2
         ;;

@@ -5,14 +5,15 @@ every combination of values. --first is trained before all of them, such as the 
 policies that it scores; they start when it has ended well.
 
 examples (from the repository's root):
-  python launch/slurm/submit.py --site site.yaml configs/ppo_qwen2_7b.yaml --dry-run
-  python launch/slurm/submit.py --site site.yaml --first configs/prm_demo.yaml \\
+  .venv/bin/python launch/slurm/submit.py --site site.yaml configs/ppo_qwen2_7b.yaml --dry-run
+  .venv/bin/python launch/slurm/submit.py --site site.yaml --first configs/prm_demo.yaml \\
       configs/ppo_demo.yaml configs/dpo_demo.yaml --sweep run.seed=0,1,2
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,15 @@ from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.launching.batch_script import Run, list_runs, render
 from megatron_amrlhf.launching.site import load_site
 
-TEMPLATE = Path(__file__).with_name("train.sbatch")
+TEMPLATE = Path(__file__).resolve().with_name("train.sbatch")
+ROOT = TEMPLATE.parents[2]
 
 
 @tells_user_errors
 def main() -> int:
     options = parse()
     site = load_site(options.site)
+    os.chdir(ROOT)  # as the job does, for the paths in the runs' YAML
     world_size = site.nodes * site.processes_per_node
     stages = [[options.first]] if options.first else []
     stages.append(options.configs)
@@ -36,7 +39,7 @@ def main() -> int:
         is_last = configs is stages[-1]
         sweep = options.sweep if is_last else []
         runs = list_runs(configs, options.overrides if is_last else [], sweep, world_size)
-        jobs.append((runs, render(TEMPLATE.read_text(encoding="utf-8"), site, runs)))
+        jobs.append((runs, render(TEMPLATE.read_text(encoding="utf-8"), site, runs, ROOT)))
     previous: str | None = None
     for runs, script in jobs:
         if options.dry_run:
@@ -82,9 +85,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("configs", nargs="+", metavar="CONFIG.yaml")
+    parser.add_argument("configs", type=os.path.abspath, nargs="+", metavar="CONFIG.yaml")
     parser.add_argument("--site", type=Path, required=True, help="the cluster's settings")
-    parser.add_argument("--first", metavar="CONFIG.yaml", help="a run that the others wait for")
+    parser.add_argument(
+        "--first",
+        type=os.path.abspath,
+        metavar="CONFIG.yaml",
+        help="a run that the others wait for",
+    )
     parser.add_argument("--sweep", nargs="+", action="extend", default=[], metavar="KEY=V1,V2")
     parser.add_argument(
         "--set",

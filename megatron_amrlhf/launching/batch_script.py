@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.launching.site import Site
+from megatron_amrlhf.launching.site import Site, quoted
 
 END_OF_SETTINGS = "# end of the settings\n"
 
@@ -57,27 +58,28 @@ def list_runs(
     return runs
 
 
-def render(template: str, site: Site, runs: Sequence[Run]) -> str:
+def render(template: str, site: Site, runs: Sequence[Run], home: Path) -> str:
     """A whole batch script; a job array where there are several runs.
 
     Args:
         template: the text of train.sbatch.
         site: the cluster's settings.
         runs: as ``list_runs`` gives them.
+        home: the repository's root, where the job runs.
     """
     _, _, body = template.partition(END_OF_SETTINGS)
     assert body, "train.sbatch has lost its mark"
-    name = runs[0].name if len(runs) == 1 else "amrlhf-sweep"
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", runs[0].name) if len(runs) == 1 else "amrlhf-sweep"
     number = "%j" if len(runs) == 1 else "%A_%a"
     options = [f"--job-name={name}", *site.options]
-    options.append(f"--output={runs[0].folder}/slurm-{name}-{number}.out")
+    options.append(quoted("output", f"{runs[0].folder}/slurm-{name}-{number}.out"))
     if len(runs) > 1:
         options.append(f"--array=0-{len(runs) - 1}")
     lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in options), ""]
     lines += [f"module load {shlex.quote(module)}" for module in site.modules]
     lines += site.setup
     lines += [f"export {key}={shlex.quote(value)}" for key, value in site.variables.items()]
-    lines.append(f"export AMRLHF_HOME={shlex.quote(str(Path.cwd()))}")
+    lines.append(f"export AMRLHF_HOME={shlex.quote(str(home))}")
     if len(runs) == 1:
         lines.append(f"set -- {shlex.join(runs[0].arguments)}")
     else:

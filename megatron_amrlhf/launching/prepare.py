@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shlex
 import socket
 import sys
@@ -22,31 +23,33 @@ from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
-from megatron_amrlhf.report.run_folder import last_attempt, logs_folder, refuse_other_run
+from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
 from megatron_amrlhf.report.stop_request import STOP_NAME
 from megatron_amrlhf.slurm import job_port
 
-ENVIRONMENT_NAME = ".deepspeed_env"
+LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
+PLAIN = re.compile(r"[\w@+=:,./~\[\]-]+")  # what a shell, and pdsh, leave as it is
 
 
 @tells_user_errors
 def main(argv: list[str] | None = None) -> int:
-    """Prints FOLDER, LOGS, ATTEMPT, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS and THREADS.
+    """Prints FOLDER, LOGS, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS and THREADS.
 
     In a job also JOB_PORT.
     """
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
     parser.add_argument("--processes", type=int, default=1, help="of one machine")
     parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
-    parser.add_argument("--node-rank", type=int, default=0, help="the host's line, from 0")
+    parser.add_argument("--node-rank", type=int, help="the host's line, from 0; none: by ssh")
+    parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")
     parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
     options = parser.parse_args(argv)
-    hosts = {"localhost": options.processes}
+    hosts, node_rank = {"localhost": options.processes}, options.node_rank or 0
     if options.hostfile is not None:
         hosts = read_hostfile(options.hostfile)
-        if not 0 <= options.node_rank < len(hosts):
+        if not 0 <= node_rank < len(hosts):
             raise UserError(
-                f"--node-rank {options.node_rank}: {options.hostfile} has {len(hosts)} hosts, "
+                f"--node-rank {node_rank}: {options.hostfile} has {len(hosts)} hosts, "
                 f"use 0 to {len(hosts) - 1}"
             )
     arguments = read_arguments(options.run)
@@ -56,18 +59,21 @@ def main(argv: list[str] | None = None) -> int:
         folder = doctor_folder(config, arguments.folder)
     else:
         folder = check(arguments, sum(hosts.values()))
-    slots = list(hosts.values())[options.node_rank]
+    slots = list(hosts.values())[node_rank]
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
-    os.environ[HOSTS_VARIABLE] = ",".join(hosts)
-    attempt = 0 if is_doctor else last_attempt(folder) + 1
-    logs = logs_folder(folder, attempt)
+    os.environ |= {HOSTS_VARIABLE: ",".join(hosts), PREPARED_VARIABLE: "1"}
+    logs = options.logs or folder / LOGS_NAME
+    if not options.logs and not is_doctor:
+        logs /= new_attempt(folder, sum(list(hosts.values())[:node_rank]))
+    if len(hosts) > 1 and options.node_rank is None:
+        refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
     try:
         if not is_doctor:  # which looks at the folder of a run that may be going on
             logs.mkdir(parents=True, exist_ok=True)
-            if options.node_rank == 0:
+            if node_rank == 0:
                 (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
-        if options.node_rank == 0 and not (is_doctor and options.hostfile is None):
+        if node_rank == 0 and not (is_doctor and options.hostfile is None):
             folder.mkdir(parents=True, exist_ok=True)
             write_environment(folder / ENVIRONMENT_NAME)
     except OSError as error:
@@ -75,7 +81,6 @@ def main(argv: list[str] | None = None) -> int:
     shell = {
         "FOLDER": folder.resolve(),
         "LOGS": logs.resolve(),
-        "ATTEMPT": attempt,
         "PORT": free_port(),
         "HOSTS": len(hosts),
         "HOST_NAMES": os.environ[HOSTS_VARIABLE],
@@ -103,6 +108,35 @@ def check(arguments: argparse.Namespace, world_size: int) -> Path:
         return Path(arguments.out).expanduser()
     refuse_other_run(config.run.path, config)
     return config.run.path
+
+
+def new_attempt(folder: Path, first_rank: int) -> str:
+    """Name of a folder for logs into which no earlier start of this node has written.
+
+    Nodes that are started one by one come to the same name, whichever of them is first.
+
+    Args:
+        folder: the run's.
+        first_rank: of this node.
+    """
+    logs = (folder / LOGS_NAME).glob(f"attempt-*/*_rank{first_rank}.log")
+    names = [log.parent.name.removeprefix("attempt-") for log in logs]
+    used = [int(name) for name in names if name.isdecimal()]
+    return f"attempt-{max([last_attempt(folder), *used]) + 1:02d}"
+
+
+def refuse_for_shells(texts: list[str]) -> None:
+    """DeepSpeed gives arguments and folders to a shell on each node without quotes.
+
+    Raises:
+        UserError: the shell would change one of them, or run what is in it.
+    """
+    for text in texts:
+        if not PLAIN.fullmatch(text):
+            raise UserError(
+                f"{text!r} does not come through ssh as it is: put the value into the YAML, or "
+                "start this on each node with --node-rank"
+            )
 
 
 def write_environment(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -61,7 +62,7 @@ class Site(Section):
             "signal": f"B:USR1@{self.signal_lead_seconds}",
             "open-mode": "append",
         }
-        given = [f"--{name}={value}" for name, value in pairs.items() if value is not None]
+        given = [quoted(name, str(value)) for name, value in pairs.items() if value is not None]
         flags = ["--requeue", *(["--exclusive"] if self.exclusive else [])]
         return [*given, *flags, *self.sbatch_options]
 
@@ -91,6 +92,30 @@ def load_site(path: Path) -> Site:
             hint = f"did you mean {close[0]}?" if close else ", ".join(Site.model_fields)
             raise UserError(f"{path}: {key}: unknown key, {hint}")
     try:
-        return Site.model_validate(data)
+        site = Site.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(describe_problems(error, data, set()))}") from None
+    limit = _seconds(site.time)
+    if limit is not None and site.signal_lead_seconds >= limit:
+        raise UserError(
+            f"{path}: signal_lead_seconds: {site.signal_lead_seconds} leaves the job no time, it "
+            f"must be less than time ({site.time}, {limit} s)"
+        )
+    return site
+
+
+def quoted(name: str, value: str) -> str:
+    """An option of sbatch as a line ``#SBATCH`` takes it, spaces in the value or not."""
+    return f"--{name}={shlex.quote(value)}"
+
+
+def _seconds(time: str) -> int | None:
+    """What Slurm makes of a time limit; None where that is for Slurm to say (``UNLIMITED``)."""
+    days, dash, clock = time.rpartition("-")
+    parts = clock.split(":")
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    if len(parts) > 3 or not all(part.isdecimal() for part in [days or "0", *parts]):
+        return None
+    return int(days or 0) * 86400 + sum(
+        int(part) * unit for part, unit in zip(parts, units, strict=False)
+    )

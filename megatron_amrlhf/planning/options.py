@@ -46,7 +46,7 @@ def add_plan_options(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--share",
-        type=above_zero,
+        type=_share,
         default=DEFAULT_SHARE,
         metavar="X",
         help="part of it for tensors (default %(default)g)",
@@ -57,3 +57,10 @@ def add_plan_options(command: argparse.ArgumentParser) -> None:
     add("--model", metavar="FOLDER", help="holds the config.json to take for model.path's")
     add("--layouts", type=at_least_one, default=8, metavar="N", help="layouts listed at most (8)")
     add("--json", metavar="FILE", help="also write the plan there")
+
+
+def _share(text: str) -> float:
+    share = above_zero(text)
+    if share > 1:
+        raise argparse.ArgumentTypeError(f"must be at most 1, found {text!r}")
+    return share

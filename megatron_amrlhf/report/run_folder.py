@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from megatron_amrlhf.report.stop_request import STOP_NAME, process_age
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
 WATCHDOG_NAME = "watchdog.txt"
+PREPARED_VARIABLE = "AMRLHF_PREPARED"  # of ranks whose launch script has removed an old stop file
 STATUS_KEYS = {"state", "step", "message", "time", "attempt"}
 
 
@@ -144,19 +146,14 @@ class RunFolder:
     def _clear_old_stop(self) -> None:
         """Removes the stop file of an earlier attempt.
 
-        A launch script has done so before it made this attempt's logs: a file that is there now
-        is a request, even if older than this process. Two times of one file system are compared.
+        Where a launch script has done so, a file that is there now is a request, even if older
+        than this process. Two times of one file system are compared.
         """
-        if not self.stop.exists() or logs_folder(self.path, self.attempt).exists():
+        if not self.stop.exists() or PREPARED_VARIABLE in os.environ:
             return
         now = (self.path / STATUS_NAME).stat().st_mtime  # just written
         if now - self.stop.stat().st_mtime > process_age():
             self.clear_stop()
-
-
-def logs_folder(path: Path, attempt: int) -> Path:
-    """Where launch scripts keep the output of an attempt's ranks."""
-    return path / "logs" / f"attempt-{attempt:02d}"
 
 
 def note_failure(path: Path, message: str) -> None:

@@ -1,10 +1,56 @@
-"""What is done before any process of a run is started."""
+"""What is done before any process of a run is started: refusals, folders of logs."""
 
+import json
+
+import pytest
 import yaml
 
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.launching import prepare
+from megatron_amrlhf.launching.prepare import new_attempt, refuse_for_shells
 from megatron_amrlhf.report.run_folder import RunFolder
 from tests.unit.config.samples import PPO, make_config
+
+
+@pytest.fixture
+def start(tmp_path):
+    def write(attempt: str, *ranks: int) -> None:
+        folder = tmp_path / "logs" / attempt
+        folder.mkdir(parents=True)
+        for rank in ranks:
+            (folder / f"2026_rank{rank}.log").touch()
+
+    return write
+
+
+def test_a_start_never_gets_an_earlier_ones_logs(tmp_path, start):
+    assert new_attempt(tmp_path, 0) == "attempt-01"
+    start("attempt-01", 0, 1)
+    start("attempt-09", 0, 1)
+    start("attempt-old", 0)
+    assert new_attempt(tmp_path, 0) == "attempt-10"
+    (tmp_path / "status.json").write_text(json.dumps({"attempt": 12}))
+    assert new_attempt(tmp_path, 0) == "attempt-13"
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_nodes_started_one_by_one_share_a_folder(tmp_path, start, first):
+    start("attempt-01", 0, 1, 2, 3)
+    start("attempt-02", first, first + 1)  # the node that came first
+    assert new_attempt(tmp_path, 2 - first) == "attempt-02"
+    assert new_attempt(tmp_path, first) == "attempt-03"
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "a;b", "$HOME", "a<b", "*", "`a`", "a|b", "{a: 1}", "%h", ""]
+)
+def test_what_a_shell_would_change_is_refused_with_the_way_out(text):
+    with pytest.raises(UserError, match="--node-rank"):
+        refuse_for_shells([text])
+
+
+def test_what_a_shell_leaves_is_taken():
+    refuse_for_shells(["train", "/r/ppo.yaml", "--set", "optimizer.lr=1e-6", "a.b=[1,2]", "~/x"])
 
 
 def test_a_refused_start_leaves_another_runs_folder_alone(tmp_path, monkeypatch, capsys):

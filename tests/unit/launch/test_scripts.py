@@ -1,6 +1,8 @@
 """The shell scripts answer wrong options, and the shipped configurations are valid."""
 
+import os
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -54,6 +56,19 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments):
     answer = _bash(f"launch/{script}", *options)
     assert answer.returncode == 2 and not answer.stdout
     assert answer.stderr.startswith(f"{script}: ") and answer.stderr.count("\n") == 1
+
+
+def test_an_environment_without_pip_is_made_again(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "stand-in").write_text('#!/bin/bash\n[[ "$1" == -c ]]\n')  # fits, makes nothing
+    (tmp_path / "stand-in").chmod(0o755)
+    command = ["bash", "launch/install.sh", "--venv", str(tmp_path)]
+    given = os.environ | {"PYTHON": str(tmp_path / "stand-in")}
+    answer = subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60
+    )
+    assert answer.returncode == 2 and f"could not make {tmp_path}" in answer.stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)

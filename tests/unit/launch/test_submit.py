@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.launching.site import load_site
 
 ROOT = Path(__file__).parents[3]
@@ -23,9 +24,9 @@ def site(tmp_path):
     return write
 
 
-def submit(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "launch/slurm/submit.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def submit(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch" / "slurm" / "submit.py"), *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def headers(script: str) -> list[str]:
@@ -40,7 +41,7 @@ def test_a_dry_run_prints_a_whole_script(site):
     expected |= {"--time=01:00:00", "--signal=B:USR1@300", "--requeue", "--job-name=ppo-demo"}
     assert expected <= set(headers(answer.stdout))
     assert "module load cuda\n" in answer.stdout and "export PROCESSES=2\n" in answer.stdout
-    assert f"set -- {PPO} --set run.seed=3\n" in answer.stdout
+    assert f"set -- {ROOT / PPO} --set run.seed=3\n" in answer.stdout
     checked = subprocess.run(["bash", "-n"], input=answer.stdout, text=True, check=False)
     assert checked.returncode == 0
 
@@ -51,6 +52,26 @@ def test_a_sweep_is_one_array_of_named_runs(site):
     assert "--array=0-7" in headers(answer.stdout)
     names = [part for part in answer.stdout.split() if part.startswith("run.name=")]
     assert len(set(names)) == 8 and "run.name=ppo-demo-seed0-lr1e-6" in names
+
+
+def test_a_job_submitted_from_elsewhere_runs_in_the_repository(site, config):
+    answer = submit("--site", site(nodes=1), config.name, "--dry-run", cwd=config.parent)
+    assert f"export AMRLHF_HOME={ROOT}\n" in answer.stdout, answer.stderr
+    assert f"set -- {config}\n" in answer.stdout
+
+
+def test_values_with_spaces_are_quoted_for_sbatch(site):
+    keys = ["--set", "run.name=my run", "run.folder=/a b"]
+    answer = submit("--site", site(constraint="a&b"), PPO, *keys, "--dry-run")
+    expected = {"--job-name=my-run", "--output='/a b/slurm-my-run-%j.out'", "--constraint='a&b'"}
+    assert expected <= set(headers(answer.stdout)), answer.stderr
+
+
+@pytest.mark.parametrize("time", ["5", "5:00", "00:05:00", "0-00:05", "0-0:5:0"])
+def test_a_lead_that_leaves_no_time_is_refused(site, time):
+    load_site(Path(site(time=time, signal_lead_seconds=299)))
+    with pytest.raises(UserError, match=r"signal_lead_seconds: 300 .* 300 s"):
+        load_site(Path(site(time=time, signal_lead_seconds=300)))
 
 
 def test_the_example_site_is_valid():

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.report.run_folder import RunFolder, last_attempt, logs_folder
+from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, RunFolder, last_attempt
 from megatron_amrlhf.report.stop_request import process_age
 from tests.unit.config.samples import PPO, make_config
 
@@ -94,12 +94,13 @@ def test_a_status_that_cannot_be_read_is_a_user_error(tmp_path):
 
 @pytest.mark.parametrize("launched", [False, True])
 @pytest.mark.parametrize("older_seconds", [-5, 5])
-def test_only_an_earlier_attempts_stop_file_is_removed(make, older_seconds, launched):
+def test_only_an_earlier_attempts_stop_file_is_removed(make, monkeypatch, older_seconds, launched):
     """Where a launch script has removed it before, a file is always a request."""
     path = make().run.path
     path.mkdir(parents=True)
+    monkeypatch.delenv(PREPARED_VARIABLE, raising=False)
     if launched:
-        logs_folder(path, 1).mkdir(parents=True)
+        monkeypatch.setenv(PREPARED_VARIABLE, "1")
     (path / "stop").touch()
     asked = time.time() - process_age() - older_seconds
     os.utime(path / "stop", (asked, asked))

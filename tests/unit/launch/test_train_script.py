@@ -1,0 +1,122 @@
+"""launch/train.sh around a stand-in for the deepspeed launcher."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+LAUNCHER = """\
+#!/bin/bash
+printf '%s\\n' "$@" >"$0.arguments"
+while [[ "$1" != --enable_each_rank_log ]]; do shift; done
+LOGS="$2" FOLDER="${2%/logs/*}"
+status() { echo '{"attempt": 1, "step": 1, "message": "", "state": "'"$1"'"}' >"$FOLDER/status.json"; }
+"""
+
+
+class Launch:
+    """Runs train.sh in a folder of its own, with a launcher that does what the test says."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.bin = folder, folder / "venv" / "bin"
+        self.bin.mkdir(parents=True)
+        self.run = folder / "demo"
+        (folder / "hosts").write_text("one slots=1\ntwo slots=1\n")
+        self.write("python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+
+    def write(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def __call__(self, deed: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+        self.write("deepspeed", LAUNCHER + deed)
+        return subprocess.run(
+            ["bash", str(ROOT / "launch" / "train.sh"), *(arguments or ["run.yaml"])],
+            cwd=self.folder,
+            env=os.environ | {"VENV": "venv"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+
+    @property
+    def arguments(self) -> list[str]:
+        """What the launcher was given."""
+        return (self.bin / "deepspeed.arguments").read_text().splitlines()
+
+
+@pytest.fixture
+def launch(tmp_path, config):
+    return Launch(tmp_path)
+
+
+def test_a_launcher_that_dies_before_any_rank_has_a_log_ends_the_script(launch):
+    answer = launch("exit 3")
+    assert answer.returncode == 3
+    assert "the run failed (exit code 3), see " in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["train", "score"])
+def test_only_the_logs_of_this_start_are_shown(launch, command):
+    more = ["--answers", "steps.jsonl", "--out", "demo"] if command == "score" else []
+    for word in ("old", "new"):
+        deed = f'echo "error: {word}" >"$LOGS/x_rank0.log"; exit 2'
+        answer = launch(deed, command, "run.yaml", *more)
+        assert (answer.returncode, answer.stdout) == (2, f"error: {word}\n")
+
+
+@pytest.mark.parametrize(("state", "code"), [("running", 1), ("finished", 0), ("preempted", 0)])
+def test_success_needs_a_run_that_says_so(launch, state, code):
+    assert launch(f"status {state}; exit 0").returncode == code
+    again = launch("exit 0")  # the status is that of the start before
+    assert again.returncode == 1 and "the launcher ended before the run" in again.stderr
+
+
+def test_ranks_whose_launcher_was_killed_are_ended(launch):
+    answer = launch('status running; sleep 300 & echo $! >"$FOLDER/pid"; exit 0')
+    assert answer.returncode == 1
+    left = Path("/proc") / (launch.run / "pid").read_text().strip()
+    time.sleep(0.2)
+    assert not left.exists() or "State:\tZ" in (left / "status").read_text()
+
+
+def test_a_signal_right_after_the_start_is_a_request(launch):
+    wait = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || exit 75; sleep 0.1; done'
+    answer = launch(f'kill -TERM "$PPID"; {wait}')
+    assert answer.returncode == 75 and "the run saves and stops" in answer.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "score", "run.yaml"])
+def test_help_of_a_command_is_shown_and_nothing_is_run(launch, command):
+    answer = launch("exit 9", command, "--help")
+    assert answer.returncode == 0 and answer.stderr == ""
+    assert answer.stdout.startswith("usage: amrlhf ") and not (launch.run / "logs").exists()
+
+
+def test_a_failed_scoring_names_its_logs(launch):
+    answer = launch("exit 1", "score", "run.yaml", "--answers", "steps.jsonl", "--out", "scores")
+    assert answer.returncode == 1
+    assert answer.stderr.strip() == (
+        f"train.sh: the run failed (exit code 1), see {launch.folder}/scores/logs/attempt-01"
+    )
+
+
+def test_files_are_those_of_the_callers_folder(launch):
+    arguments = ["score", "run.yaml", "--answers=steps.jsonl", "--out=scores"]
+    launch("exit 0", *arguments)
+    given = launch.arguments
+    for name in ("run.yaml", "steps.jsonl", "scores"):
+        assert str(launch.folder / name) in " ".join(given).replace("=", " ").split(), name
+
+
+def test_the_given_master_beats_the_variable(launch):
+    nodes = ["--hostfile", "hosts", "--node-rank", "0"]
+    launch("exit 3", *nodes, "--master", "one:111", "run.yaml", MASTER_PORT="222")
+    assert launch.arguments[launch.arguments.index("--master_port") + 1] == "111"
+    launch("exit 3", *nodes, "run.yaml", MASTER_PORT="222")
+    assert launch.arguments[launch.arguments.index("--master_port") + 1] == "222"
