@@ -11,10 +11,7 @@ ROOT = Path(__file__).parents[3]
 # The probe of the nodes at the end of a failed run has no --output.
 SRUN = """\
 #!/bin/bash
-for WORD in "$@"; do
-    case "$WORD" in --output=*) LOGS="$(dirname "${WORD#*=}")" ;; esac
-done
-[[ -n "${LOGS:-}" ]] || { echo "$@" >"$0.probe"; exit "$ALIVE"; }
+[[ "$*" == *" --output="* ]] || { echo "$@" >"$0.probe"; exit "$ALIVE"; }
 sleep 0.5
 """
 SCONTROL = """\

@@ -14,7 +14,9 @@ LAUNCHER = """\
 printf '%s\\n' "$@" >"$0.arguments"
 while [[ "$1" != --enable_each_rank_log ]]; do shift; done
 LOGS="$2" FOLDER="${2%/logs/*}"
-status() { echo '{"attempt": 1, "step": 1, "message": "", "state": "'"$1"'"}' >"$FOLDER/status.json"; }
+status() {
+    echo '{"attempt": 1, "step": 1, "message": "", "state": "'"$1"'"}' >"$FOLDER/status.json"
+}
 """
 
 
