@@ -95,7 +95,8 @@ fi
 export TOKENIZERS_PARALLELISM=false
 [[ "$GPUS" -gt 0 ]] || export DS_ACCELERATOR=cpu
 PREPARED="$("$BIN/python" -m megatron_amrlhf.launching.prepare --processes "$PROCESSES" \
-    ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} ${LOGS:+--logs "$LOGS"} -- "$COMMAND" "$@")"
+    ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} \
+    ${LOGS:+--logs "$LOGS"} -- "$COMMAND" "$@")"
 [[ "$PREPARED" == FOLDER=* ]] || { echo "$PREPARED"; exit 0; } # a command's --help
 eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
 export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES" AMRLHF_PREPARED=1

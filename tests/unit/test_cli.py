@@ -122,6 +122,8 @@ def test_our_own_errors_keep_their_traceback(config_path, trainer):
         (["train"], "arguments are required: CONFIG.yaml"),
         (["trian", "x.yaml"], "invalid choice: 'trian'"),
         (["train", "x.yaml", "--sett", "a.b=1"], "unrecognized arguments"),
+        (["plan", "x.yaml", "--share", "7"], "--share: must be at most 1, found '7'"),
+        (["plan", "x.yaml", "--share", "0"], "--share: must be a number above 0, found '0'"),
         (["train", "no/such.yaml"], "no/such.yaml: no such file"),
     ],
 )
