@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_amrlhf.algorithms.train import run
+from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
 from megatron_amrlhf.config.load import load_config
 from tests.distributed.processes import run_on
 from tests.helpers_models import make_tiny_model
@@ -138,6 +139,16 @@ def numbers(folder: Path) -> list[dict]:
         {key: value for key, value in line.items() if not key.startswith(CLOCK)}
         for line in read_metrics(folder)
     ]
+
+
+def saved_parts(run: Path) -> dict[str, dict]:
+    """Size and hash of each part of the newest checkpoint: masters and moments, bit for bit."""
+    latest = find_latest(run / "checkpoints")
+    return {
+        name: entry
+        for name, entry in read_manifest(latest).items()
+        if name.endswith(".safetensors")
+    }
 
 
 def start(folder: Path, config: Path, tp: int, pp: int, dp: int, *overrides: str) -> Path:

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
 from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.processes import run_on
 from tests.distributed.runs import (
@@ -20,6 +19,7 @@ from tests.distributed.runs import (
     numbers,
     read_metrics,
     run_config,
+    saved_parts,
     start,
     write_config,
 )
@@ -151,16 +151,6 @@ def test_curves_are_those_that_were_kept(reference, kind):
     assert len(kept) == len(found) == 2
     for expected, line in zip(kept, found, strict=True):
         assert line == pytest.approx(expected, rel=GOLDEN_TOLERANCE, abs=1e-12)
-
-
-def saved_parts(run: Path) -> dict[str, dict]:
-    """Size and hash of each part of the newest checkpoint: masters and moments, bit for bit."""
-    latest = find_latest(run / "checkpoints")
-    return {
-        name: entry
-        for name, entry in read_manifest(latest).items()
-        if name.endswith(".safetensors")
-    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
