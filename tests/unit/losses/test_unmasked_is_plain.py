@@ -14,6 +14,8 @@ from megatron_amrlhf.algorithms.dense import DenseRewards
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.losses.dpo import dpo_loss
+from megatron_amrlhf.losses.grpo import grpo_loss
+from megatron_amrlhf.losses.kto import kto_loss, reference_point
 from megatron_amrlhf.losses.ppo import ppo_actor_loss
 from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
 from megatron_amrlhf.types import ScoredBatch
@@ -21,7 +23,8 @@ from megatron_amrlhf.types import ScoredBatch
 LENGTHS = torch.tensor([5, 1, 9, 3])
 WIDTH = 9
 VALID = torch.arange(WIDTH)[None] < LENGTHS[:, None]
-CLIP_EPS, BETA, KL_COEF = 0.2, 0.3, 0.05
+CLIP_EPS, CLIP_EPS_HIGH, BETA, KL_COEF = 0.2, 0.3, 0.3, 0.05
+DESIRABLE, UNDESIRABLE = 1.5, 0.75
 
 
 def random_tensors(count: int) -> list[torch.Tensor]:
@@ -90,6 +93,57 @@ def test_both_dpo_forms_on_all_tokens_are_plain_dpo_bit_for_bit(form):
         # padded with zeros, because the bits of a sum depend on how many terms it has
         difference = (leaf - torch.where(VALID, reference, 0.0)).sum(dim=1)
         return -F.logsigmoid(BETA * difference[0::2] - BETA * difference[1::2])
+
+    found, gradient = terms_and_gradient(loss, logprobs)
+    expected, plain_gradient = terms_and_gradient(plain, torch.where(VALID, logprobs, 0.0))
+    assert torch.equal(found, expected)
+    assert torch.equal(gradient[VALID], plain_gradient[VALID]) and not gradient[~VALID].any()
+
+
+def plain_grpo(logprobs, behaviour, reference, advantages):
+    ratio = torch.exp(logprobs - behaviour)
+    clipped = torch.clamp(ratio, 1 - CLIP_EPS, 1 + CLIP_EPS_HIGH)
+    kl = torch.expm1(reference - logprobs) - (reference - logprobs)
+    return -torch.minimum(ratio * advantages, clipped * advantages) + KL_COEF * kl
+
+
+def test_grpo_on_all_tokens_is_plain_grpo_bit_for_bit():
+    behaviour, noise, reference = random_tensors(3)
+    logprobs, advantages_B = behaviour + 0.3 * noise, torch.tensor([1.2, -0.7, -0.1, 0.4])
+    clip = (CLIP_EPS, CLIP_EPS_HIGH)
+
+    def loss(leaf):
+        sides = (leaf, behaviour, reference, advantages_B)
+        return grpo_loss(*sides, VALID, VALID, *clip, KL_COEF, "k3").terms
+
+    found, gradient = terms_and_gradient(loss, logprobs)
+    advantages = advantages_B[:, None].expand_as(VALID)[VALID]
+    expected, plain_gradient = terms_and_gradient(
+        lambda leaf: plain_grpo(leaf, behaviour[VALID], reference[VALID], advantages),
+        logprobs[VALID],
+    )
+    assert torch.equal(found[VALID], expected) and torch.equal(gradient[VALID], plain_gradient)
+    assert not found[~VALID].any() and not gradient[~VALID].any()
+
+
+def test_kto_on_all_tokens_is_plain_kto_bit_for_bit():
+    logprobs, reference, mismatched = random_tensors(3)
+    chosen, mismatched = torch.tensor([True, False, False, True]), mismatched + 1  # z0 above 0
+    z0 = reference_point(mismatched, reference, VALID)
+    # padded with zeros, because the bits of a sum depend on how many terms it has
+    unpadded = [torch.where(VALID, x, 0.0) for x in (reference, mismatched)]
+    plain_z0 = (unpadded[1] - unpadded[0]).sum(dim=1).double().mean().float().clamp(min=0)
+    assert torch.equal(z0, plain_z0) and z0 > 0
+
+    def loss(leaf):
+        weights = (BETA, DESIRABLE, UNDESIRABLE)
+        return kto_loss(leaf, reference, chosen, VALID, z0, *weights).terms[:, 0]
+
+    def plain(leaf):
+        logratio = (leaf - unpadded[0]).sum(dim=1)
+        gain = torch.where(chosen, logratio - z0, z0 - logratio)
+        weight = torch.where(chosen, DESIRABLE, UNDESIRABLE)
+        return weight * torch.sigmoid(-BETA * gain)
 
     found, gradient = terms_and_gradient(loss, logprobs)
     expected, plain_gradient = terms_and_gradient(plain, torch.where(VALID, logprobs, 0.0))
