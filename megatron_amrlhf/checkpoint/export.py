@@ -23,13 +23,14 @@ from megatron_amrlhf.checkpoint.files import (
     write_tensors,
     write_text,
 )
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
 from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh
-from megatron_amrlhf.rewards.kinds import KEY, KIND_OF_ROLE
+from megatron_amrlhf.rewards.kinds import KEYS, export_keys
 
 HEAD_FILE = "head.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -65,7 +66,7 @@ def export_role(
     def finish() -> None:
         if mesh.is_main:
             _write_index(temporary, maps)
-            _write_config(temporary, role)
+            _write_config(temporary, role, engine.config)
             tokenizer.save_pretrained(temporary)
             _replace(folder, temporary)
 
@@ -147,13 +148,12 @@ def _write_index(folder: Path, maps: list[dict[str, tuple]]) -> None:
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, role: Role) -> None:
+def _write_config(folder: Path, role: Role, run: Config) -> None:
     config = read_hf_config(role.spec.folder)
     config.pop("torch_dtype", None)
     config["dtype"] = role.spec.dtype_name
-    config.pop(KEY, None)
-    if role.spec.name in KIND_OF_ROLE:
-        config[KEY] = KIND_OF_ROLE[role.spec.name]
+    config = {key: value for key, value in config.items() if key not in KEYS}
+    config |= export_keys(role.spec.name, run)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     source = role.spec.folder / GENERATION_FILE
     if source.is_file():

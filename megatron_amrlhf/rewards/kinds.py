@@ -5,9 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_amrlhf.config.algorithms import PrmAlgorithm
+from megatron_amrlhf.config.schema import Config
+
 PROCESS, OUTCOME = "process", "outcome"
-KEY = "reward_kind"  # in the export's config.json
 KIND_OF_ROLE = {"prm": PROCESS, "orm": OUTCOME}  # role that was trained -> kind
+OUTPUT_OF_LOSS = {"bce": "logit", "mse": "score"}
+# In the export's config.json:
+KIND, OUTPUT, MARKER, SEPARATOR = KEYS = (
+    "reward_kind",
+    "reward_output",
+    "step_marker",
+    "step_separator",
+)
+
+
+def export_keys(role: str, config: Config) -> dict[str, str | None]:
+    """What the ``config.json`` of a trained role says about its numbers.
+
+    Args:
+        role: that is exported.
+        config: of the run that trained it.
+
+    Returns:
+        Nothing for a policy; the kind of a reward model; of a PRM also what its head gives
+        (``logit`` or ``score``), and the marker and separator of the steps that it was trained on.
+    """
+    found: dict[str, str | None] = {}
+    if role in KIND_OF_ROLE:
+        found[KIND] = KIND_OF_ROLE[role]
+    if role == "prm" and isinstance(config.algorithm, PrmAlgorithm):
+        found[OUTPUT] = OUTPUT_OF_LOSS[config.algorithm.loss]
+        found[MARKER], found[SEPARATOR] = config.data.step_marker, config.data.step_separator
+    return found
 
 
 def reward_kind(hf_config: Mapping[str, Any]) -> str:
@@ -16,4 +46,4 @@ def reward_kind(hf_config: Mapping[str, Any]) -> str:
     ``outcome``: the head was trained at the last token only, its number there is the answer's
     reward, and what it says before is not used.
     """
-    return hf_config.get(KEY, PROCESS)
+    return hf_config.get(KIND, PROCESS)

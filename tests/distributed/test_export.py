@@ -19,6 +19,7 @@ from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.parallel.mesh import build_mesh
+from megatron_amrlhf.rewards.kinds import KEYS
 from tests.distributed.processes import run_on
 from tests.helpers_models import make_tiny_model
 
@@ -137,6 +138,7 @@ def assert_sound_index(case: Case, export: Path, pipeline: int) -> None:
     assert {path.name for path in export.glob("*.safetensors")} == stages | head
     config = json.loads((export / "config.json").read_text())
     assert config["dtype"] == case.dtype and "torch_dtype" not in config
+    assert not config.keys() & set(KEYS), "a policy says nothing about rewards"
     assert config["tie_word_embeddings"] == case.tied
 
 
@@ -160,7 +162,8 @@ def sources(tmp_path_factory) -> Path:
         make_source(folder / case.name, case)
     config_file = folder / CASES[0].name / "config.json"
     config = json.loads(config_file.read_text())
-    config_file.write_text(json.dumps(config | {"torch_dtype": "float16"}))  # stale, as of old
+    stale = {"torch_dtype": "float16", "reward_kind": "process", "step_marker": "+"}
+    config_file.write_text(json.dumps(config | stale))
     return folder
 
 
