@@ -9,12 +9,14 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer, marker_token_id
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.fingerprint import model_fingerprint
 from megatron_amrlhf.models.shape import check_shape
-from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
+from megatron_amrlhf.rewards.kinds import MARKER, OUTCOME, OUTPUT, SEPARATOR, reward_kind
+from megatron_amrlhf.rewards.marking import StepMarker
 from megatron_amrlhf.rewards.offline import OfflineScores, load_offline
 from megatron_amrlhf.rewards.verifiable import check_library
 
@@ -28,12 +30,20 @@ class RewardModel:
         folder: Hugging Face folder with a head.
         num_attributes: outputs of the head.
         tokenizer: its own, or None if that is the policy's: then it scores the policy's ids.
+        marker: at which it judges steps; None: it is read at every token.
     """
 
     role: str
     folder: Path
     num_attributes: int
     tokenizer: PreTrainedTokenizerBase | None
+    marker: StepMarker | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights, and of the marker and separator of its rows."""
+        rows = "" if self.marker is None else f" {self.marker.text!r} {self.marker.separator!r}"
+        return model_fingerprint(self.folder) + rows
 
 
 def load_reward_models(
@@ -42,7 +52,8 @@ def load_reward_models(
     """The reward models that have a weight, checked. No process group is needed.
 
     Raises:
-        UserError: a folder has no head, or its sizes do not divide by the layout.
+        UserError: a folder has no head, its sizes do not divide by the layout, or the run says
+            something else about its output or its step marker.
     """
     section, models = config.reward_model, []
     if config.reward.prm_weight and section.path:
@@ -71,7 +82,7 @@ def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> Offl
         config.mask.offline_file,
         config.mask.offline_statistic,
         config.mask.offline_quantile,
-        model_fingerprint(prm.folder),
+        prm.fingerprint,
         config.reward_model.attribute_weights,
     )
 
@@ -104,6 +115,8 @@ def _load(
             f"{key}: {folder} has no reward head (head.weight): give the export folder of a run "
             f"with algorithm.kind {role}"
         )
+    if role == "prm":
+        _check_output(config, folder)
     own = load_tokenizer(folder)
     end_token_ids(own, folder)
     is_same = _same(own, policy_tokenizer)
@@ -117,6 +130,45 @@ def _load(
         folder=folder,
         num_attributes=weights.get("head.weight").shape[0],
         tokenizer=None if is_same else own,
+        marker=_step_marker(config, folder, own) if role == "prm" else None,
+    )
+
+
+def _check_output(config: Config, folder: Path) -> None:
+    """Whether the run takes a PRM's numbers for what they are, where its folder says it."""
+    wanted = config.reward_model.output
+    found = read_hf_config(folder).get(OUTPUT, wanted)
+    if found != wanted:
+        raise UserError(
+            f"reward_model.output: is {wanted}, but the head of {folder} gives a {found}: set it "
+            f"to {found}"
+        )
+
+
+def _step_marker(
+    config: Config, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> StepMarker | None:
+    """A PRM's marker as the run says, or else its folder; None for a PRM without one."""
+    section, said = config.reward_model, read_hf_config(folder)
+    text = said.get(MARKER) if section.step_marker is None else section.step_marker
+    if config.data.step_marker not in (None, text):
+        raise UserError(
+            f"data.step_marker: {config.data.step_marker!r} is for training; {folder} is read "
+            f"{f'at {text!r}' if text else 'without a marker'}: set reward_model.step_marker"
+        )
+    if text is None:
+        if section.step_separator is not None:
+            raise UserError(
+                "reward_model.step_separator: is read with reward_model.step_marker only"
+            )
+        return None
+    if reward_kind(said) == OUTCOME:
+        raise UserError(f"reward_model.step_marker: {folder} is an ORM, which judges no steps")
+    separators = (section.step_separator, said.get(SEPARATOR), "\n")
+    return StepMarker(
+        text=text,
+        token_id=marker_token_id(tokenizer, text, "reward_model.step_marker"),
+        separator=next(x for x in separators if x is not None),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
+from megatron_amrlhf.rewards.marking import AnswerSteps
 from megatron_amrlhf.rewards.units import newline_token_ids
 from megatron_amrlhf.rewards.verifiable import Verifier
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
@@ -141,17 +143,28 @@ def model_rewards(
     rollout: RolloutBatch,
     prompts: PromptBatch,
     on_block: OnBlock = nothing,
+    steps: Sequence[AnswerSteps | None] | None = None,
 ) -> Tensor | None:
     """``[B, R]`` a reward model's raw reward at the policy's tokens (last stages; else None).
 
-    A model with another tokenizer reads the same text in its own tokens. Entered by every rank.
+    A model with another tokenizer reads the same text in its own tokens, one with a step marker
+    each step with the marker after it. Entered by every rank.
+
+    Args:
+        context: the run.
+        model: which one; its role is in the engine.
+        rollout: the answers.
+        prompts: their prompts.
+        on_block: called with the number of rows after each micro-batch.
+        steps: of each answer, where they are known; else newlines end them. Read with a marker.
     """
     read = read_reward(context, model.role)
-    if model.tokenizer is None:
+    if model.tokenizer is None and model.marker is None:
         scores = score_tokens(context, model.role, rollout, "at", read, on_block)
     else:
         system = context.config.data.system_prompt
-        texts = translate(rollout, prompts, context.tokenizer, model.tokenizer, system)
+        mine, own = context.tokenizer, model.tokenizer or context.tokenizer
+        texts = translate(rollout, prompts, mine, own, system, model.marker, steps)
         scores = score_tokens(context, model.role, texts.rollout, "at", read, on_block)
         scores = None if scores is None else read_back(scores, texts, rollout)
     if scores is None or model.role != "prm":

@@ -27,12 +27,12 @@ from megatron_amrlhf.data.order import PADDING, fingerprint, shard
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.models.fingerprint import model_fingerprint
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.rewards.marking import AnswerSteps
 from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME, score_statistics
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
@@ -118,7 +118,7 @@ def prepare(
     weights = config.reward_model.attribute_weights
     key = {
         "data": fingerprint(path),
-        "models": {model.role: model_fingerprint(model.folder) for model in models},
+        "models": {model.role: model.fingerprint for model in models},
         "attribute_weights": None if weights is None else list(weights),
         "rows": hashlib.sha256(b"".join(x.row.numpy().tobytes() for x in answers)).hexdigest(),
         "part_size": part_size,
@@ -200,8 +200,13 @@ def _score_part(context: Context, job: Job, number: int) -> dict[str, Tensor] | 
     mine = shard(rows, mesh.dp_rank, mesh.dp_size)
     count = sum(i != PADDING for i in mine)
     scored = [rows[0] if i == PADDING else i for i in mine]  # no rank is left without a row
-    rollout, prompts = _as_rollout([job.answers[i] for i in scored], scored)
-    found = {model.role: model_rewards(context, model, rollout, prompts) for model in job.models}
+    answers = [job.answers[i] for i in scored]
+    rollout, prompts = _as_rollout(answers, scored)
+    steps = [_given_steps(answer) for answer in answers]
+    found = {
+        model.role: model_rewards(context, model, rollout, prompts, steps=steps)
+        for model in job.models
+    }
     if not mesh.is_last_stage:
         return None
     lengths = rollout.response_lengths.tolist()
@@ -218,6 +223,14 @@ def _score_part(context: Context, job: Job, number: int) -> dict[str, Tensor] | 
     if "orm" in merged:
         tensors["orm"] = torch.stack([row[-1] for row in merged["orm"]])
     return tensors
+
+
+def _given_steps(answer: GivenAnswer) -> AnswerSteps | None:
+    """The steps of an answer that is given in steps."""
+    if not answer.steps:
+        return None
+    num_tokens = answer.row.numel() - answer.prompt_length
+    return AnswerSteps.given(answer.steps, answer.step_ends, num_tokens)
 
 
 def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[RolloutBatch, PromptBatch]:

@@ -1,7 +1,8 @@
-"""Answers in the tokens of a reward model that has a tokenizer of its own, and its scores back."""
+"""Answers in a reward model's own rows (other tokens, step markers), and its scores back."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,16 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.data.chat import encode_prompt
 from megatron_amrlhf.data.token_text import decode, token_ends
+from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, mark_answer, newline_steps
 from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 
 @dataclass(frozen=True)
 class Translation:
-    """Answers in another tokenizer's tokens.
+    """Answers in a reward model's rows.
 
     Attributes:
-        rollout: the same answers, rows of the other tokenizer.
+        rollout: the same answers, rows of the reward model.
         index: for each answer, 1-D int64: of each policy token the number of the response token
             in ``rollout`` that is read for it.
     """
@@ -34,10 +36,15 @@ def translate(
     tokenizer: PreTrainedTokenizerBase,
     other: PreTrainedTokenizerBase,
     system_prompt: str | None,
+    marker: StepMarker | None = None,
+    steps: Sequence[AnswerSteps | None] | None = None,
 ) -> Translation:
     """Cuts prompts and answers anew. The same on every rank of a replica.
 
-    The prompt goes through the other tokenizer's chat template; an end token becomes its EOS.
+    The prompt goes through the other tokenizer's chat template, or stays as it is where the
+    tokenizer is the policy's; an end token becomes the other's EOS. With a marker each step is cut
+    anew on its own, also by the policy's tokenizer, as in the PRM's training, and all tokens of a
+    step read its marker.
 
     Args:
         rollout: answers in the policy's tokens.
@@ -45,19 +52,28 @@ def translate(
         tokenizer: the policy's.
         other: the reward model's.
         system_prompt: of the run, or None.
+        marker: at which the reward model judges steps; None: it is read at every token.
+        steps: of each answer, where they are known; None: newlines end them. For a marker.
     """
     first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
-    heads = [encode_prompt(other, text, system_prompt) for text in prompts.texts]
+    is_own = other is tokenizer
+    heads = [] if is_own else [encode_prompt(other, x, system_prompt) for x in prompts.texts]
     rows, lengths, index = [], [], []
-    for row, length, group, ended in zip(
+    for row, length, group, ended, known in zip(
         rollout.rows,
         rollout.prompt_lengths.tolist(),
         rollout.group_ids.tolist(),
         rollout.ended.tolist(),
+        steps or [None] * len(rollout.rows),
         strict=True,
     ):
-        head = heads[group - first]
-        ids, places = _answer(row[length:].tolist(), ended, tokenizer, other)
+        head = row[:length].tolist() if is_own else heads[group - first]
+        answer = row[length:].tolist()
+        if marker is None:
+            ids, places = _answer(answer, ended, tokenizer, other)
+        else:
+            known = known or newline_steps(tokenizer, answer, ended)
+            ids, places = mark_answer(known, ended, other, marker)
         rows.append(torch.tensor(head + ids, dtype=torch.int64))
         lengths.append(len(head))
         index.append(torch.tensor(places, dtype=torch.int64))

@@ -68,7 +68,18 @@ class RewardModelSection(Section):
     output: Literal["logit", "score"] = Field(
         "logit",
         description="what the PRM's head gives: a logit (loss: bce), whose sigmoid is a step's "
-        "probability, or a score in [0, 1] (loss: mse); read by reward.outcome",
+        "probability, or a score in [0, 1] (loss: mse); read by reward.outcome; must be what the "
+        "PRM's folder says",
+    )
+    step_marker: str | None = Field(
+        None,
+        description="token after each step at which the PRM judges it, such as <extra_0>; null: "
+        "what its folder says (data.step_marker of its training; a public PRM's says nothing)",
+    )
+    step_separator: str | None = Field(
+        None,
+        description="text that a PRM with a marker sees between steps; null: what its folder says, "
+        "or else a newline",
     )
     attribute_weights: tuple[AnyFloat, ...] | None = Field(
         None,
@@ -130,12 +141,12 @@ class DataSection(Section):
         min_length=1,
     )
     step_separator: str = Field(
-        "\n", description="text that a PRM sees between steps; empty: nothing"
+        "\n", description="text that a PRM is trained with between steps; empty: nothing"
     )
     step_marker: str | None = Field(
         None,
-        description="token put after each step at which it is judged, such as <extra_0>; null: a "
-        "step is judged at its own last token",
+        description="token that a PRM is trained with after each step, at which it is judged, such "
+        "as <extra_0>; null: a step is judged at its own last token",
     )
     system_prompt: str | None = Field(None, description="system message put before each prompt")
     max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")

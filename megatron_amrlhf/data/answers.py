@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import encode_solution, marker_token_id, user_turn
+from megatron_amrlhf.data.chat import encode_solution, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_steps, need_text
 from megatron_amrlhf.data.limits import check_row, encode_limited
@@ -31,8 +31,8 @@ class GivenAnswer:
         prompt_length: tokens of the prompt.
         prompt: the user's text.
         ended: the answer is whole; False: it was cut off and has no end-of-turn token.
-        step_ends: index in the response of the token that each step is judged at; empty without
-            ``steps``.
+        steps: texts of the steps; empty where the answer is given as one text.
+        step_ends: index in the response of each step's last token, its separator included.
         extra: what else the line says (``problem_id``, ``correct``).
         where: ``path:line`` that it comes from.
     """
@@ -41,6 +41,7 @@ class GivenAnswer:
     prompt_length: int
     prompt: str
     ended: bool
+    steps: tuple[str, ...]
     step_ends: tuple[int, ...]
     extra: dict[str, Any]
     where: str
@@ -51,16 +52,16 @@ def load_answers(
 ) -> tuple[list[GivenAnswer], Selection]:
     """Reads ``{"prompt" or "problem", "steps" or "response" or "answer"}`` lines.
 
+    The rows have no step markers: scoring puts those of the PRM in.
     ``"finished": false`` and ``"truncated": true`` mean what they mean in `step_lists`.
 
     Raises:
         UserError: missing keys, empty answers, rows over the limits; with ``path:line:``.
     """
     records = read_numbered_jsonl(path, {})
-    marker_id = marker_token_id(tokenizer, section.step_marker)
 
     def encode(record: dict, where: str) -> list[GivenAnswer]:
-        return [_encode(record, where, tokenizer, section, marker_id)]
+        return [_encode(record, where, tokenizer, section)]
 
     return select_rows(path, records, encode, section.skips_wrong_rows)
 
@@ -70,7 +71,6 @@ def _encode(
     where: str,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
-    marker_id: int | None,
 ) -> GivenAnswer:
     prompt = need_text(record, _first(record, PROMPT_KEYS, where), where)
     key = _first(record, ANSWER_KEYS, where)
@@ -78,14 +78,15 @@ def _encode(
     pieces = need_steps(record, key, where) if is_steps else (need_text(record, key, where),)
     end = answer_end(record, where)
     head = encode_limited(user_turn(prompt), tokenizer, section, where)
-    separator, marker_id = (section.step_separator, marker_id) if is_steps else ("", None)
-    ids, ends = encode_solution(tokenizer, head, pieces, separator, marker_id, end)
+    separator = section.step_separator if is_steps else ""
+    ids, ends = encode_solution(tokenizer, head, pieces, separator, None, end)
     check_row(len(ids), section, where)
     return GivenAnswer(
         row=torch.tensor(ids, dtype=torch.int64),
         prompt_length=len(head),
         prompt=prompt,
         ended=end == "whole",
+        steps=tuple(pieces) if is_steps else (),
         step_ends=tuple(end - len(head) for end in ends) if is_steps else (),
         extra={name: record[name] for name in ("problem_id", "correct") if name in record},
         where=where,

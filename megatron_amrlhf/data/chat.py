@@ -183,8 +183,10 @@ def encode_solution(
     return ids, step_end_positions
 
 
-def marker_token_id(tokenizer: PreTrainedTokenizerBase, marker: str | None) -> int | None:
-    """The one token that ``data.step_marker`` is; None without one.
+def marker_token_id(
+    tokenizer: PreTrainedTokenizerBase, marker: str | None, key: str = "data.step_marker"
+) -> int | None:
+    """The one token that a step marker is; None without one. ``key`` names it in messages.
 
     Raises:
         UserError: the tokenizer cuts it into several tokens, or does not know it.
@@ -194,7 +196,7 @@ def marker_token_id(tokenizer: PreTrainedTokenizerBase, marker: str | None) -> i
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
         raise UserError(
-            f"data.step_marker: {marker!r} is {len(ids)} tokens of this tokenizer, not one of its "
+            f"{key}: {marker!r} is {len(ids)} tokens of this tokenizer, not one of its "
             "own: choose a text that it keeps as one token"
         )
     return ids[0]

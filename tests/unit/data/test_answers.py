@@ -36,8 +36,9 @@ def test_steps_are_judged_as_in_training(tmp_path, tokenizer):
     assert pieces(tokenizer, within) == ["a\n", "b"] and not within.ended
     assert whole.ended and whole.prompt == "Why?"
     assert whole.extra == {"correct": True, "problem_id": 3}
-    (marked,), _ = load(tmp_path, tokenizer, record, step_marker="+", step_separator=" ")
-    assert pieces(tokenizer, marked) == ["a+", " b+"]
+    assert whole.steps == cut.steps == ("a", "b")
+    (other,), _ = load(tmp_path, tokenizer, record, step_marker="+", step_separator=" ")
+    assert pieces(tokenizer, other) == ["a ", "b"]  # markers are the PRM's: rewards/marking.py
 
 
 def test_a_plain_answer_has_no_steps(tmp_path, tokenizer):
@@ -47,7 +48,7 @@ def test_a_plain_answer_has_no_steps(tmp_path, tokenizer):
         {"prompt": "Why?", "response": "So.\n"},
         {"prompt": "Why?", "answer": "So.\n"},
     )
-    assert first.row.tolist() == second.row.tolist() and first.step_ends == ()
+    assert first.row.tolist() == second.row.tolist() and first.step_ends == first.steps == ()
     text = tokenizer.decode(first.row[first.prompt_length : -1])
     assert text == "So.\n" and first.row[-1] == tokenizer.eos_token_id
 

@@ -1,0 +1,108 @@
+"""Answers in the rows of a PRM that judges each step at a marker token after it."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.data.chat import encode_solution
+from megatron_amrlhf.data.token_text import token_texts
+
+
+@dataclass(frozen=True)
+class StepMarker:
+    """Where a PRM judges a step.
+
+    Attributes:
+        text: of the marker token, such as ``<extra_0>``.
+        token_id: its id in the PRM's vocabulary.
+        separator: text between a marker and the next step.
+    """
+
+    text: str
+    token_id: int
+    separator: str
+
+
+@dataclass(frozen=True)
+class AnswerSteps:
+    """An answer cut into steps.
+
+    Attributes:
+        texts: of the steps, without what separates them; none for an answer without text.
+        numbers: for each response token, the end token too, the step whose score it has.
+    """
+
+    texts: tuple[str, ...]
+    numbers: tuple[int, ...]
+
+    @classmethod
+    def given(cls, texts: Sequence[str], ends: Sequence[int], num_tokens: int) -> AnswerSteps:
+        """Of known steps; ``ends`` are the indices of their last tokens."""
+        last = len(texts) - 1
+        numbers = (min(bisect_left(ends, place), last) for place in range(num_tokens))
+        return cls(tuple(texts), tuple(numbers))
+
+
+def newline_steps(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool
+) -> AnswerSteps:
+    """Cuts an answer at its newlines.
+
+    A step's tokens go up to the last one of a run of tokens with a newline, as in
+    `units.step_ids`; its text goes up to the first newline of the run. What such a token holds
+    behind its last newline (blanks) is text of the next step. Blank lines are no steps: their
+    tokens have the score of the step that follows, at the end that of the last one.
+
+    Args:
+        tokenizer: the policy's.
+        ids: response tokens.
+        ended: the last of them is an end token; it has the score of the last step.
+    """
+    pieces = token_texts(tokenizer, ids[:-1] if ended else ids)
+    texts, text, numbers = [], "", []
+    for piece, following in pairwise([*pieces, ""]):
+        numbers.append(len(texts))
+        text += piece
+        if "\n" in piece and "\n" not in following:
+            line, text = text[: text.rfind("\n")], text[text.rfind("\n") + 1 :]
+            texts += _without_newlines(line)
+    texts += _without_newlines(text)
+    last = max(len(texts) - 1, 0)
+    return AnswerSteps(
+        tuple(texts), tuple(min(number, last) for number in numbers) + (last,) * ended
+    )
+
+
+def _without_newlines(text: str) -> list[str]:
+    """The step without newlines at its end; none for a blank text."""
+    body = text.rstrip()
+    return [body + text[len(body) :].partition("\n")[0]] if body else []
+
+
+def mark_answer(
+    steps: AnswerSteps, ended: bool, tokenizer: PreTrainedTokenizerBase, marker: StepMarker
+) -> tuple[list[int], list[int]]:
+    """The answer's ids in the PRM's row, and for each response token the place that it reads.
+
+    The ids are those of `encode_solution`, so they are what the PRM was trained on: each step's
+    text tokenized on its own, the marker, the separator. An answer without text is an empty step.
+
+    Args:
+        steps: of the answer.
+        ended: the answer ends with an end token.
+        tokenizer: the PRM's.
+        marker: the PRM's.
+    """
+    end = "whole" if ended else "within step"
+    if not steps.texts:
+        ids = [marker.token_id] + [tokenizer.eos_token_id] * ended
+        return ids, [0] * len(steps.numbers)
+    ids, places = encode_solution(
+        tokenizer, [], steps.texts, marker.separator, marker.token_id, end
+    )
+    return ids, [places[number] for number in steps.numbers]
