@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
+from megatron_amrlhf.checkpoint.folders import find_latest
 from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.processes import run_on
 from tests.distributed.runs import (
