@@ -29,7 +29,9 @@ def test_a_start_never_gets_an_earlier_ones_logs(tmp_path, start):
     start("attempt-09", 0, 1)
     start("attempt-old", 0)
     assert new_attempt(tmp_path, 0) == "attempt-10"
-    (tmp_path / "status.json").write_text(json.dumps({"attempt": 12}))
+    status = {"attempt": 12, "state": "failed", "step": 3, "message": ""}
+    status["time"] = "2026-01-01T00:00:00+00:00"
+    (tmp_path / "status.json").write_text(json.dumps(status))
     assert new_attempt(tmp_path, 0) == "attempt-13"
 
 
