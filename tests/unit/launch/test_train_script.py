@@ -15,8 +15,8 @@ printf '%s\\n' "$@" >"$0.arguments"
 while [[ "$1" != --enable_each_rank_log ]]; do shift; done
 LOGS="$2" FOLDER="${2%/logs/*}"
 status() {
-    local time='"time": "2026-01-01T00:00:00+00:00"'
-    echo '{"attempt": 1, "step": 1, "message": "", '"$time"', "state": "'"$1"'"}' >"$FOLDER/status.json"
+    local rest='"attempt": 1, "step": 1, "message": "", "time": "2026-01-01T00:00:00+00:00"'
+    echo '{"state": "'"$1"'", '"$rest}" >"$FOLDER/status.json"
 }
 """
 
