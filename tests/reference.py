@@ -47,8 +47,11 @@ class Hyper:
 
     temperature: float = 1.0
     clip_eps: float = 0.2
+    clip_eps_high: float = 0.3
     value_clip_eps: float = 0.2
     beta: float = 0.3
+    desirable_weight: float = 1.5
+    undesirable_weight: float = 0.75
     kl_coef: float = 0.2
     denominator: str = "response"
     lr: float = 1e-3
@@ -155,19 +158,116 @@ class _Float64Norm:
 
 def ppo_actor(model: ReferenceModel, rows: list[Row]) -> Tensor:
     """Eq. 14: ``-1/N sum_t min(rho_t A_t, clip(rho_t, 1 - eps, 1 + eps) A_t) M_t``."""
-    eps, total, count = model.hyper.clip_eps, 0.0, 0
+    total, count = 0.0, 0
     for row in rows:
         logprobs = model.logprobs(row)
         for t in range(row.num_response):
-            ratio = torch.exp(logprobs[t] - row.behaviour_logprobs[t])
-            advantage = row.advantages[t].double()
-            clipped = torch.clamp(ratio, 1 - eps, 1 + eps)
             kept = bool(row.mask[t])
             if kept:
-                total = total - torch.minimum(ratio * advantage, clipped * advantage)
+                advantage = row.advantages[t].double()
+                total = total + _surrogate(model, row, logprobs, t, advantage)
             count += 1 if model.hyper.denominator == "response" else int(kept)
         total = total + 0.0 * logprobs.sum()
     return total / count
+
+
+def ppo_actor_kl(model: ReferenceModel, rows: list[Row]) -> Tensor:
+    """Eq. 14 and ``kl_coef (log pi_t/pi_ref_t)^2 / 2`` of every response token."""
+    total, count = 0.0, 0
+    for row in rows:
+        logprobs = model.logprobs(row)
+        for t in range(row.num_response):
+            total = total + (logprobs[t] - row.reference_logprobs[t]) ** 2 / 2
+            kept = bool(row.mask[t])
+            count += 1 if model.hyper.denominator == "response" else int(kept)
+    return ppo_actor(model, rows) + model.hyper.kl_coef * total / count
+
+
+def _surrogate(
+    model: ReferenceModel,
+    row: Row,
+    logprobs: Tensor,
+    t: int,
+    advantage: Tensor,
+    high: float | None = None,
+) -> Tensor:
+    """``-min(rho_t A, clip(rho_t, 1 - eps, 1 + eps_high) A)`` of a token."""
+    ratio, eps = torch.exp(logprobs[t] - row.behaviour_logprobs[t]), model.hyper.clip_eps
+    clipped = torch.clamp(ratio, 1 - eps, 1 + (eps if high is None else high))
+    return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def grpo_token(model: ReferenceModel, rows: list[Row]) -> Tensor:
+    """``1/N sum_t (surrogate_t M_t + kl_coef k3_t)`` with one advantage an answer."""
+    return _grpo(model, rows, by_row=False)
+
+
+def grpo_sequence(model: ReferenceModel, rows: list[Row]) -> Tensor:
+    """The mean over answers of the mean over their tokens."""
+    return _grpo(model, rows, by_row=True)
+
+
+def _grpo(model: ReferenceModel, rows: list[Row], by_row: bool) -> Tensor:
+    hyper, total, count = model.hyper, 0.0, 0
+    for row in rows:
+        logprobs, own, counted = model.logprobs(row), 0.0, 0
+        advantage = row.advantages[0].double()
+        for t in range(row.num_response):
+            kept = bool(row.mask[t])
+            if kept:
+                own = own + _surrogate(model, row, logprobs, t, advantage, hyper.clip_eps_high)
+            back = row.reference_logprobs[t] - logprobs[t]
+            own = own + hyper.kl_coef * (torch.exp(back) - 1 - back)
+            counted += 1 if hyper.denominator == "response" else int(kept)
+        if by_row:
+            total = total + (own / counted if counted else 0.0 * own)
+            count += 1
+        else:
+            total, count = total + own, count + counted
+    return total / count
+
+
+def mismatched(rows: list[Row]) -> list[Row]:
+    """Each row's prompt with the answer of the other row of its pair.
+
+    The answer keeps its mask; the reference's log-probs lie below the policy's (z0 is above 0).
+    """
+    pairs = []
+    for place, row in enumerate(rows):
+        other = rows[place ^ 1]
+        tokens = torch.cat([row.tokens[: row.prompt_length], other.tokens[other.prompt_length :]])
+        lower = other.reference_logprobs - 1.0
+        pairs.append(
+            replace(other, tokens=tokens, prompt_length=row.prompt_length, reference_logprobs=lower)
+        )
+    return pairs
+
+
+def kto(model: ReferenceModel, rows: list[Row]) -> Tensor:
+    """``1/B sum w (1 - sigmoid(beta s (r - z0)))``, s and w by the label; even rows are chosen."""
+
+    def logratio(row: Row) -> Tensor:
+        return ((model.logprobs(row) - row.reference_logprobs) * row.mask.double()).sum()
+
+    with torch.no_grad():
+        z0 = sum(logratio(row) for row in mismatched(rows)) / len(rows)
+    assert z0 > 0, "the reference point is to be tested"
+    hyper, total = model.hyper, 0.0
+    for place, row in enumerate(rows):
+        sign, weight = 1, hyper.desirable_weight
+        if place % 2 == 1:
+            sign, weight = -1, hyper.undesirable_weight
+        total = total + weight * (1 - torch.sigmoid(hyper.beta * sign * (logratio(row) - z0)))
+    return total / len(rows)
+
+
+def orm(model: ReferenceModel, rows: list[Row]) -> Tensor:
+    """Eq. 1: ``-1/P sum log sigmoid(r_w - r_l)`` at the last tokens."""
+    total = 0.0
+    for chosen, rejected in zip(rows[0::2], rows[1::2], strict=True):
+        rewards = [model.head_outputs(row, shift=0)[-1, 0] for row in (chosen, rejected)]
+        total = total - torch.log(torch.sigmoid(rewards[0] - rewards[1]))
+    return total / (len(rows) // 2)
 
 
 def ppo_critic(model: ReferenceModel, rows: list[Row]) -> Tensor:
@@ -262,7 +362,12 @@ LOSSES: dict[str, Callable[[ReferenceModel, list[Row]], Tensor]] = {
     "prm_bce": prm_bce,
     "prm_mse": prm_mse,
     "ppo_actor": ppo_actor,
+    "ppo_actor_kl": ppo_actor_kl,
     "ppo_critic": ppo_critic,
+    "grpo_token": grpo_token,
+    "grpo_sequence": grpo_sequence,
+    "kto": kto,
+    "orm": orm,
     "dpo_inside": dpo_inside,
     "dpo_pair": dpo_pair,
     "rejection_sampling_k2": rejection_sampling_k2,
@@ -274,7 +379,7 @@ def train(
     folder: Path, loss: str, steps: list[list[Row]], hyper: Hyper
 ) -> tuple[list[StepRecord], dict[str, Tensor]]:
     """One optimizer step on each list of rows; records and final weights."""
-    with_head = loss.startswith(("prm", "ppo_critic"))
+    with_head = loss.startswith(("prm", "orm", "ppo_critic"))
     model = ReferenceModel(folder, with_head, hyper)
     records = [model.step(LOSSES[loss](model, rows)) for rows in steps]
     return records, model.weights()

@@ -14,22 +14,27 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.dpo import Dpo
+from megatron_amrlhf.algorithms.grpo import Grpo
+from megatron_amrlhf.algorithms.kto import Kto, KtoBatch
+from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.pairs import EncodedPair
 from megatron_amrlhf.data.prm_data import PrmExample
 from megatron_amrlhf.engine import zero3
 from megatron_amrlhf.engine.weights import Weights
 from megatron_amrlhf.engine.zero3 import nothing
+from megatron_amrlhf.losses.reduce import denominator_mask, row_weights
 from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
-from megatron_amrlhf.types import TrainBatch, last_true
+from megatron_amrlhf.types import RolloutBatch, TrainBatch, last_true
 from tests.distributed.contexts import make_config, make_context
-from tests.reference import Hyper, Row
+from tests.reference import Hyper, Row, mismatched
 
 SAMPLING_TEMPERATURE = 0.7
 # loss -> (algorithm of the config, role, outputs of the linear head or None)
@@ -37,7 +42,12 @@ LOSSES: dict[str, tuple[dict, str, int | None]] = {
     "prm_bce": ({"kind": "prm", "num_attributes": 5, "loss": "bce"}, "prm", 5),
     "prm_mse": ({"kind": "prm", "num_attributes": 1, "loss": "mse"}, "prm", 1),
     "ppo_actor": ({"kind": "ppo"}, "actor", None),
+    "ppo_actor_kl": ({"kind": "ppo", "kl_in": "loss", "kl_estimator": "k2"}, "actor", None),
     "ppo_critic": ({"kind": "ppo"}, "critic", 1),
+    "grpo_token": ({"kind": "grpo", "length_normalise": "token"}, "actor", None),
+    "grpo_sequence": ({"kind": "grpo", "length_normalise": "sequence"}, "actor", None),
+    "kto": ({"kind": "kto"}, "actor", None),
+    "orm": ({"kind": "orm"}, "orm", 1),
     "dpo_inside": ({"kind": "dpo", "form": "inside"}, "actor", None),
     "dpo_pair": ({"kind": "dpo", "form": "pair"}, "actor", None),
     "rejection_sampling_k2": (
@@ -50,6 +60,16 @@ LOSSES: dict[str, tuple[dict, str, int | None]] = {
         "actor",
         None,
     ),
+}
+# what of the reference's numbers an algorithm is told
+HYPER = {
+    "prm": (),
+    "orm": (),
+    "ppo": ("clip_eps", "value_clip_eps", "kl_coef"),
+    "grpo": ("clip_eps", "clip_eps_high", "kl_coef"),
+    "dpo": ("beta",),
+    "kto": ("beta", "desirable_weight", "undesirable_weight"),
+    "rejection_sampling": ("kl_coef",),
 }
 
 
@@ -85,8 +105,10 @@ class Case:
 
     @property
     def hyper(self) -> Hyper:
-        # PPO's policy is the softmax at the sampling temperature, the others' the plain one.
-        temperature = SAMPLING_TEMPERATURE if self.loss == "ppo_actor" else 1.0
+        # The policy of PPO and GRPO is the softmax at the sampling temperature, the others' the
+        # plain one.
+        is_sampling = self.loss.startswith(("ppo_actor", "grpo"))
+        temperature = SAMPLING_TEMPERATURE if is_sampling else 1.0
         return Hyper(denominator=self.denominator, temperature=temperature)
 
 
@@ -105,12 +127,7 @@ class RankResult:
 def config_of(case: Case, folder: str, mesh: Mesh) -> Config:
     hyper = case.hyper
     algorithm = dict(LOSSES[case.loss][0])
-    if algorithm["kind"] == "ppo":
-        algorithm |= {"clip_eps": hyper.clip_eps, "value_clip_eps": hyper.value_clip_eps}
-    if algorithm["kind"] == "dpo":
-        algorithm |= {"beta": hyper.beta}
-    if algorithm["kind"] == "rejection_sampling":
-        algorithm |= {"kl_coef": hyper.kl_coef}
+    algorithm |= {name: getattr(hyper, name) for name in HYPER[algorithm["kind"]]}
     optimizer = ("lr", "betas", "eps", "weight_decay", "max_grad_norm")
     return make_config(
         folder,
@@ -129,34 +146,75 @@ def my_rows(rows: list[Row], mesh: Mesh) -> list[Row]:
     return [rows[2 * pair + i] for pair in pairs for i in (0, 1)]
 
 
-def train_batch(rows: list[Row], width: int, kind: str, mesh: Mesh, denominator: str) -> TrainBatch:
-    """The rows as the algorithms make them; padding holds garbage that nobody may read."""
-
-    def rectangle(field: str, fill: float) -> Tensor:
-        out = torch.full((len(rows), width), fill)
-        for place, row in enumerate(rows):
-            out[place, : row.num_response] = getattr(row, field).float()
-        return out
-
-    valid = torch.zeros(len(rows), width, dtype=torch.bool)
+def rectangle(rows: list[Row], width: int, field: str, fill: float) -> Tensor:
+    """``[B, width]`` of a field of the rows; padding holds ``fill``."""
+    out = torch.full((len(rows), width), fill)
     for place, row in enumerate(rows):
-        valid[place, : row.num_response] = True
-    mask = rectangle("mask", 0.0).bool()
-    targets = {"mask": mask, "valid": valid}
+        out[place, : row.num_response] = getattr(row, field).float()
+    return out
+
+
+def train_batch(rows: list[Row], width: int, case: Case, mesh: Mesh) -> TrainBatch:
+    """The rows as the algorithms make them; padding holds garbage that nobody may read."""
+    settings = LOSSES[case.loss][0]
+    lengths = torch.tensor([row.num_response for row in rows], dtype=torch.int64)
+    valid = torch.arange(width) < lengths[:, None]
+    mask = rectangle(rows, width, "mask", 0.0).bool()
+    targets = {"mask": mask, "valid": valid, "denominator": valid}
     for field in ("advantages", "behaviour_logprobs", "reference_logprobs", "old_values"):
-        targets[field] = rectangle(field, 1e3)
-    targets["returns"] = rectangle("returns", float("nan"))
-    targets["denominator"] = valid
-    if kind == "dpo":
+        targets[field] = rectangle(rows, width, field, 1e3)
+    targets["returns"] = rectangle(rows, width, "returns", float("nan"))
+    if settings["kind"] == "rejection_sampling":
+        targets["denominator"] = denominator_mask(valid, mask, case.denominator)
+    elif settings["kind"] == "grpo":
+        targets |= grpo_targets(targets, case.denominator, settings["length_normalise"])
+    elif settings["kind"] == "dpo":
         targets["denominator"] = torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1)
-    if kind == "rejection_sampling" and denominator == "kept":
-        targets["denominator"] = mask
+    elif settings["kind"] == "kto":
+        targets |= kto_targets(rows, width)
     batch = TrainBatch.whole(
         rows=tuple(row.tokens for row in rows),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows], dtype=torch.int64),
         targets=targets if mesh.is_last_stage else {},
     )
-    return replace(batch, kept_lengths=last_true(mask) + 1)
+    batch = replace(batch, kept_lengths=last_true(mask) + 1)
+    return batch if settings["kind"] != "kto" else kto_batch(batch, rows)
+
+
+def grpo_targets(targets: dict[str, Tensor], denominator: str, normalise: str) -> dict[str, Tensor]:
+    """One advantage an answer, its weight and what is counted."""
+    counted = denominator_mask(targets["valid"], targets["mask"], denominator)
+    ones, by_row = torch.ones(len(counted), 1), normalise == "sequence"
+    return {
+        "advantages": targets["advantages"][:, 0],
+        "weight": row_weights(counted) if by_row else ones,
+        "denominator": ones.bool() if by_row else counted,
+    }
+
+
+def kto_targets(rows: list[Row], width: int) -> dict[str, Tensor]:
+    """Even rows are chosen; what the reference says about the mismatched pairs."""
+    pairs, every = mismatched(rows), torch.ones(len(rows), dtype=torch.bool)
+    return {
+        "chosen": torch.arange(len(rows)) % 2 == 0,
+        "mismatched_mask": rectangle(pairs, width, "mask", 0.0).bool(),
+        "mismatched_reference": rectangle(pairs, width, "reference_logprobs", 1e3),
+        "mismatched_judged": every,
+        "denominator": every[:, None],
+    }
+
+
+def kto_batch(batch: TrainBatch, rows: list[Row]) -> KtoBatch:
+    flags = torch.zeros(len(rows), dtype=torch.bool)
+    pairs = RolloutBatch(
+        rows=tuple(row.tokens for row in mismatched(rows)),
+        prompt_lengths=batch.prompt_lengths,
+        group_ids=batch.ids,
+        sample_ids=batch.ids,
+        from_reference=flags,
+        ended=flags,
+    )
+    return KtoBatch(**vars(batch), mismatched=pairs)
 
 
 def prm_examples(rows: list[Row], attributes: int) -> list[PrmExample]:
@@ -173,17 +231,36 @@ def prm_examples(rows: list[Row], attributes: int) -> list[PrmExample]:
     ]
 
 
+def orm_examples(rows: list[Row]) -> list[EncodedPair]:
+    """Two rows a pair; they need not have a prompt in common."""
+    pairs = zip(rows[0::2], rows[1::2], strict=True)
+    return [EncodedPair(chosen.tokens, rejected.tokens, 1) for chosen, rejected in pairs]
+
+
+CLASSES = {
+    "prm": Prm,
+    "orm": Orm,
+    "ppo": Ppo,
+    "grpo": Grpo,
+    "dpo": Dpo,
+    "kto": Kto,
+    "rejection_sampling": RejectionSampling,
+}
+
+
 def optimizer_step(context: Context, case: Case, rows: list[Row]):
     """One step of the case's role through the algorithm's own update."""
     settings, role, head = LOSSES[case.loss]
-    classes = {"ppo": Ppo, "dpo": Dpo, "rejection_sampling": RejectionSampling, "prm": Prm}
-    algorithm = object.__new__(classes[settings["kind"]])  # no prompts, no PRM folder
+    algorithm = object.__new__(CLASSES[settings["kind"]])  # no prompts, no PRM folder
     algorithm.context = context
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
         batch, plan = algorithm.batch(prm_examples(mine, head))
         return algorithm.update(batch, plan, nothing)
-    part = train_batch(mine, width, settings["kind"], context.mesh, case.denominator)
+    if isinstance(algorithm, Orm):
+        batch, plan = algorithm.batch(orm_examples(mine))
+        return algorithm.update(batch, plan, nothing)
+    part = train_batch(mine, width, case, context.mesh)
     update = algorithm.update_critic if role == "critic" else algorithm.update_actor
     return update(part, nothing)
 
@@ -215,7 +292,7 @@ def train_case(case: Case, folder: str, steps: list[list[Row]], mesh: Mesh) -> R
     try:
         for rows in steps:
             result, metrics = optimizer_step(context, case, rows)
-            name = {"critic": "value", "prm": "prm"}.get(role, "policy")
+            name = {"critic": "value", "prm": "prm", "orm": "orm"}.get(role, "policy")
             losses.append(context.publish(metrics)[f"loss/{name}"])
             norms.append(result.grad_norm)
     finally:

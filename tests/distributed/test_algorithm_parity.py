@@ -24,7 +24,15 @@ MODELS = {
     "qwen2-bias-untied": {"family": "qwen2", "tied": False, "layers": 2},
     "llama-tied": {"family": "llama", "tied": True, "layers": 4},
 }
-VARIANTS = ("prm_mse", "rejection_sampling_k3")  # at TP 2 only, for time
+VARIANTS = {  # at one layout only, for time
+    "prm_mse": "tp2",
+    "rejection_sampling_k3": "tp2",
+    "ppo_actor_kl": "tp2-pp2-dp2",
+    "grpo_token": "tp2-pp2-dp2",
+    "grpo_sequence": "tp2-pp2-dp2",
+    "kto": "tp2-pp2-dp2",
+    "orm": "tp2-pp2-dp2",
+}
 LAYOUTS = {  # (TP, PP, DP)
     "tp2-pp2-dp2": (2, 2, 2),
     "tp2": (2, 1, 1),
@@ -44,7 +52,7 @@ def cases(layout: str) -> list[Case]:
     for model, loss, masked in itertools.product(MODELS, LOSSES, (True, False)):
         alternating = ("step", "microbatch")[masked ^ (model == "llama-tied")]
         modes = (alternating,) if layout == "single" else ("step", "microbatch")
-        if layout != "tp2" and loss in VARIANTS:
+        if VARIANTS.get(loss, layout) != layout:
             continue
         for reduce in modes:
             kept = masked and model == "llama-tied"
