@@ -24,7 +24,7 @@ MODELS = {
     "qwen2-bias-untied": {"family": "qwen2", "tied": False, "layers": 2},
     "llama-tied": {"family": "llama", "tied": True, "layers": 4},
 }
-VARIANTS = {  # at one layout only, for time
+VARIANTS = {  # at one layout and by one mode only, for time
     "prm_mse": "tp2",
     "rejection_sampling_k3": "tp2",
     "ppo_actor_kl": "tp2-pp2-dp2",
@@ -46,12 +46,12 @@ def cases(layout: str) -> list[Case]:
     """All losses, masked and unmasked, on both models.
 
     Every layout of several processes runs each of them by both reduce modes; a single process,
-    where nothing is reduced, by one: the mode alternates.
+    where nothing is reduced, by one, as the variants are: the mode alternates.
     """
     found = []
     for model, loss, masked in itertools.product(MODELS, LOSSES, (True, False)):
         alternating = ("step", "microbatch")[masked ^ (model == "llama-tied")]
-        modes = (alternating,) if layout == "single" else ("step", "microbatch")
+        modes = (alternating,) if layout == "single" or loss in VARIANTS else ("step", "microbatch")
         if VARIANTS.get(loss, layout) != layout:
             continue
         for reduce in modes:

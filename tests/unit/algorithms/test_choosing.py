@@ -67,7 +67,6 @@ def algorithm_of(kind: type, **sections) -> Ppo | RejectionSampling:
     algorithm = object.__new__(kind)  # no prompts, no PRM folder
     mesh = SimpleNamespace(dp_group=None, device=torch.device("cpu"))
     algorithm.context = SimpleNamespace(config=make_config(**sections), mesh=mesh)
-    algorithm.is_offline = False
     return algorithm
 
 
@@ -129,7 +128,7 @@ def selected(steps: range, **algorithm) -> list[list[int]]:
     judged = judged_of(tokens, tokens, REWARDS, ANSWERS)
     found = []
     for step in steps:
-        rows, labels = sampling.choose(judged, step)
+        rows, labels = sampling.select(judged, step)
         assert bool(labels.all()) and len(labels) == len(rows)
         found.append(rows.tolist())
     return found
