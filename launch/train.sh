@@ -165,6 +165,7 @@ GROUP=$!
 set +m
 if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
     (
+        trap '' INT # Ctrl-C reaches it too, and the run goes on for a while
         until compgen -G "$LOGS/*_rank0.log" >/dev/null; do
             kill -0 -- "-$GROUP" 2>/dev/null || exit 0
             sleep 0.2

@@ -19,6 +19,7 @@ status() {
     echo '{"state": "'"$1"'", '"$rest}" >"$FOLDER/status.json"
 }
 """
+WAIT_FOR_STOP = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || break; sleep 0.1; done'
 
 
 class Launch:
@@ -44,6 +45,7 @@ class Launch:
             capture_output=True,
             text=True,
             timeout=180,
+            start_new_session=True,  # its signals are not the tests'
             check=False,
         )
 
@@ -89,9 +91,16 @@ def test_ranks_whose_launcher_was_killed_are_ended(launch):
 
 
 def test_a_signal_right_after_the_start_is_a_request(launch):
-    wait = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || exit 75; sleep 0.1; done'
-    answer = launch(f'kill -TERM "$PPID"; {wait}')
+    answer = launch(f'kill -TERM "$PPID"; {WAIT_FOR_STOP}; exit 75')
     assert answer.returncode == 75 and "the run saves and stops" in answer.stderr
+
+
+def test_the_console_shows_what_rank_0_says_after_ctrl_c(launch):
+    """A terminal's signal goes to the whole group, of which the script is the leader."""
+    says = 'echo {} >>"$LOGS/x_rank0.log"; sleep 1'
+    interrupt = f'kill -INT -- "-$PPID"; {WAIT_FOR_STOP}'
+    answer = launch(f"{says.format('one')}; {interrupt}; {says.format('two')}; exit 75")
+    assert (answer.returncode, answer.stdout) == (75, "one\ntwo\n")
 
 
 @pytest.mark.parametrize("command", ["doctor", "score", "run.yaml"])
