@@ -21,6 +21,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _CHINESE = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
 _SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+")
 _WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
+_FORMULA = re.compile(r"[0-9\\]")
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 
 
@@ -45,12 +46,13 @@ def as_mathematics(gold: str) -> str:
     """A reference answer as math-verify reads it whole.
 
     Without delimiters it reads the first number that it finds: 2 of ``2\\sqrt{3}``. A text with
-    words (``18 dollars``) is left to that.
+    words (``18 dollars``), or without a digit or command, is left to that.
     """
     gold = gold.strip()
     if _SCIENTIFIC.fullmatch(gold):
         return f"{Decimal(gold):f}"
-    return gold if _DELIMITED.search(gold) or _WORD.search(gold) else f"${gold}$"
+    is_formula = _FORMULA.search(gold) and not _WORD.search(gold)
+    return f"${gold}$" if is_formula and not _DELIMITED.search(gold) else gold
 
 
 def _compare(request: dict, parse, verify) -> dict:
