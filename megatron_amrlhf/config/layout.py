@@ -101,7 +101,7 @@ class EngineSection(Section):
         "missing; nothing is left in it when the run ends, however it ends",
     )
     max_skipped_steps: Positive = Field(
-        3, description="stop after this many non-finite optimizer steps in a row"
+        3, description="stop after this many non-finite optimizer steps of a role in a row"
     )
     watchdog_seconds: NonNegativeFloat = Field(
         1200.0,

@@ -286,7 +286,11 @@ class CheckpointSection(Section):
     accept_changed_data: bool = Field(
         False, description="resume although data.train or run.seed are not the checkpoint's"
     )
-    resume: bool = Field(True, description="go on from the newest complete checkpoint of the run")
+    resume: bool = Field(
+        True,
+        description="go on from the newest complete checkpoint of the run; false: from the start, "
+        "earlier checkpoints are set aside in checkpoints-before-attempt-N",
+    )
     export: bool = Field(
         True, description="write the trained model as a Hugging Face folder at the end"
     )
