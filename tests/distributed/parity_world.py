@@ -115,7 +115,8 @@ class World:
 def error(found: Tensor, expected: Tensor, scale: Tensor, rounding: float = 0.0) -> float:
     """Largest difference beyond rounding, relative to the largest entry of ``scale``."""
     difference = (found.double() - expected).abs() - rounding * expected.abs()
-    return float(difference.max().clamp(min=0.0) / scale.abs().max())
+    largest = difference.max().clamp(min=0.0)
+    return 0.0 if largest == 0 else float(largest / scale.abs().max())  # a NaN stays one
 
 
 def assert_close(checks: list[tuple[str, str, float]]) -> None:
