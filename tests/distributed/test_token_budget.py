@@ -25,6 +25,7 @@ pytestmark = pytest.mark.distributed
 
 TOLERANCE = 1e-6  # relative, float32
 VOCAB_SIZE = 131
+CASE = Case("tiny", "step", "ppo_actor", True)
 ENGINES = {  # 18 rows of up to 14 tokens
     "one row": (("micro_batch_size", 1),),
     "five rows": (("micro_batch_size", 5),),
@@ -51,12 +52,12 @@ def numbers(folder: str, critic: str, masked_out: int) -> dict[str, tuple[float,
             counts = counts or [18 // mesh.dp_size] * mesh.dp_size
             first = sum(counts[: mesh.dp_rank])
             mine = rows[first : first + counts[mesh.dp_rank]]
-            case = replace(Case("tiny", "step", "ppo_actor", True), engine=engine)
+            case = replace(CASE, engine=engine)
             context = make_context(config_of(case, folder, mesh), mesh)
             context.role("actor", Path(folder), learning_rate=1e-3, total_steps=1)
             algorithm = object.__new__(Ppo)
             algorithm.context = context
-            part = train_batch(mine, width, "ppo", mesh, "response")
+            part = train_batch(mine, width, case, mesh)
             result, metrics = algorithm.update_actor(part, nothing)
             loss = context.publish(metrics)["loss/policy"]
             found[f"{name}, {share}"] = (loss, result.grad_norm)
@@ -91,7 +92,7 @@ def rows_after_balancing(folder: str, critic: str) -> tuple[list, list[int]]:
     mesh = build_mesh(1, 1)
     rows = reference.random_rows(Path(folder), Path(critic), [12], VOCAB_SIZE, Hyper())[0]
     mine = rows[:10] if mesh.dp_rank == 0 else rows[10:]
-    part = train_batch(mine, max(row.num_response for row in rows), "ppo", mesh, "response")
+    part = train_batch(mine, max(row.num_response for row in rows), CASE, mesh)
     part = replace(part, ids=part.ids + 10 * mesh.dp_rank)
 
     batch, plan = balance(part, response_plan(part), 2, mesh)
