@@ -13,13 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.algorithms.dpo import Dpo
-from megatron_amrlhf.algorithms.grpo import Grpo
-from megatron_amrlhf.algorithms.kto import Kto, KtoBatch
+from megatron_amrlhf.algorithms.kto import KtoBatch
 from megatron_amrlhf.algorithms.orm import Orm
-from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
-from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.algorithms.train import ALGORITHMS
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.pairs import EncodedPair
@@ -237,21 +234,10 @@ def orm_examples(rows: list[Row]) -> list[EncodedPair]:
     return [EncodedPair(chosen.tokens, rejected.tokens, 1) for chosen, rejected in pairs]
 
 
-CLASSES = {
-    "prm": Prm,
-    "orm": Orm,
-    "ppo": Ppo,
-    "grpo": Grpo,
-    "dpo": Dpo,
-    "kto": Kto,
-    "rejection_sampling": RejectionSampling,
-}
-
-
 def optimizer_step(context: Context, case: Case, rows: list[Row]):
     """One step of the case's role through the algorithm's own update."""
     settings, role, head = LOSSES[case.loss]
-    algorithm = object.__new__(CLASSES[settings["kind"]])  # no prompts, no PRM folder
+    algorithm = object.__new__(ALGORITHMS[settings["kind"]])  # no prompts, no PRM folder
     algorithm.context = context
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
