@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
                 check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-                check_files(config)
+                check_files(config, arguments.command == "score")
         except UserError as error:  # the same on every rank
             if _rank() == 0:
                 _print_error(error)

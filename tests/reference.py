@@ -172,14 +172,13 @@ def ppo_actor(model: ReferenceModel, rows: list[Row]) -> Tensor:
 
 
 def ppo_actor_kl(model: ReferenceModel, rows: list[Row]) -> Tensor:
-    """Eq. 14 and ``kl_coef (log pi_t/pi_ref_t)^2 / 2`` of every response token."""
+    """Eq. 14 and the mean of ``kl_coef (log pi_t/pi_ref_t)^2 / 2`` over all response tokens."""
     total, count = 0.0, 0
     for row in rows:
         logprobs = model.logprobs(row)
         for t in range(row.num_response):
             total = total + (logprobs[t] - row.reference_logprobs[t]) ** 2 / 2
-            kept = bool(row.mask[t])
-            count += 1 if model.hyper.denominator == "response" else int(kept)
+            count += 1
     return ppo_actor(model, rows) + model.hyper.kl_coef * total / count
 
 
@@ -198,33 +197,37 @@ def _surrogate(
 
 
 def grpo_token(model: ReferenceModel, rows: list[Row]) -> Tensor:
-    """``1/N sum_t (surrogate_t M_t + kl_coef k3_t)`` with one advantage an answer."""
+    """``1/N sum_t surrogate_t M_t + kl_coef/T sum_t k3_t`` with one advantage an answer.
+
+    T counts response tokens, N them or the kept ones.
+    """
     return _grpo(model, rows, by_row=False)
 
 
 def grpo_sequence(model: ReferenceModel, rows: list[Row]) -> Tensor:
-    """The mean over answers of the mean over their tokens."""
+    """The mean over answers of the means over their tokens."""
     return _grpo(model, rows, by_row=True)
 
 
 def _grpo(model: ReferenceModel, rows: list[Row], by_row: bool) -> Tensor:
-    hyper, total, count = model.hyper, 0.0, 0
+    hyper, total, count, kl_total, kl_count = model.hyper, 0.0, 0, 0.0, 0
     for row in rows:
-        logprobs, own, counted = model.logprobs(row), 0.0, 0
+        logprobs, own, counted, kl = model.logprobs(row), 0.0, 0, 0.0
         advantage = row.advantages[0].double()
         for t in range(row.num_response):
             kept = bool(row.mask[t])
             if kept:
                 own = own + _surrogate(model, row, logprobs, t, advantage, hyper.clip_eps_high)
             back = row.reference_logprobs[t] - logprobs[t]
-            own = own + hyper.kl_coef * (torch.exp(back) - 1 - back)
+            kl = kl + hyper.kl_coef * (torch.exp(back) - 1 - back)
             counted += 1 if hyper.denominator == "response" else int(kept)
         if by_row:
-            total = total + (own / counted if counted else 0.0 * own)
+            total = total + (own / counted if counted else 0.0) + kl / row.num_response
             count += 1
         else:
             total, count = total + own, count + counted
-    return total / count
+            kl_total, kl_count = kl_total + kl, kl_count + row.num_response
+    return total / count + (kl_total / kl_count if kl_count else 0.0)
 
 
 def mismatched(rows: list[Row]) -> list[Row]:
@@ -309,7 +312,7 @@ def _dpo(model: ReferenceModel, rows: list[Row], inside: bool) -> Tensor:
 
 
 def rejection_sampling_k2(model: ReferenceModel, rows: list[Row]) -> Tensor:
-    """Eq. 16: ``1/N sum_t (-M_t log pi_t + kl_coef (log pi_t/pi_ref_t)^2 / 2)``."""
+    """Eq. 16: ``-1/N sum_t M_t log pi_t`` and the mean of ``kl_coef (log pi_t/pi_ref_t)^2 / 2``."""
     return _rejection_sampling(model, rows, lambda logratio: logratio**2 / 2)
 
 
@@ -319,16 +322,17 @@ def rejection_sampling_k3(model: ReferenceModel, rows: list[Row]) -> Tensor:
 
 
 def _rejection_sampling(model: ReferenceModel, rows: list[Row], kl: Callable) -> Tensor:
-    total, count = 0.0, 0
+    total, count, kl_total, kl_count = 0.0, 0, 0.0, 0
     for row in rows:
         logprobs = model.logprobs(row)
         for t in range(row.num_response):
             kept = bool(row.mask[t])
             if kept:
                 total = total - logprobs[t]
-            total = total + model.hyper.kl_coef * kl(logprobs[t] - row.reference_logprobs[t])
+            kl_total = kl_total + kl(logprobs[t] - row.reference_logprobs[t])
             count += 1 if model.hyper.denominator == "response" else int(kept)
-    return total / count
+            kl_count += 1
+    return total / count + model.hyper.kl_coef * kl_total / kl_count
 
 
 def prm_bce(model: ReferenceModel, rows: list[Row]) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +37,7 @@ from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.comparisons import ErrorPicture, plot_errors
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.samples import SampleRecord, load_samples
+from megatron_amrlhf.rewards.units import step_ids
 
 DESCRIPTION = """\
 The total error of eq. 12, sum (r_t - r_k)^2 + c^2 K, of the four segmentations of figure 1 and of
@@ -119,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--step-tokens", type=_positive, default=20, help="mean length of a step (%(default)s)")
     add("--levels", choices=("two", "many"), default="two", help="true levels (%(default)s)")
     add("--judge", choices=("true", "observed"), default="true", help="r_t (%(default)s)")
-    add("--seed", type=int, default=0)
+    add("--seed", type=_seed, default=0)
     return parser
 
 
@@ -207,11 +209,17 @@ def _logged_answers(records: list[SampleRecord], source: str) -> list[DenseAnswe
         rewards = np.array(record.token_rewards, dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise UserError(f"{source}: sample {number}: token_rewards are not all finite")
-        ends = np.array(["\n" in token for token in record.tokens], dtype=np.int64)
-        answers.append(DenseAnswer(rewards, rewards, ends.cumsum() - ends))
+        answers.append(DenseAnswer(rewards, rewards, _step_numbers(record.tokens)))
     if not answers:
         raise UserError(f"{source}: all answers are empty")
     return answers
+
+
+def _step_numbers(tokens: list[str]) -> np.ndarray:
+    """``[T]`` step of each token; the last newline of a run ends one, as in training."""
+    is_newline = torch.tensor([["\n" in token for token in tokens]])
+    ids = step_ids(is_newline.long(), torch.tensor([1]), torch.ones_like(is_newline))
+    return ids[0].numpy()
 
 
 def _picture(answers, price, cut, kind, title, ratios) -> ErrorPicture:
@@ -299,11 +307,15 @@ def _not_negative(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
+def _count(text: str, least: int = 1) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, found {text}")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be {least} or more, found {text}")
     return value
+
+
+def _seed(text: str) -> int:
+    return _count(text, least=0)
 
 
 if __name__ == "__main__":

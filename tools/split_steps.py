@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_amrlhf.config.checks import STEP_FORMATS
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
 from megatron_amrlhf.data.prm_data import step_reader
@@ -65,14 +66,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="FILE.jsonl", help="step-labelled solutions")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where the files go")
-    parser.add_argument("--format", default="auto", help="as data.format (default: auto)")
+    parser.add_argument(
+        "--format", choices=STEP_FORMATS, default="auto", help="as data.format (default: auto)"
+    )
     parser.add_argument(
         "--heldout", type=float, default=0.2, metavar="SHARE", help="of problems (default 0.2)"
     )
     parser.add_argument(
-        "--pairs", type=int, default=8, metavar="N", help="pairs a problem at most (default 8)"
+        "--pairs", type=_count, default=8, metavar="N", help="pairs a problem at most (default 8)"
     )
     return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
+    return value
 
 
 def _read(path: str, kind: str) -> list[Solution]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.mask.statistics import is_above
+
 
 def best_and_worst(rewards: Tensor) -> Tensor:
     """``[P, 2]`` rows of the best and the worst answer to each prompt with two rewards or more.
@@ -28,13 +30,14 @@ def pairs_above(rewards: Tensor, margin: float) -> Tensor:
 
     Args:
         rewards: ``[G, N]``.
-        margin: at least 0, reward units; 0 gives all pairs that are not tied.
+        margin: at least 0, reward units; 0 gives all pairs that are not tied (up to rounding).
 
     Returns:
         Chosen and rejected row of each pair, by prompt; P may be 0.
     """
-    difference_GNN = rewards[:, :, None] - rewards[:, None, :]
-    prompt_P, chosen_P, rejected_P = (difference_GNN > margin).nonzero(as_tuple=True)
+    chosen_GN1, rejected_G1N = rewards[:, :, None], rewards[:, None, :]
+    is_pair = (chosen_GN1 - rejected_G1N > margin) & is_above(chosen_GN1, rejected_G1N)
+    prompt_P, chosen_P, rejected_P = is_pair.nonzero(as_tuple=True)
     return torch.stack([chosen_P, rejected_P], dim=1) + (prompt_P * rewards.shape[1])[:, None]
 
 

@@ -68,7 +68,13 @@ def make_dense(
         rewards = whiten(rewards, valid, group)
     elif config.reward.normalise == "offline":
         rewards, offline = _whiten_offline(rewards, valid, offline)
-    signal = _signal(context, scored, rewards)
+    kind, units, shaped = config.mask.message_reward, None, rewards
+    if config.reward.granularity != "message":
+        units = _units(context, rollout, valid, cut_steps)
+        shared = unit_rewards(rewards, units, valid, kind)
+        shaped = _placed(context, shared, units, valid)
+        rewards = shared
+    signal = _signal(context, scored, rewards, shaped)
     baseline, std = baseline_and_std(
         signal,
         valid,
@@ -83,11 +89,9 @@ def make_dense(
     delta = delta_in_signal_units(config.mask.delta, config.mask.delta_unit, std)
     sign = signs(signal, valid, baseline, delta, config.mask.neutral)
     messages = message_ids(sign, valid)
-    kind = config.mask.message_reward
-    units = _units(context, rollout, messages, valid, cut_steps)
-    shaped = unit_rewards(rewards, units, valid, kind)
-    if config.reward.placement == "last":
-        shaped = place_on_last(shaped, units, valid)
+    if units is None:  # messages are known after the cut only
+        units = messages.clamp(min=0)
+        shaped = _placed(context, unit_rewards(rewards, units, valid, kind), units, valid)
     return DenseRewards(
         signal=signal,
         baseline=baseline,
@@ -110,8 +114,16 @@ def _whiten_offline(
     return whitened, OfflineScores(baseline=baseline, mean=0.0, std=float(scale > 0))
 
 
-def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
-    """``[B, R]`` the dense signal R(x, y_t) that is cut."""
+def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tensor) -> Tensor:
+    """``[B, R]`` the dense signal R(x, y_t) that is cut.
+
+    Args:
+        context: the run.
+        scored: log-probs and values.
+        rewards: ``[B, R]`` reward of the unit that each token is in; messages do not exist yet,
+            their tokens have their own.
+        shaped: ``[B, R]`` these where they are placed: what the critic's values are of.
+    """
     kind, algorithm, valid = (
         context.config.mask.signal,
         context.config.algorithm,
@@ -125,24 +137,25 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor) -> Tensor:
     assert isinstance(algorithm, PpoAlgorithm), kind
     after = scored.bootstrap_values
     if kind == "td_error":
-        return td_errors(rewards, scored.values, valid, algorithm.gamma, after)
-    return gae(rewards, scored.values, valid, algorithm.gamma, algorithm.gae_lambda, after)[0]
+        return td_errors(shaped, scored.values, valid, algorithm.gamma, after)
+    return gae(shaped, scored.values, valid, algorithm.gamma, algorithm.gae_lambda, after)[0]
 
 
 def _units(
-    context: Context,
-    rollout: RolloutBatch,
-    messages: Tensor,
-    valid: Tensor,
-    cut_steps: StepCutter | None,
+    context: Context, rollout: RolloutBatch, valid: Tensor, cut_steps: StepCutter | None
 ) -> Tensor:
-    """``[B, R]`` number of the unit that each token is in."""
+    """``[B, R]`` number of the sequence, step or token that each token is in."""
     granularity = context.config.reward.granularity
     if granularity == "sequence":
-        return torch.zeros_like(messages)
+        return torch.zeros_like(valid, dtype=torch.int64)
     if granularity == "token":
-        return torch.arange(valid.shape[1], device=valid.device).expand_as(messages)
-    if granularity == "message":
-        return messages.clamp(min=0)
-    assert cut_steps is not None, granularity
+        return torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+    assert granularity == "step" and cut_steps is not None, granularity
     return cut_steps(rollout).to(valid.device)
+
+
+def _placed(context: Context, rewards: Tensor, units: Tensor, valid: Tensor) -> Tensor:
+    """Units' rewards by ``reward.placement``."""
+    if context.config.reward.placement == "spread":
+        return rewards
+    return place_on_last(rewards, units, valid)

@@ -28,7 +28,6 @@ from megatron_amrlhf.mask.adaptive import adaptive_mask
 from megatron_amrlhf.mask.messages import message_counts
 from megatron_amrlhf.mask.threshold import RunningBaseline
 from megatron_amrlhf.rewards.offline import OfflineScores
-from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -68,9 +67,6 @@ class ExperienceMaker:
         self.temperature = temperature
         self.rewarder, self.offline = rewarder, offline
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
-        reward, self.cut_steps = context.config.reward, None
-        if reward.granularity == "step":
-            self.cut_steps = StepCutter(context.tokenizer, reward.step_boundary)
         self.seconds: dict[str, float] = {}
 
     def indices_of(self, step: int) -> tuple[Tensor, list[int]]:
@@ -198,7 +194,7 @@ class ExperienceMaker:
         start, dense = time.perf_counter(), None
         if scored is not None:
             dense = make_dense(
-                self.context, scored, rollout, self.running, self.cut_steps, self.offline
+                self.context, scored, rollout, self.running, self.rewarder.cut_steps, self.offline
             )
             metrics |= _reward_metrics(rollout, scored, dense)
         self.seconds["mask"] = time.perf_counter() - start
@@ -214,10 +210,13 @@ class ExperienceMaker:
         if self.context.config.mask.kind == "adaptive":
             mask = adaptive_mask(judged.dense.signs[rows], chosen, valid)
         rewards = judged.dense.sequence_rewards[rows]
-        rejected = judged.scored.judged[rows] & ~chosen
+        judged_rows = judged.scored.judged[rows]
+        rejected = judged_rows & ~chosen
         return mask, {
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
-            "mask/empty_answers": count_metric((~mask.any(dim=1)).sum(), len(mask)),
+            "mask/empty_answers": count_metric(
+                (judged_rows & ~mask.any(dim=1)).sum(), judged_rows.sum()
+            ),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
             "reward/rejected": count_metric(rewards[rejected].sum(), rejected.sum()),
         }

@@ -44,11 +44,11 @@ class Grpo(SurrogateAlgorithm):
             "weight": row_weights(counted) if by_row else torch.ones_like(advantages)[:, None],
             "denominator": scored.judged[:, None] if by_row else counted,
         }
-        count = scored.judged.sum()
+        std_G = one_a_group(std, judged.rollout.group_ids, scored.judged)
         return targets, {
-            "grpo/advantage": count_metric(advantages.abs().sum(), count),
-            "grpo/flat_groups": count_metric((std == 0)[scored.judged].sum(), count),
-            "grpo/group_std": count_metric(std[scored.judged].sum(), count),
+            "grpo/advantage": count_metric(advantages.abs().sum(), scored.judged.sum()),
+            "grpo/flat_groups": count_metric((std_G == 0).sum(), std_G.numel()),
+            "grpo/group_std": count_metric(std_G.sum(), std_G.numel()),
         }
 
     @property
@@ -58,6 +58,7 @@ class Grpo(SurrogateAlgorithm):
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
+        part = self.with_kl_scale(part, algorithm.length_normalise == "sequence")
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             out = grpo_loss(
@@ -71,7 +72,15 @@ class Grpo(SurrogateAlgorithm):
                 algorithm.clip_eps_high,
                 algorithm.kl_coef,
                 algorithm.kl_estimator,
+                targets["kl_scale"],
             )
             return LossOutput(out.terms * targets["weight"], out.metrics)
 
         return self.update_policy(part, terms, on_block)
+
+
+def one_a_group(x: Tensor, group_ids: Tensor, judged: Tensor) -> Tensor:
+    """``[G]`` the entry of each group that has a judged answer; in a group all are equal."""
+    groups_B, x_B = group_ids.to(x.device)[judged], x[judged]
+    groups_G, index_B = groups_B.unique(return_inverse=True)
+    return x.new_zeros(groups_G.shape).scatter(0, index_B, x_B)

@@ -9,9 +9,8 @@ from megatron_amrlhf.algorithms.experience import ExperienceMaker
 from megatron_amrlhf.algorithms.preemption import until_stopped
 from megatron_amrlhf.data.order import shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
-from megatron_amrlhf.evaluation.answers import is_right
 from megatron_amrlhf.rollout.generator import generate
-from megatron_amrlhf.types import PromptBatch, RolloutBatch
+from megatron_amrlhf.types import PromptBatch
 
 EVALUATION_STEP = 0  # training steps count from 1, so these random numbers are never reused
 
@@ -21,7 +20,7 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
 
     Returns:
         ``eval/reward_mean``: mean raw sequence reward; ``eval/answer_accuracy``: share of
-        reference answers met (prompts that have one); ``eval/response_tokens``;
+        reference answers met, by math-verify (prompts that have one); ``eval/response_tokens``;
         ``eval/ended_fraction``. Empty without held-out prompts.
     """
     context = maker.context
@@ -58,25 +57,11 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
     metrics = {}
     if rewards is not None:
         judged, tokens = ~rewards.failed, int(rollout.response_lengths.sum())
-        right, asked = _right_answers(maker, rollout, chosen)
+        verdicts, _ = maker.rewarder.verdicts(rollout, batch)
         metrics = {
             "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
-            "eval/answer_accuracy": count_metric(right, asked),
+            "eval/answer_accuracy": count_metric(verdicts.nansum(), (~verdicts.isnan()).sum()),
             "eval/response_tokens": count_metric(tokens, len(mine)),
             "eval/ended_fraction": count_metric(rollout.ended.sum(), len(mine)),
         }
     return context.publish(metrics)
-
-
-def _right_answers(
-    maker: ExperienceMaker, rollout: RolloutBatch, prompts: list[EncodedPrompt]
-) -> tuple[int, int]:
-    right = asked = 0
-    parts = zip(rollout.rows, rollout.prompt_lengths.tolist(), prompts, strict=True)
-    for row, length, prompt in parts:
-        if prompt.answer is None:
-            continue
-        asked += 1
-        text = maker.context.tokenizer.decode(row[length:], skip_special_tokens=True)
-        right += is_right(text, prompt.answer)
-    return right, asked

@@ -20,8 +20,8 @@ from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
 class PairMaker(ExperienceMaker):
     """Takes the answers of a step's pairs, chosen, rejected, chosen, rejected ...
 
-    Their dense reward comes from the reward models, or else from the file's scores. Where there is
-    neither, nothing reads a reward, and rewards are 0 and not among the metrics.
+    Their dense reward comes from the reward models; without a PRM the file's scores stand for its.
+    Where there are neither, nothing reads a reward, and rewards are 0 and not among the metrics.
     """
 
     data: list[ScoredPair]
@@ -54,18 +54,16 @@ class PairMaker(ExperienceMaker):
     def rewards(
         self, rollout: RolloutBatch, prompts: PromptBatch, on_block: OnBlock
     ) -> Rewards | None:
-        """From the models if there are any, else as the file says, else 0. Entered by all ranks."""
-        if self.rewarder.models:
+        """The models' rewards; the file's stand for a PRM's where none is. Entered by all ranks."""
+        if any(model.role == "prm" for model in self.rewarder.models):
             return super().rewards(rollout, prompts, on_block)
-        if not self.context.mesh.is_last_stage:
-            return None
         rewards = torch.zeros(rollout.response_mask.shape)
         for row, sample in enumerate(rollout.sample_ids.tolist()):
             given = self.data[sample // 2].rewards
             if given is not None:
                 own = given[sample % 2]
                 rewards[row, : own.numel()] = own
-        return self.rewarder.given(rewards.to(self.context.mesh.device), rollout)
+        return self.rewarder.score(rollout, prompts, on_block, rewards)
 
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         judged, metrics = super().judge(prompts, step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
-from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.losses.reduce import Metrics, denominator_mask, kl_scale
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -79,7 +80,8 @@ class PolicyAlgorithm(ABC):
         if not self.is_offline:
             return load_prompts(path, tokenizer, config.data)
         reads_rewards = config.mask.kind == "adaptive" and config.mask.signal == "reward"
-        needs_scores = reads_rewards and config.reward_model.path is None
+        has_prm = config.reward_model.path is not None
+        needs_scores = reads_rewards and config.reward.prm_weight > 0 and not has_prm
         weights = config.reward_model.attribute_weights
         return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores)
 
@@ -172,6 +174,18 @@ class PolicyAlgorithm(ABC):
         tokens, all_tokens = (sum(row.numel() for row in x.rows) for x in (cut, part))
         return result, metrics | {"mask/updated_fraction": count_metric(tokens, all_tokens)}
 
+    def with_kl_scale(self, part: TrainBatch, by_row: bool = False) -> TrainBatch:
+        """An optimizer step's rows with the ``kl_scale`` of a KL in the loss.
+
+        Entered by every last-stage rank; elsewhere nothing changes.
+        """
+        if not part.targets:
+            return part
+        valid, mask = part.targets["valid"], part.targets["mask"]
+        counted = denominator_mask(valid, mask, self.context.config.loss.denominator)
+        scale = kl_scale(counted, valid, by_row, self.context.mesh.dp_group)
+        return replace(part, targets=part.targets | {"kl_scale": scale})
+
     def evaluate(self) -> dict[str, float]:
         """How good the policy is on held-out prompts or pairs. Entered by every rank."""
         evaluate = evaluate_pairs if self.is_offline else evaluate_policy
@@ -179,10 +193,21 @@ class PolicyAlgorithm(ABC):
 
     def state_dict(self) -> dict:
         """What a checkpoint needs beside the roles; equal on all last-stage ranks."""
-        return {"running_baseline": self.maker.running.state_dict()}
+        return {
+            "running_baseline": self.maker.running.state_dict(),
+            "offline": self.offline and self.offline.state_dict(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from what ``state_dict`` gave.
+
+        Raises:
+            UserError: the scored data set is another one and may not be.
+        """
         self.maker.running.load_state_dict(state["running_baseline"])
+        section = self.context.config.checkpoint
+        if self.offline and not section.accept_changed_data:
+            self.offline.check_same(state.get("offline"), self.context.config.mask.offline_file)
 
 
 def all_rows(judged: Judged) -> Tensor:

@@ -87,11 +87,12 @@ class Ppo(SurrogateAlgorithm):
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 14."""
-        config, algorithm = self.context.config, self.context.config.algorithm
+        algorithm, kind = self.context.config.algorithm, self.context.config.loss.denominator
         if part.targets:
-            targets = part.targets
-            counted = denominator_mask(targets["valid"], targets["mask"], config.loss.denominator)
-            part = replace(part, targets=targets | {"denominator": counted})
+            counted = denominator_mask(part.targets["valid"], part.targets["mask"], kind)
+            part = replace(part, targets=part.targets | {"denominator": counted})
+        if algorithm.kl_in == "loss":
+            part = self.with_kl_scale(part)
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             surrogate = ppo_actor_loss(
@@ -104,7 +105,7 @@ class Ppo(SurrogateAlgorithm):
             if algorithm.kl_in == "reward":
                 return surrogate
             reference, valid = targets["reference_logprobs"], targets["valid"]
-            kl = (algorithm.kl_coef, algorithm.kl_estimator)
+            kl = (algorithm.kl_coef, algorithm.kl_estimator, targets["kl_scale"])
             return with_kl(surrogate, logprobs, reference, valid, *kl)
 
         return self.update_policy(part, terms, on_block)

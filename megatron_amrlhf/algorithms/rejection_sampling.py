@@ -43,7 +43,7 @@ class RejectionSampling(SelectionAlgorithm):
 
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 16."""
-        algorithm = self.context.config.algorithm
+        algorithm, part = self.context.config.algorithm, self.with_kl_scale(part)
 
         def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
             return rejection_sampling_loss(
@@ -53,6 +53,7 @@ class RejectionSampling(SelectionAlgorithm):
                 targets["valid"],
                 algorithm.kl_coef,
                 algorithm.kl_estimator,
+                targets["kl_scale"],
             )
 
         return self.update_policy(part, terms, on_block)

@@ -18,9 +18,11 @@ from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
 from megatron_amrlhf.rewards.marking import AnswerSteps
-from megatron_amrlhf.rewards.units import newline_token_ids
-from megatron_amrlhf.rewards.verifiable import Verifier
+from megatron_amrlhf.rewards.steps import StepCutter
+from megatron_amrlhf.rewards.verifiable import Verdict, Verifier
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+NO_REFERENCE = Verdict(None, "no reference answer")
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,26 @@ class Rewarder:
 
     def __init__(self, context: Context, models: tuple[RewardModel, ...]):
         self.context, self.models = context, models
-        self.newline_ids = None
-        if context.config.reward.outcome != "tokens":
-            self.newline_ids = newline_token_ids(context.tokenizer)
-        seconds, wanted = context.config.reward.verify_seconds, context.config.reward
-        self.verifier = Verifier(seconds) if wanted.verifiable_weight else None
+        reward, self.cut_steps = context.config.reward, None
+        if reward.granularity == "step" or reward.outcome != "tokens":
+            self.cut_steps = StepCutter(context.tokenizer, reward.step_boundary)
+        self.verifier = Verifier(reward.verify_seconds)
 
     def score(
         self,
         rollout: RolloutBatch,
         prompts: PromptBatch,
         on_block: OnBlock = nothing,
+        given: Tensor | None = None,
     ) -> Rewards | None:
-        """Rewards on last stages, None elsewhere. Entered by every rank."""
+        """Rewards on last stages, None elsewhere. Entered by every rank.
+
+        Args:
+            rollout: the answers.
+            prompts: their prompts.
+            on_block: called with the number of rows after each micro-batch.
+            given: ``[B, R]`` raw rewards that stand for a PRM's; read on last stages.
+        """
         found = {
             model.role: model_rewards(self.context, model, rollout, prompts, on_block)
             for model in self.models
@@ -92,32 +101,33 @@ class Rewarder:
         if not self.context.mesh.is_last_stage:
             return None
         weights, device = self.context.config.reward, self.context.mesh.device
+        if given is not None:
+            found["prm"] = given.to(device)
         valid = rollout.response_mask.to(device)
         tokens = torch.zeros(valid.shape, device=device)
         sequences, problem = torch.zeros(valid.shape[0], device=device), ""
         if "prm" in found:
             tokens += weights.prm_weight * found["prm"]
             sequences += weights.prm_weight * sequence_rewards(
-                self.context, rollout, found["prm"], valid, self.newline_ids
+                self.context, rollout, found["prm"], valid, self.cut_steps
             )
         if "orm" in found:
             last = (valid.sum(dim=1) - 1).clamp(min=0)[:, None]
             sequences += (whole := weights.orm_weight * found["orm"].gather(1, last)[:, 0])
             tokens += whole[:, None]
-        if self.verifier is not None:
-            verdicts, problem = self._verdicts(rollout, prompts)
+        if weights.verifiable_weight:
+            verdicts, problem = self.verdicts(rollout, prompts)
             sequences += (whole := weights.verifiable_weight * verdicts)
             tokens += whole[:, None]
         return without_failures(tokens, sequences, valid, problem)
 
-    def given(self, tokens: Tensor, rollout: RolloutBatch) -> Rewards:
-        """Rewards of which the tokens' are known, ``[B, R]`` raw units. On last stages."""
-        valid = rollout.response_mask.to(tokens.device)
-        whole = sequence_rewards(self.context, rollout, tokens, valid, self.newline_ids)
-        return Rewards(tokens, whole, valid, problem="")
+    def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
+        """Whether answers meet their prompts' reference answers. Entered by a last stage's ranks.
 
-    def _verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
-        """``[B]`` 1, 0 or NaN (failed), the same on all tensor ranks, and the first problem."""
+        Returns:
+            ``[B]`` 1, 0 or NaN (no reference answer, or it cannot be told), the same on all
+            tensor ranks, and the first problem.
+        """
         mesh, rewards, problem = self.context.mesh, [], ""
         first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
         for row, length, group in zip(
@@ -127,7 +137,8 @@ class Rewarder:
                 rewards.append(0.0)
                 continue
             text = self.context.tokenizer.decode(row[length:], skip_special_tokens=True)
-            verdict = self.verifier.judge(prompts.answers[group - first] or "", text)
+            gold = prompts.answers[group - first]
+            verdict = NO_REFERENCE if gold is None else self.verifier.judge(gold, text)
             rewards.append(torch.nan if verdict.reward is None else verdict.reward)
             problem = problem or verdict.problem
         verdicts = torch.tensor(rewards, dtype=torch.float32, device=mesh.device)

@@ -34,6 +34,7 @@ from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.rewards.marking import AnswerSteps
 from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME, score_statistics
+from megatron_amrlhf.rewards.outcome import step_probabilities
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 PARTS, KEY_NAME, ANSWERS_NAME = "parts", "key.json", "answers.jsonl"
@@ -114,7 +115,11 @@ def prepare(
     answers, selection = load_answers(path, tokenizer, config.data)
     models = load_reward_models(config, tokenizer)
     if not any(model.role == "prm" for model in models):
-        raise UserError("reward.prm_weight: must be above 0, tokens are scored by the PRM")
+        key = "reward.prm_weight" if config.reward_model.path else "reward_model.path"
+        raise UserError(
+            f"{key}: tokens are scored by the PRM: give its folder (runs/NAME/export) in "
+            "reward_model.path, and a weight above 0"
+        )
     weights = config.reward_model.attribute_weights
     key = {
         "data": fingerprint(path),
@@ -256,7 +261,8 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
 
 def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
     for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):
-        if not row.isfinite().all():
+        whole = tensors["orm"][place] if "orm" in tensors else row
+        if not (row.isfinite().all() and whole.isfinite().all()):
             where = job.answers[job.part(number)[place]].where
             raise UserError(f"{where}: a score of this answer is not finite")
     file = _part_file(job, number)
@@ -288,9 +294,8 @@ def _finish(job: Job) -> None:
 
 def _step_lines(job: Job, merged: dict[str, np.ndarray], offsets: list[int]) -> list[dict]:
     """One line an answer, as tools/compare_supervision.py reads them."""
-    scores, lines = merged["scores"], []
-    if job.config.reward_model.output == "logit":
-        scores = 1 / (1 + np.exp(-scores.astype(np.float64)))
+    lines, outputs = [], torch.from_numpy(merged["scores"])
+    scores = step_probabilities(outputs, job.config.reward_model.output).numpy()
     for number, answer in enumerate(job.answers):
         ends = offsets[number] + np.array(answer.step_ends)
         line = {**answer.extra, "step_scores": [round(float(x), 6) for x in scores[ends]]}

@@ -12,6 +12,7 @@ from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import run_updates, split_rows
 from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.mask.statistics import is_above
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
@@ -69,7 +70,8 @@ class SelectionAlgorithm(PolicyAlgorithm):
         """How many answers or pairs were selected, and where there was nothing to choose from."""
         rewards = rewards_by_prompt(judged)
         least, most = rewards.nan_to_num(nan=torch.inf), rewards.nan_to_num(nan=-torch.inf)
-        is_flat = most.amax(dim=1) <= least.amin(dim=1)  # also where all have failed
+        # also where all have failed
+        is_flat = ~is_above(most.amax(dim=1), least.amin(dim=1))
         prompts = rewards.shape[0]
         return {
             "selection/per_prompt": count_metric(units, prompts),

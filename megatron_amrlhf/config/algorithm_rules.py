@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from megatron_amrlhf.config.algorithms import DpoAlgorithm, PpoAlgorithm, RejectionSamplingAlgorithm
+from megatron_amrlhf.config.algorithms import (
+    DpoAlgorithm,
+    KtoAlgorithm,
+    PpoAlgorithm,
+    RejectionSamplingAlgorithm,
+)
 from megatron_amrlhf.config.schema import Config
 
 
@@ -16,6 +21,8 @@ def algorithm_problems(config: Config) -> Iterator[str]:
         yield from _ppo_problems(algorithm)
     if isinstance(algorithm, DpoAlgorithm):
         yield from _dpo_problems(config, algorithm)
+    if isinstance(algorithm, KtoAlgorithm):
+        yield from _kto_problems(algorithm)
     if isinstance(algorithm, RejectionSamplingAlgorithm):
         yield from _rejection_sampling_problems(config, algorithm)
 
@@ -45,6 +52,14 @@ def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:
         yield _not_offline("algorithm.pairs", algorithm.pairs)
     if algorithm.pair_margin and algorithm.pairs != "margin":
         yield _unread("algorithm.pair_margin", "algorithm.pairs", "margin", algorithm.pairs)
+
+
+def _kto_problems(algorithm: KtoAlgorithm) -> Iterator[str]:
+    if not (algorithm.desirable_weight or algorithm.undesirable_weight):
+        yield (
+            "algorithm.desirable_weight, algorithm.undesirable_weight: nothing is learned with "
+            "both 0, set one above 0"
+        )
 
 
 def _rejection_sampling_problems(

@@ -20,6 +20,7 @@ from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
 from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
 
 CRITIC_SIGNALS = ("td_error", "advantage")
@@ -50,22 +51,27 @@ def check_run(config: Config, world_size: int) -> None:
             *_mask_problems(config),
             *algorithm_problems(config),
             *reward_problems(config),
+            *unread_problems(config),
         ]
     _raise_if(problems)
 
 
-def check_files(config: Config) -> None:
+def check_files(config: Config, is_scoring: bool = False) -> None:
     """Checks that the local files that the run names exist (the model may be a hub id).
+
+    Args:
+        config: the run.
+        is_scoring: it scores given answers: its data are not read, the reward models always, and
+            the statistics that a threshold reads may be what the scores are for.
 
     Raises:
         UserError: names every missing file on one line.
     """
     problems = []
-    for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        if name is not None and not Path(name).expanduser().is_file():
-            problems.append(f"{key}: {name}: no such file")
-    if config.algorithm.kind not in REWARD_KINDS:
-        problems += _missing_reward_files(config)
+    if is_scoring or config.algorithm.kind not in REWARD_KINDS:
+        problems += _missing_reward_models(config)
+    if not is_scoring:
+        problems += _missing_data(config)
     if (folder := config.engine.nvme_folder) and not _is_writable(Path(folder).expanduser()):
         problems.append(f"engine.nvme_folder: {folder}: cannot be made or written")
     try:
@@ -81,16 +87,22 @@ def _is_writable(folder: Path) -> bool:
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
 
 
-def _missing_reward_files(config: Config) -> Iterator[str]:
+def _missing_data(config: Config) -> Iterator[str]:
+    for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
+        if name is not None and not Path(name).expanduser().is_file():
+            yield f"{key}: {name}: no such file"
+    offline, reads_it = config.mask.offline_file, config.algorithm.kind not in REWARD_KINDS
+    if reads_it and offline and not Path(offline).expanduser().is_file():
+        yield f"mask.offline_file: {offline}: no such file, make it by tools/score_tokens.py"
+
+
+def _missing_reward_models(config: Config) -> Iterator[str]:
     for key, folder, kind in (
         ("reward_model.path", config.reward_model.path, "prm"),
         ("reward_model.orm_path", config.reward_model.orm_path, "orm"),
     ):
         if folder and not Path(folder).expanduser().is_dir():
             yield f"{key}: {folder}: no such folder, train a {kind} first"
-    offline = config.mask.offline_file
-    if offline and not Path(offline).expanduser().is_file():
-        yield f"mask.offline_file: {offline}: no such file, make it by tools/score_tokens.py"
 
 
 def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:

@@ -27,6 +27,12 @@ def reward_problems(config: Config) -> Iterator[str]:
             "reward.verifiable_weight: the answers of data.format: pairs are not compared with "
             "anything, leave it out"
         )
+    by_file = is_given and paths.path is None
+    if by_file and weights.prm_weight and weights.outcome != "tokens":
+        yield (
+            f"reward.outcome: {weights.outcome} reads a PRM's steps, which the file's scores of "
+            "sentences are not: use tokens, or give a PRM in reward_model.path"
+        )
     yield from _offline_problems(config)
     mask = config.mask
     if (mask.threshold, mask.signal, weights.normalise) == ("running", "reward", "batch"):

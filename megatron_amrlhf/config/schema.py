@@ -210,12 +210,14 @@ class RewardSection(Section):
         "deviation in mask.offline_file, or leave them",
     )
     granularity: Literal["sequence", "step", "token", "message"] = Field(
-        "message", description="unit whose tokens share one reward (figure 1)"
+        "message",
+        description="unit whose tokens share one reward (figure 1): sequence and step are cut and "
+        "kept as wholes; token and message are cut by token and differ in ppo's rewards only",
     )
     step_boundary: Literal["newline", "sentence"] = Field(
         "newline",
-        description="what ends a step for granularity: step; sentence: newlines and the "
-        "punctuation that ends English and Chinese sentences",
+        description="what ends a step for granularity: step and for outcome; sentence: newlines "
+        "and the punctuation that ends English and Chinese sentences",
     )
     outcome: Literal["tokens", "last", "min", "mean", "product", "prefix"] = Field(
         "tokens",
@@ -224,7 +226,8 @@ class RewardSection(Section):
         "before the first below 0.5 (PRM_P)",
     )
     placement: Literal["last", "spread"] = Field(
-        "last", description="a unit's reward stands on its last token or on each of its tokens"
+        "last",
+        description="a unit's reward stands on its last token or on each of its tokens (ppo)",
     )
 
 
@@ -268,7 +271,9 @@ class MaskSection(Section):
 
 class LossSection(Section):
     denominator: Literal["response", "kept"] = Field(
-        "response", description="divide by all response tokens or kept ones; count is global"
+        "response",
+        description="divide by all response tokens or kept ones, counted globally; a KL in the "
+        "loss is always a mean over response tokens",
     )
 
 
@@ -284,7 +289,9 @@ class CheckpointSection(Section):
         "parameter of a trained role over the ranks)",
     )
     accept_changed_data: bool = Field(
-        False, description="resume although data.train or run.seed are not the checkpoint's"
+        False,
+        description="resume although data.train, run.seed or the scores of mask.offline_file are "
+        "not the checkpoint's",
     )
     resume: bool = Field(
         True,

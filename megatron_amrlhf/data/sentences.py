@@ -3,7 +3,8 @@
 A sentence ends before a newline; after ``. ! ?`` or an ellipsis that white space follows (so not
 within 3.14), with the quotes and brackets that close there; and after the Chinese full stop,
 exclamation and question mark, which no white space follows. The dot of an abbreviation
-(``ABBREVIATIONS``) or an initial ends none, and the sign or number of a list item is none.
+(``ABBREVIATIONS``), of initials (``U.S.``) or of ``No. 5`` ends none, and the sign or number of a
+list item is none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _END = re.compile(
 )
 _BARE = re.compile(r"\s*(?:[-*\u2022]|\(?\d{1,3}[.)])?\s*")
 _WORD = re.compile(r"[A-Za-z.]*$")
+_INITIALS = re.compile(r"(?:[A-Z]\.)*[A-Z]")  # J, J.R.R, U.S
+_NUMBER = re.compile(r"\s\d")  # of "No. 5"
 LONGEST_WORD = 20  # characters that are looked at before a dot
 
 
@@ -55,8 +58,9 @@ def split_sentences(text: str) -> list[str]:
 def _is_no_stop(text: str, dot: int) -> bool:
     """Whether the dot at ``dot`` belongs to an abbreviation or an initial."""
     word = _WORD.search(text[max(dot - LONGEST_WORD, 0) : dot]).group()
-    is_initial = len(word) == 1 and word.isupper() and word != "I"
-    return is_initial or word.lower() in ABBREVIATIONS
+    is_initial = _INITIALS.fullmatch(word) and word != "I"
+    is_numbered = word == "No" and _NUMBER.match(text, dot + 1)
+    return bool(is_initial or is_numbered) or word.lower() in ABBREVIATIONS
 
 
 def token_sentences(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> tuple[list[int], int]:

@@ -11,11 +11,9 @@ from torch import Tensor
 from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.ppo import ppo_actor_loss
 from megatron_amrlhf.losses.reduce import LossOutput
-from megatron_amrlhf.mask.statistics import group_means
+from megatron_amrlhf.mask.statistics import RELATIVE_TIE, group_means
 
 STD_OFFSET = 1e-4  # added to a group's standard deviation, as TRL does
-# A spread below this share of the rewards' size is the rounding noise of equal answers.
-RELATIVE_ZERO_SPREAD = 1e-6
 
 
 def group_advantages(
@@ -47,7 +45,7 @@ def group_advantages(
     mean_square_B = group_means(centred_B1.square(), judged_B1, ids_B)
     std_B = (mean_square_B * size_B / (size_B - 1).clamp(min=1)).sqrt()
     scale_B = group_means(rewards_B1.square(), judged_B1, ids_B).sqrt()
-    is_flat_B = std_B <= RELATIVE_ZERO_SPREAD * scale_B
+    is_flat_B = std_B <= RELATIVE_TIE * scale_B
     std_B = torch.where(is_flat_B, 0.0, std_B)
     advantages_B = torch.where(is_flat_B | ~judged_B, 0.0, centred_B1[:, 0])
     if scale_rewards:
@@ -66,6 +64,7 @@ def grpo_loss(
     clip_eps_high: float | None,
     kl_coef: float,
     estimator: str,
+    scale: Tensor | None = None,
 ) -> LossOutput:
     """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A) M + kl_coef KL`` of each token.
 
@@ -83,6 +82,7 @@ def grpo_loss(
         clip_eps, clip_eps_high: how far below and above 1 the ratio may go; None: as below.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3`` (that of the GRPO paper), see ``kl.py``.
+        scale: ``[B, 1]`` of the KL, see ``with_kl``.
 
     Returns:
         Terms ``[B, R]``; the caller weighs rows and divides.
@@ -94,4 +94,4 @@ def grpo_loss(
     surrogate = ppo_actor_loss(
         logprobs, behaviour_logprobs, per_token, mask, clip_eps, clip_eps_high
     )
-    return with_kl(surrogate, logprobs, reference_logprobs, valid, kl_coef, estimator)
+    return with_kl(surrogate, logprobs, reference_logprobs, valid, kl_coef, estimator, scale)

@@ -73,6 +73,7 @@ def with_kl(
     valid: Tensor,
     kl_coef: float,
     estimator: str,
+    scale: Tensor | None = None,
 ) -> LossOutput:
     """Adds ``kl_coef KL(pi, pi_ref)`` of each token to a loss.
 
@@ -89,6 +90,7 @@ def with_kl(
         valid: ``[B, R]`` bool, response tokens.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3``.
+        scale: ``[B, 1]`` of ``reduce.kl_scale``, where the loss is divided by kept tokens; None: 1.
 
     Raises:
         ValueError: an estimator that is not meant for a loss.
@@ -97,5 +99,7 @@ def with_kl(
         raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
     reference_logprobs = masked(reference_logprobs.detach(), valid)
     kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    terms = loss.terms + kl_coef * kl if kl_coef else loss.terms
+    terms = loss.terms
+    if kl_coef:
+        terms = terms + kl_coef * (kl if scale is None else kl * scale)
     return LossOutput(terms, loss.metrics | {"loss/kl": metric(kl, valid)})

@@ -76,15 +76,34 @@ def global_count(mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
 
 
 def row_weights(counted: Tensor) -> Tensor:
-    """``[B, 1]`` float32: 1 / number of counted tokens of each row, 0 for a row without any.
+    """``[B, 1]`` float32: 1 / number of counted tokens of each row, 1 for a row without any.
 
     Times a loss's terms it makes a row's sum its mean, so that a mean over rows can follow.
 
     Args:
         counted: ``[B, R]`` bool, of ``denominator_mask``.
     """
-    counts_B1 = counted.sum(dim=1, keepdim=True)
-    return torch.where(counts_B1 > 0, 1.0 / counts_B1.clamp(min=1), 0.0)
+    return 1.0 / counted.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def kl_scale(
+    counted: Tensor, valid: Tensor, by_row: bool, group: ProcessGroup | None = None
+) -> Tensor:
+    """``[B, 1]`` float32: times a token's KL in the loss it makes the KL's mean one over ``valid``.
+
+    What a loss divides by counts the tokens that its mask keeps, maybe none; the KL is over the
+    whole answer and has to weigh the same whatever the mask keeps.
+
+    Args:
+        counted: ``[B, R]`` bool, tokens that the loss divides by: all rows of the optimizer step.
+        valid: ``[B, R]`` bool, response tokens.
+        by_row: the loss divides each row by its own count, as ``row_weights``; else by the global.
+        group: data-parallel group; None: this process only. Enters two all-reduces unless by row.
+    """
+    if by_row:
+        return row_weights(valid) / row_weights(counted)
+    ratio = global_count(counted, group) / global_count(valid, group)
+    return ratio.expand(len(valid), 1)
 
 
 def global_mean(x: Tensor, group: ProcessGroup | None = None) -> Tensor:

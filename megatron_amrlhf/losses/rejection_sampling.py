@@ -15,6 +15,7 @@ def rejection_sampling_loss(
     valid: Tensor,
     kl_coef: float,
     estimator: str,
+    scale: Tensor | None = None,
 ) -> LossOutput:
     """``-log pi M + kl_coef KL(pi, pi_ref)`` of each token, eq. 16.
 
@@ -29,6 +30,7 @@ def rejection_sampling_loss(
         valid: ``[B, R]`` bool, response tokens.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3``, see ``kl.py``.
+        scale: ``[B, 1]`` of the KL, see ``with_kl``.
 
     Returns:
         Terms ``[B, R]``; the caller divides.
@@ -38,4 +40,4 @@ def rejection_sampling_loss(
     """
     nll = -masked(logprobs, mask)
     loss = LossOutput(nll, {"loss/nll": metric(nll, mask)})
-    return with_kl(loss, logprobs, reference_logprobs, valid, kl_coef, estimator)
+    return with_kl(loss, logprobs, reference_logprobs, valid, kl_coef, estimator, scale)

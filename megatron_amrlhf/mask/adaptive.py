@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_amrlhf.mask.statistics import at_least_float32, group_means, masked_moments
+from megatron_amrlhf.mask.statistics import (
+    at_least_float32,
+    group_means,
+    is_above,
+    masked_moments,
+)
 
 
 def adaptive_mask(signs: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
@@ -32,7 +37,7 @@ def chosen_labels(
     group: ProcessGroup | None = None,
     judged: Tensor | None = None,
 ) -> Tensor:
-    """An answer is chosen iff its reward is strictly above its baseline; a tie is rejected.
+    """An answer is chosen iff its reward is above its baseline; a tie (up to rounding) is rejected.
 
     So an answer alone in its group, and a group of equal rewards, are rejected.
 
@@ -64,4 +69,4 @@ def chosen_labels(
         baseline = values
     else:
         raise ValueError(f"unknown label {kind!r}")
-    return (rewards_B > baseline.to(rewards_B.dtype)) & judged_B
+    return is_above(rewards_B.double(), baseline.double()) & judged_B

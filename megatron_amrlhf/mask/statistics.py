@@ -15,6 +15,8 @@ from torch.distributed import ProcessGroup
 
 # A variance below this share of the mean square is the rounding noise of constant data.
 RELATIVE_ZERO_VARIANCE = 1e-13
+# Rewards of answers that differ by less than this share of their size are equal up to rounding.
+RELATIVE_TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,11 @@ def whiten(
         whitened = whitened + moments.mean
     whitened = torch.where(moments.std == 0, 0.0 if shift_mean else moments.mean, whitened)
     return torch.where(valid, whitened, 0.0).to(at_least_float32(x).dtype)
+
+
+def is_above(x: Tensor, y: Tensor) -> Tensor:
+    """``x > y`` for rewards of answers (broadcast), where rounding makes no difference."""
+    return x - y > RELATIVE_TIE * torch.maximum(x.abs(), y.abs())
 
 
 def row_means(x: Tensor, valid: Tensor) -> Tensor:

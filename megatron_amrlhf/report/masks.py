@@ -130,9 +130,13 @@ def describe_threshold(record: SampleRecord) -> str:
 def describe_answer(record: SampleRecord) -> str:
     """What an answer is, in one line."""
     tokens, kept = len(record.tokens), sum(record.mask)
+    signs = {message.sign for message in record.messages}
+    keeps = "+" if record.chosen else "-"
+    if kept == tokens and signs != {1 if record.chosen else -1}:
+        keeps = "all"  # mask.kind: none
     parts = [
         f"step {record.step}",
-        "chosen (keeps +)" if record.chosen else "rejected (keeps -)",
+        f"{'chosen' if record.chosen else 'rejected'} (keeps {keeps})",
         f"reward {record.sequence_reward:.4g}",
         f"{tokens} tokens, {len(record.messages)} messages, {kept} kept",
         "ended" if record.ended else "cut at the length limit",

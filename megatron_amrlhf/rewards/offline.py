@@ -87,6 +87,24 @@ class OfflineScores:
     mean: float
     std: float
 
+    def state_dict(self) -> dict[str, float]:
+        """The numbers that a checkpoint keeps; which statistic is b is configuration."""
+        return {"mean": self.mean, "std": self.std}
+
+    def check_same(self, state: dict[str, float] | None, path: str) -> None:
+        """Whether a checkpoint was made with these scores; None: with none.
+
+        Raises:
+            UserError: it was made with others.
+        """
+        if state is not None and state != self.state_dict():
+            raise UserError(
+                f"mask.offline_file: {path} is not what the checkpoint was trained with (mean "
+                f"{self.mean:.6g}, then {state['mean']:.6g}; deviation {self.std:.6g}, then "
+                f"{state['std']:.6g}); put it back, set checkpoint.accept_changed_data: true to go "
+                "on all the same, or use another run.name"
+            )
+
 
 def load_offline(
     path: str | Path,
@@ -111,8 +129,8 @@ def load_offline(
     found = _read(file)
     if found.prm != prm:
         raise UserError(
-            f"mask.offline_file: {file} has scores of another PRM ({found.prm[:12]}, this run's "
-            f"is {prm[:12]}): score the data with this one by tools/score_tokens.py"
+            f"mask.offline_file: {file} has scores of another PRM ({_short(found.prm)}, this run's "
+            f"is {_short(prm)}): score the data with this one by tools/score_tokens.py"
         )
     wanted = None if attribute_weights is None else list(attribute_weights)
     if found.attribute_weights != wanted:
@@ -123,7 +141,8 @@ def load_offline(
     baseline = {"mean": found.mean, "median": found.median}.get(statistic)
     if baseline is None:
         assert statistic == "quantile", statistic
-        baseline = float(np.quantile(_scores(file).astype(np.float64), quantile))
+        scores = _scores(file, found.count)
+        baseline = float(np.quantile(scores.astype(np.float64), quantile))
     return OfflineScores(baseline=baseline, mean=found.mean, std=found.std)
 
 
@@ -133,6 +152,8 @@ def _read(file: Path) -> ScoreStatistics:
         found = ScoreStatistics(**fields)
         numbers = (found.mean, found.std, found.median)
         right = all(type(x) is float and math.isfinite(x) for x in numbers) and found.std >= 0
+        if not isinstance(found.prm, str):
+            raise TypeError("prm must be a fingerprint")
     except OSError as error:
         raise UserError(f"mask.offline_file: {file}: cannot be read ({error.strerror})") from None
     except (ValueError, TypeError) as error:
@@ -142,11 +163,24 @@ def _read(file: Path) -> ScoreStatistics:
     return found
 
 
-def _scores(file: Path) -> np.ndarray:
+def _short(fingerprint: str) -> str:
+    """Enough of a fingerprint: of its weights the beginning, of marker and separator all."""
+    weights, space, rows = fingerprint.partition(" ")
+    return weights[:12] + space + rows
+
+
+def _scores(file: Path, count: int) -> np.ndarray:
+    """The ``count`` scores beside a statistics file."""
     beside = file.with_name(SCORES_NAME)
     try:
-        return load_file(beside)["scores"]
+        scores = load_file(beside)["scores"]
     except (OSError, SafetensorError, KeyError) as error:
         raise UserError(
             f"mask.offline_file: quantiles are read from {beside}, which cannot be ({error})"
         ) from None
+    if scores.shape != (count,) or not count or not np.isfinite(scores).all():
+        raise UserError(
+            f"mask.offline_file: {beside} has not the {count} finite scores that {file} is about: "
+            "score the data again"
+        )
+    return scores

@@ -53,23 +53,37 @@ def aggregate_steps(scores_BS: Tensor, present_BS: Tensor, kind: str) -> Tensor:
     return torch.where(counts_B > 0, found, 0.0)
 
 
-def step_ends(tokens_BR: Tensor, newline_ids: Tensor, valid_BR: Tensor, ended_B: Tensor) -> Tensor:
+def step_ends(steps_BR: Tensor, valid_BR: Tensor, ended_B: Tensor) -> Tensor:
     """``[B, R]`` bool: the tokens at which a PRM has learned to judge a step.
 
-    These are the last newline of a run of newlines, and the answer's last token before its end
-    token (which belongs to no step); the end token only of an answer that is nothing else.
+    These are the last token of each step and the answer's last token before its end token (which
+    belongs to no step); the end token only of an answer that is nothing else.
 
     Args:
-        tokens_BR: ``[B, R]`` int64 response tokens.
-        newline_ids: ids of tokens with a newline.
+        steps_BR: ``[B, R]`` int64 number of the step that each token is in.
         valid_BR: ``[B, R]`` bool, response tokens, left-aligned.
         ended_B: ``[B]`` bool, the last token is an end token.
     """
     lengths_B = valid_BR.sum(dim=1)
     text_B = torch.where(ended_B & (lengths_B > 1), lengths_B - 1, lengths_B)
+    last_B1 = text_B[:, None] - 1
     places = torch.arange(valid_BR.shape[1], device=valid_BR.device)
-    is_text = places < text_B[:, None]
-    is_newline = torch.isin(tokens_BR, newline_ids.to(tokens_BR.device)) & is_text
-    ends = is_newline.clone()
-    ends[:, :-1] &= ~is_newline[:, 1:]
-    return ends | (places == text_B[:, None] - 1)
+    ends = places == last_B1
+    ends[:, :-1] |= (steps_BR[:, :-1] != steps_BR[:, 1:]) & (places[:-1] < last_B1)
+    return ends
+
+
+def step_probabilities(outputs: Tensor, kind: str) -> Tensor:
+    """The probability that a step is right, from what a PRM's head gives; float64, any shape.
+
+    Args:
+        outputs: of the head.
+        kind: ``logit`` (trained with bce), or ``score`` (with mse): a linear output that was
+            trained on [0, 1] but may lie outside.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind not in ("logit", "score"):
+        raise ValueError(f"unknown output {kind!r}")
+    return outputs.double().sigmoid() if kind == "logit" else outputs.double().clamp(0.0, 1.0)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from megatron_amrlhf.errors import UserError
 
 WORKER = "megatron_amrlhf.rewards.verify_worker"
+DIED = {"problem": "the worker that compares answers has died"}
 START_SECONDS = 120.0  # importing sympy on a busy machine
 
 
@@ -50,9 +51,10 @@ class Verifier:
             self.close()
             return Verdict(None, f"the worker has ended ({error})")
         reply = self._reply(self.timeout_seconds)
-        if reply is None:
+        if reply is None or reply is DIED:
             self.close()
-            return Verdict(None, f"no verdict within {self.timeout_seconds:g} s")
+            late = f"no verdict within {self.timeout_seconds:g} s"
+            return Verdict(None, late if reply is None else DIED["problem"])
         if "reward" in reply:
             return Verdict(reply["reward"])
         return Verdict(None, reply["problem"])
@@ -77,17 +79,18 @@ class Verifier:
             target=_read_lines, args=(self._process.stdout, self._replies), daemon=True
         )
         reader.start()
-        if self._reply(START_SECONDS) is None:
+        if self._reply(START_SECONDS) in (None, DIED):
             self.close()
             self._broken = "the worker that compares answers does not start"
         return self._broken
 
     def _reply(self, seconds: float) -> dict | None:
+        """The worker's next line, ``DIED`` at its end, None where none comes in time."""
         try:
             line = self._replies.get(timeout=seconds)
         except queue.Empty:
             return None
-        return None if line is None else json.loads(line)
+        return DIED if line is None else json.loads(line)
 
 
 def _read_lines(stream, replies: queue.Queue) -> None:

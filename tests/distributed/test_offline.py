@@ -141,6 +141,29 @@ def test_a_prm_scores_pairs_without_scores(world):
     assert all(len(set(sample["token_rewards"])) > 1 for sample in samples)
 
 
+def test_an_orm_adds_to_the_files_scores(world):
+    """The scores stand for a PRM's: each reward has its weight in the sum."""
+    make_tiny_model(world.folder / "orm", "qwen2", True, 4, vocab_size=VOCAB_SIZE)
+    make_tiny_tokenizer(world.folder / "orm", VOCAB_SIZE)
+    add_head(world.folder / "orm", HIDDEN, outputs=1, seed=5)
+    config = json.loads((world.folder / "dpo-scores.yaml").read_text())
+    config["run"]["name"] = "dpo-scores-orm"
+    config["reward_model"] = {"orm_path": str(world.folder / "orm")}
+    config["reward"] |= {"prm_weight": 0.5, "orm_weight": 2.0}
+    path = world.folder / "dpo-scores-orm.yaml"
+    path.write_text(json.dumps(config))
+    samples = read_jsonl(start(world.folder, path, 1, 1, 1) / "samples.jsonl")
+    alone = read_jsonl(world.runs["dpo-scores"] / "samples.jsonl")
+    assert len(samples) == len(alone)
+    wholes = []
+    for sample, scores in zip(samples, alone, strict=True):
+        pairs = zip(sample["token_rewards"], scores["token_rewards"], strict=True)
+        found = [reward - 0.5 * score for reward, score in pairs]
+        assert found == pytest.approx([found[0]] * len(found), abs=TOLERANCE)
+        wholes.append(found[0])
+    assert len({round(x, 2) for x in wholes}) > 2
+
+
 @pytest.mark.parametrize("name", ["dpo-plain", "dpo-scores"])
 def test_held_out_margin_equals_hugging_faces(world, name):
     """Of the exported policy against the reference, summed over each whole answer."""

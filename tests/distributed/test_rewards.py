@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,10 +113,11 @@ def score_here(path: str) -> dict:
         found[f"{model.role} by text"] = model_rewards(context, again, rollout, prompts)
     rewarder = Rewarder(context, models)
     rewards = rewarder.score(rollout, prompts)
-    if rewarder.verifier is not None:
-        rewarder.verifier.close()
     if rewards is None:
         return {}
+    found["verdicts"], _ = rewarder.verdicts(rollout, prompts)
+    found["unasked"], _ = rewarder.verdicts(rollout, replace(prompts, answers=(None,)))
+    rewarder.verifier.close()
     return found | {"sum": rewards.tokens, "sequences": rewards.sequences, "valid": rewards.valid}
 
 
@@ -123,6 +125,7 @@ def test_the_sum_has_every_reward_with_its_weight_on_every_layout(folder):
     path = config_of(folder)
     (one,) = run_on(1, score_here, str(path))
     valid, expected = one["valid"], torch.tensor([1.0, 1.0, 0.0])
+    assert torch.equal(one["verdicts"], expected) and one["unasked"].isnan().all()
     assert torch.equal(one["prm by text"], one["prm"])
     assert torch.equal(one["orm by text"], one["orm"])
     assert one["orm"].std() > 0 and one["prm"].std() > 0
@@ -135,7 +138,9 @@ def test_the_sum_has_every_reward_with_its_weight_on_every_layout(folder):
     assert len(others) == 1
     for found in (first, *others):
         for key in one:
-            assert torch.allclose(found[key], one[key], rtol=TOLERANCE, atol=TOLERANCE), key
+            assert torch.allclose(
+                found[key], one[key], rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True
+            ), key
 
 
 def hf_scores(folder: Path, rows) -> list[torch.Tensor]:
@@ -365,6 +370,24 @@ def test_whitening_by_the_file_is_eq_11(folder, scored):
         expected = (np.array(sample["token_rewards"]) - scores.mean()) / scores.std()
         assert sample["signal"] == pytest.approx(expected, abs=1e-3)
         assert sample["baseline"] == pytest.approx(median, abs=1e-4) and sample["delta"] == 0.5
+
+
+def test_a_run_does_not_resume_on_other_statistics(folder, scored):
+    other = shutil.copytree(scored, folder / "rescored")
+    path = offline_run(folder, other, "rescored")
+    run_on(1, run_config, str(path), [])
+    file = other / "statistics.json"
+    found = json.loads(file.read_text())
+    more = ["run.steps=2", "mask.offline_statistic=median"]  # a key of the configuration may change
+    file.write_text(json.dumps(found | {"mean": found["mean"] + 1}))
+    with pytest.raises(AssertionError, match="rescored/statistics.json is not what the checkpoint"):
+        run_on(1, run_config, str(path), more)
+    run_on(1, run_config, str(path), [*more, "checkpoint.accept_changed_data=true"])
+    baselines = [
+        sample["baseline"] for sample in read_jsonl(folder / "runs/rescored/samples.jsonl")
+    ]
+    expected = {round(found["mean"], 4), round(found["median"], 4)}
+    assert {round(x, 4) for x in baselines} == expected
 
 
 def test_a_file_of_another_prm_is_refused_before_anything_starts(folder, scored):

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above, top_rows
+from megatron_amrlhf.losses.grpo import group_advantages
+from megatron_amrlhf.mask.adaptive import chosen_labels
 
 REWARDS = torch.tensor([[1.0, 3.0, 2.0], [5.0, 5.0, 5.0], [0.0, -1.0, 0.0]])
 
@@ -71,3 +73,19 @@ def test_failed_answers_are_never_picked():
     assert best_and_worst(rewards).tolist() == [[1, 2], [6, 8]]
     assert pairs_above(rewards, 0.0).tolist() == [[6, 8]]
     assert top_rows(rewards, torch.tensor([1, 2, 3, 1])).tolist() == [1, 5, 6, 8]
+
+
+def test_rewards_that_differ_by_rounding_are_tied_in_every_choice():
+    """Equal answers, scored in micro-batches of other shapes: 0.1 and its neighbours in float32."""
+    one = torch.tensor([0.1])
+    up = torch.nextafter(one, torch.ones(1))
+    rewards = torch.cat([one, up, torch.nextafter(up, torch.ones(1)), one])
+    groups = torch.zeros(4, dtype=torch.int64)
+    for sign in (1, -1):
+        assert pairs_above(sign * rewards[None], 0.0).shape == (0, 2)
+        assert not chosen_labels(sign * rewards, "group", groups).any()
+        assert not chosen_labels(sign * rewards, "batch").any()
+        assert not group_advantages(sign * rewards, groups, scale_rewards=True)[0].any()
+    apart = torch.tensor([0.1, 0.1001])
+    assert pairs_above(apart[None], 0.0).tolist() == [[1, 0]]
+    assert chosen_labels(apart, "group", groups[:2]).tolist() == [False, True]

@@ -157,7 +157,12 @@ def plain_dense(
         "offline": (OFFLINE.mean, OFFLINE.std),
     }[config.reward.normalise]
     rewards = [[(r - shift) / scale for r in answer.rewards] for answer in answers]
-    signals = [plain_signal(config, *each) for each in zip(answers, rewards, strict=True)]
+    signals = []
+    for answer, own in zip(answers, rewards, strict=True):
+        units = list(range(len(own)))  # messages exist after the cut only
+        if config.reward.granularity != "message":
+            units = plain_units(config, answer)
+        signals.append(plain_signal(config, answer, *plain_rewards(config, own, units)))
     told = [x for x, answer in zip(signals, answers, strict=True) if not answer.failed]
     deviation = pstdev(itertools.chain(*told))
     by_file = config.mask.threshold == "offline"
@@ -186,22 +191,36 @@ def plain_dense(
         }[config.mask.threshold]
         signs = plain_signs(signal, baseline, delta, config.mask.neutral)
         messages = plain_runs(signs)
-        units = {
-            "sequence": [0] * len(own),
-            "step": answer.steps[config.reward.step_boundary],
-            "token": list(range(len(own))),
-            "message": messages,
-        }[config.reward.granularity]
-        shaped = plain_shared(own, units, config.mask.message_reward)
-        if config.reward.placement == "last":
-            ends = [a != b for a, b in itertools.pairwise([*units, None])]
-            shaped = [r if end else 0.0 for r, end in zip(shaped, ends, strict=True)]
+        is_message = config.reward.granularity == "message"
+        units = messages if is_message else plain_units(config, answer)
+        _, shaped = plain_rewards(config, own, units)
         shared = plain_shared(answer.rewards, messages, config.mask.message_reward)
         found.append(Plain(signal, baseline, delta, signs, messages, shared, shaped))
     return found
 
 
-def plain_signal(config: Config, answer: Answer, rewards: list[float]) -> list[float]:
+def plain_units(config: Config, answer: Answer) -> list[int]:
+    return {
+        "sequence": [0] * len(answer.rewards),
+        "step": answer.steps[config.reward.step_boundary],
+        "token": list(range(len(answer.rewards))),
+    }[config.reward.granularity]
+
+
+def plain_rewards(
+    config: Config, rewards: list[float], units: list[int]
+) -> tuple[list[float], list[float]]:
+    """Each token's reward of its unit, and these where they are placed."""
+    shared = plain_shared(rewards, units, config.mask.message_reward)
+    if config.reward.placement == "spread":
+        return shared, shared
+    ends = [a != b for a, b in itertools.pairwise([*units, None])]
+    return shared, [r if end else 0.0 for r, end in zip(shared, ends, strict=True)]
+
+
+def plain_signal(
+    config: Config, answer: Answer, rewards: list[float], placed: list[float]
+) -> list[float]:
     algorithm, kind = config.algorithm, config.mask.signal
     if kind == "reward":
         return rewards
@@ -211,7 +230,7 @@ def plain_signal(config: Config, answer: Answer, rewards: list[float]) -> list[f
     errors = [
         reward + algorithm.gamma * after - value
         for reward, value, after in zip(
-            rewards, answer.values, [*answer.values[1:], answer.after], strict=True
+            placed, answer.values, [*answer.values[1:], answer.after], strict=True
         )
     ]
     if kind == "td_error":
@@ -301,10 +320,15 @@ for unit, place, kind in itertools.product(
     boundary = unit if unit in ("newline", "sentence") else "newline"
     granularity = "step" if unit == boundary else unit
     reward = {"granularity": granularity, "step_boundary": boundary, "placement": place}
-    CASES[f"{unit}-{place}-{kind}"] = {
-        "reward": reward,
-        "mask": {"message_reward": kind, "delta": 0.4, "neutral": "drop"},
-    }
+    mask = {"message_reward": kind, "delta": 0.4, "neutral": "drop"}
+    CASES[f"{unit}-{place}-{kind}"] = {"reward": reward, "mask": mask}
+    if kind == "mean":
+        for signal in ("td_error", "advantage"):
+            CASES[f"{unit}-{place}-{signal}"] = {
+                "algorithm": PPO,
+                "reward": reward,
+                "mask": mask | {"signal": signal},
+            }
 
 
 @pytest.mark.parametrize("name", CASES)

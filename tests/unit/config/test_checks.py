@@ -369,3 +369,19 @@ def test_missing_files_are_named_together(tmp_path):
     (tmp_path / "prm").mkdir()
     (tmp_path / "zero.json").write_text("{}")
     check_files(config)
+
+
+@pytest.mark.parametrize("base", [PPO, PRM])
+def test_scoring_reads_the_reward_models_and_no_data(tmp_path, base):
+    """The statistics of a threshold may be what the scores are made for."""
+    config = make_config(
+        base,
+        data={"train": str(tmp_path / "a.jsonl")},
+        mask={"threshold": "offline", "offline_file": str(tmp_path / "statistics.json")},
+        reward_model={"path": str(tmp_path / "prm")},
+    )
+    assert "a.jsonl: no such file" in message_of(check_files, config)
+    message = message_of(lambda found: check_files(found, is_scoring=True), config)
+    assert message == f"reward_model.path: {tmp_path / 'prm'}: no such folder, train a prm first"
+    (tmp_path / "prm").mkdir()
+    check_files(config, is_scoring=True)

@@ -51,6 +51,15 @@ multiplying by the number of schools participating in the tournament."""
         ("Pi is 3.14 or so. Yes...\n\nNo?! ok", ["Pi is 3.14 or so.", "Yes...", "No?!", "ok"]),
         ('He said "go." Then (he left.) Home', ['He said "go."', "Then (he left.)", "Home"]),
         (
+            "The U.S. army read J.R.R. Tolkien, No. 5 of all. No. I did. So did I.",
+            [
+                "The U.S. army read J.R.R. Tolkien, No. 5 of all.",
+                "No.",
+                "I did.",
+                "So did I.",
+            ],
+        ),
+        (
             "Dr. Who met J. Smith, e.g. at 5 p.m. today",
             ["Dr. Who met J. Smith, e.g. at 5 p.m.", "today"],
         ),

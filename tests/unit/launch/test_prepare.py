@@ -56,7 +56,7 @@ def test_what_a_shell_leaves_is_taken():
 
 
 def test_a_refused_start_leaves_another_runs_folder_alone(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(prepare, "check_files", lambda config: None)
+    monkeypatch.setattr(prepare, "check_files", lambda *arguments: None)
     config = make_config(PPO, run={"folder": str(tmp_path)})
     folder = RunFolder.create(config, rank=0)
     folder.stop.touch()

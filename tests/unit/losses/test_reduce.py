@@ -13,6 +13,7 @@ from megatron_amrlhf.losses.reduce import (
     finish_metrics,
     global_count,
     global_mean,
+    kl_scale,
     masked,
     merge_metrics,
     row_weights,
@@ -73,8 +74,26 @@ def test_denominator_names():
 
 def test_row_weights_make_sums_of_rows_means():
     counted = torch.tensor([[True, True, False], [False, False, False], [True, False, False]])
-    assert row_weights(counted).tolist() == [[0.5], [0.0], [1.0]]
+    assert row_weights(counted).tolist() == [[0.5], [1.0], [1.0]]
     assert row_weights(counted[:0]).shape == (0, 1)
+
+
+@pytest.mark.parametrize("kept", ["all", "some", "one", "none"])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_kl_weighs_the_same_whatever_the_mask_keeps(kept, by_row):
+    """Divided as the loss is, by kept tokens: still the mean over response tokens."""
+    valid = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]]).bool()
+    counts = {"all": [3, 2], "some": [2, 1], "one": [0, 1], "none": [0, 0]}[kept]
+    counted = torch.arange(4) < torch.tensor(counts)[:, None]
+    kl = torch.where(valid, torch.tensor([[1.0, 2.0, 6.0, 9.0], [4.0, 8.0, 9.0, 9.0]]), 0.0)
+    scaled = kl * kl_scale(counted, valid, by_row)
+    if by_row:
+        found, expected = (scaled * row_weights(counted)).sum() / 2, (9 / 3 + 12 / 2) / 2
+    else:
+        found, expected = scale_for_engine(scaled.sum(), global_count(counted), 1), 21 / 5
+    assert found.item() == pytest.approx(expected)
+    assert kl_scale(valid, valid, by_row).tolist() == [[1.0], [1.0]]  # the same bits as without
+    assert kl_scale(counted[:0], valid[:0], by_row).shape == (0, 1)
 
 
 def test_global_mean_of_all_entries():

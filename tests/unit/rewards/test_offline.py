@@ -51,6 +51,27 @@ def test_the_baseline_is_the_configured_statistic(file):
     assert (load(file).mean, load(file).std) == pytest.approx((wide.mean(), wide.std()))
 
 
+@pytest.mark.parametrize("scores", [SCORES[:0], SCORES[:-1], np.where(SCORES > 5, np.nan, SCORES)])
+def test_quantiles_of_other_scores_than_the_files_are_refused(file, scores):
+    save_file({"scores": scores}, file.with_name(SCORES_NAME))
+    with pytest.raises(UserError, match="has not the 501 finite scores"):
+        load(file, "quantile", 0.3)
+    assert np.isfinite(load(file, "median").baseline)  # which reads the statistics alone
+
+
+def test_a_damaged_fingerprint_is_no_statistics_file(file):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prm": None}))
+    with pytest.raises(UserError, match="no statistics file .prm must be a fingerprint"):
+        load(file)
+
+
+def test_a_prm_with_another_marker_is_told_by_it(file):
+    with pytest.raises(
+        UserError, match=r"\(ffffffffffff, this run's is ffffffffffff '<x>' '\\n'\)"
+    ):
+        load(file, prm="f" * 32 + r" '<x>' '\n'")
+
+
 def test_scores_of_another_prm_or_other_weights_are_refused(file):
     with pytest.raises(UserError, match="scores of another PRM .ffffffffffff, this run's is aaaa"):
         load(file, prm="a" * 32)

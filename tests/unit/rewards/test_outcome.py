@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.rewards.outcome import OUTCOMES, aggregate_steps, step_ends
+from megatron_amrlhf.rewards.outcome import (
+    OUTCOMES,
+    aggregate_steps,
+    step_ends,
+    step_probabilities,
+)
+from megatron_amrlhf.rewards.units import step_ids
 from megatron_amrlhf.types import RolloutBatch
 from tests.unit.config.samples import make_config
 
@@ -78,9 +84,19 @@ def test_steps_end_where_the_prm_has_learned_to_judge():
     for row, (ids, _, _) in enumerate(ROWS):
         tokens[row, : len(ids)], valid[row, : len(ids)] = torch.tensor(ids), True
     ended = torch.tensor([ended for _, ended, _ in ROWS])
-    found = step_ends(tokens, torch.tensor([NEWLINE]), valid, ended)
+    steps = step_ids(tokens, torch.tensor([NEWLINE]), valid)
+    found = step_ends(steps, valid, ended)
     for row, (_, _, expected) in enumerate(ROWS):
         assert found[row].nonzero().flatten().tolist() == expected, row
+
+
+def test_a_score_outside_its_range_is_no_probability():
+    outputs = torch.tensor([-0.1, 0.05, 1.03])
+    assert step_probabilities(outputs, "score").tolist() == pytest.approx([0.0, 0.05, 1.0])
+    expected = [1 / (1 + math.exp(-float(x))) for x in outputs]
+    assert step_probabilities(outputs, "logit").tolist() == pytest.approx(expected, rel=1e-12)
+    with pytest.raises(ValueError, match="odds"):
+        step_probabilities(outputs, "odds")
 
 
 class Run:
@@ -109,7 +125,11 @@ def test_sequence_rewards_follow_the_configuration():
             reward_model=keys,
         )
         valid = rollout.response_mask
-        return float(sequence_rewards(Run(config), rollout, rewards, valid, torch.tensor([7])))
+
+        def cut_steps(rollout):
+            return torch.tensor([[0, 0, 1, 1, 1]])
+
+        return float(sequence_rewards(Run(config), rollout, rewards, valid, cut_steps))
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))
@@ -117,6 +137,6 @@ def test_sequence_rewards_follow_the_configuration():
     steps = [sigmoid(1.0), sigmoid(-2.0)]
     for kind in OUTCOMES:
         assert of(outcome=kind) == pytest.approx(BY_HAND[kind](steps), rel=1e-6)
-    assert of(outcome="min", output="score") == -2.0
+    assert of(outcome="min", output="score") == 0.0
     assert of(outcome="tokens") == pytest.approx(21 / 5)
     assert of(outcome="tokens", message_reward="last") == 4.0

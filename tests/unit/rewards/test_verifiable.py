@@ -109,6 +109,6 @@ def test_a_worker_that_dies_is_a_failure():
     code = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.readline()"
     verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", code])
     verdict = verifier.judge("1", "1")
-    assert verdict.reward is None and verdict.problem
+    assert verdict.reward is None and "has died" in verdict.problem
     dead = Verifier(SLOW_SECONDS, [sys.executable, "-c", "pass"])
     assert "does not start" in dead.judge("1", "1").problem
