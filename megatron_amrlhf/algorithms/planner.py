@@ -16,6 +16,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.models.families import complete_config
 from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
@@ -43,7 +44,7 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     hf_configs = [policy, *(hf_config for hf_config, _ in rewards.values())]
     check_run(config, world_size)
     for hf_config in hf_configs:
-        check_model(config, hf_config)
+        check_model(config, complete_config(hf_config))
     roles = planned_roles(config, policy, rewards)
     machine = Machine(int(options.memory * GIB), options.gpus_a_node)
     usable = int(options.share * machine.memory)

@@ -9,13 +9,26 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer, marker_token_id
+from megatron_amrlhf.data.chat import (
+    check_vocabulary,
+    end_token_ids,
+    load_tokenizer,
+    marker_token_id,
+)
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.fingerprint import model_fingerprint
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
-from megatron_amrlhf.rewards.kinds import MARKER, OUTCOME, OUTPUT, SEPARATOR, reward_kind
+from megatron_amrlhf.rewards.kinds import (
+    KIND,
+    MARKER,
+    OUTCOME,
+    OUTPUT,
+    PROCESS,
+    SEPARATOR,
+    reward_kind,
+)
 from megatron_amrlhf.rewards.marking import StepMarker
 from megatron_amrlhf.rewards.offline import OfflineScores, load_offline
 from megatron_amrlhf.rewards.verifiable import check_library
@@ -108,7 +121,7 @@ def _load(
     config: Config, role: str, key: str, path: str, policy_tokenizer: PreTrainedTokenizerBase
 ) -> RewardModel:
     folder = Path(path).expanduser()
-    check_shape(config, folder)
+    shape = check_shape(config, folder)
     weights = ShardedWeights(folder)
     if "head.weight" not in weights:
         raise UserError(
@@ -117,8 +130,13 @@ def _load(
         )
     if role == "prm":
         _check_output(config, folder)
+    elif read_hf_config(folder).get(KIND) == PROCESS:
+        raise UserError(
+            f"{key}: {folder} is a PRM, which has learned nothing about whole answers: give the "
+            "export folder of a run with algorithm.kind orm"
+        )
     own = load_tokenizer(folder)
-    end_token_ids(own, folder)
+    check_vocabulary(own, end_token_ids(own, folder), shape.vocab_size, folder)
     is_same = _same(own, policy_tokenizer)
     if not is_same and config.data.format == "pairs":
         raise UserError(

@@ -19,7 +19,7 @@ from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_tokenizer
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
@@ -59,12 +59,14 @@ def run(config: Config) -> bool:
         UserError: the model, the data or the layout is wrong; nothing was written.
     """
     model_folder = resolve_model_folder(config.model.path, config.model.cache_folder)
-    check_shape(config, model_folder)
+    shape = check_shape(config, model_folder)
     tokenizer = load_tokenizer(model_folder)
+    end_ids = end_token_ids(tokenizer, model_folder)
+    check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
     start_processes(_timeout_seconds(config))
     try:
-        context = _context(config, model_folder, tokenizer)
+        context = _context(config, model_folder, tokenizer, end_ids)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner)
@@ -72,7 +74,9 @@ def run(config: Config) -> bool:
         stop_processes()
 
 
-def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase) -> Context:
+def _context(
+    config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]
+) -> Context:
     """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
@@ -85,7 +89,7 @@ def _context(config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerB
         mesh=mesh,
         engine=Zero3Engine(config, mesh),
         tokenizer=tokenizer,
-        end_ids=tuple(end_token_ids(tokenizer, model_folder)),
+        end_ids=tuple(end_ids),
         model_folder=model_folder,
         console=RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None),
         folder=folder,
@@ -109,7 +113,18 @@ def _banner(context: Context, algorithm) -> str:
         if role.spec.trainable
     ]
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
-    return "\n".join([line, *attempt, *describe_choices(trained)])
+    return "\n".join([line, *attempt, *_long_rows(context), *describe_choices(trained)])
+
+
+def _long_rows(context: Context) -> list[str]:
+    """A line for each model whose positions the run's rows may leave; RoPE may be scaled."""
+    longest = context.config.data.max_row_tokens
+    return [
+        f"note: data.max_row_tokens = {longest}, but the {name} was trained on rows of "
+        f"{role.shape.max_positions} tokens at most (max_position_embeddings)"
+        for name, role in context.engine.roles.items()
+        if role.shape.max_positions < longest
+    ]
 
 
 def _timeout_seconds(config: Config) -> float:

@@ -46,6 +46,11 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         reason = str(error).strip().split("\n")[0]
         message = f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files"
         raise UserError(message) from error
+    if not tokenizer.encode(PROBE, add_special_tokens=False):  # what transformers makes of nothing
+        raise UserError(
+            f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model); copy the model's "
+            "tokenizer files"
+        )
     if not (Path(folder) / "tokenizer.json").is_file():
         _check_sentencepiece(tokenizer, Path(folder) / "tokenizer.model")
     return tokenizer
@@ -133,6 +138,32 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> lis
     if not ids:
         raise UserError(f"{folder}: the tokenizer has no end token; set eos_token in its config")
     return list(dict.fromkeys(ids))
+
+
+def check_vocabulary(
+    tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], vocab_size: int, folder: str | Path
+) -> None:
+    """Checks that a model has an embedding for what its tokenizer puts into every row.
+
+    Tokens of a text, of the template and the end tokens; a tokenizer may know more than these.
+
+    Args:
+        tokenizer: the model's.
+        end_ids: from `end_token_ids`.
+        vocab_size: of the model's ``config.json``.
+        folder: named in the message.
+
+    Raises:
+        UserError: an id is too large.
+    """
+    ids = [*end_ids, *encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
+    if (largest := max(ids)) >= vocab_size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"{folder}: token {token!r} has id {largest}, but the model's vocab_size is "
+            f"{vocab_size}: use the model's own tokenizer files, and name its eos_token in "
+            "tokenizer_config.json"
+        )
 
 
 def encode_solution(

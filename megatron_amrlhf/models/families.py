@@ -13,6 +13,14 @@ from megatron_amrlhf.errors import UserError
 # depend on the rows packed beside it and keys in the cache would be stale.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 ROPE_BY_BATCH = ("dynamic", "longrope")
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True)
@@ -84,8 +92,23 @@ def complete_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"{key}: true is not supported for {complete['model_type']} models")
     if complete.get("hidden_act", "silu") != "silu":
         raise UserError(f"hidden_act {complete['hidden_act']!r} is not supported: only silu")
+    _check_sizes(complete)
     _check_rope(complete)
     return complete
+
+
+def _check_sizes(hf_config: Mapping[str, Any]) -> None:
+    """Refuses sizes that are missing or no counts, and layers of which some have no type."""
+    for key in SIZES:
+        found = hf_config.get(key)
+        if type(found) is not int or found < 1:
+            raise UserError(f"config.json: {key} must be a whole number above 0 (got {found!r})")
+    epsilon = hf_config.get("rms_norm_eps")
+    if not isinstance(epsilon, int | float) or isinstance(epsilon, bool) or epsilon < 0:
+        raise UserError(f"config.json: rms_norm_eps must be a number from 0 on (got {epsilon!r})")
+    layers, types = hf_config["num_hidden_layers"], hf_config.get("layer_types")
+    if types is not None and len(types) != layers:
+        raise UserError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
 
 
 def window_of(hf_config: Mapping[str, Any]) -> int | None:

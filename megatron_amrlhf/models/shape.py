@@ -71,8 +71,8 @@ def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     )
 
 
-def check_shape(config: Config, folder: str | Path) -> None:
-    """Checks that a run can use a model.
+def check_shape(config: Config, folder: str | Path) -> ModelShape:
+    """The sizes of a model that a run can use.
 
     Args:
         config: the run.
@@ -95,3 +95,4 @@ def check_shape(config: Config, folder: str | Path) -> None:
             f"data.max_row_tokens = {longest}, and sliding windows are not supported: use at most "
             f"{shape.window}, or a model without a window"
         )
+    return shape

@@ -22,6 +22,7 @@ from megatron_amrlhf.report.stop_request import STOP_NAME, process_age
 
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
+METRICS_NAME, CHECKPOINTS_NAME = "metrics.jsonl", "checkpoints"
 WATCHDOG_NAME = "watchdog.txt"
 PREPARED_VARIABLE = "AMRLHF_PREPARED"  # of ranks whose launch script has removed an old stop file
 STATUS_KEYS = {"state", "step", "message", "time", "attempt"}
@@ -76,7 +77,7 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         """One JSON object a step."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_NAME
 
     @property
     def samples(self) -> Path:
@@ -91,7 +92,7 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         """Resumable checkpoints."""
-        return self.path / "checkpoints"
+        return self.path / CHECKPOINTS_NAME
 
     @property
     def export(self) -> Path:
@@ -174,12 +175,16 @@ def note_failure(path: Path, message: str) -> None:
 def refuse_other_run(path: Path, config: Config) -> None:
     """Changes nothing. Takes some seconds where a run has just been killed on another host.
 
+    A start that failed before it did anything is no run.
+
     Raises:
         UserError: the folder belongs to another run (algorithm.kind or model.path differ), or to
             one that is going on.
     """
-    now = config.model_dump(mode="json")
-    earlier = _read_config(path / CONFIG_NAME) or now
+    now, earlier = config.model_dump(mode="json"), None
+    if _has_results(path):
+        earlier = _read_config(path / CONFIG_NAME)
+    earlier = earlier or now
     for section, key in (("algorithm", "kind"), ("model", "path")):
         before = earlier.get(section, {}).get(key)
         if before != now[section][key]:
@@ -188,6 +193,13 @@ def refuse_other_run(path: Path, config: Config) -> None:
                 f"{now[section][key]}: choose another run.name or delete the folder"
             )
     refuse_living_run(path)
+
+
+def _has_results(path: Path) -> bool:
+    """Whether a run's folder has a step or a checkpoint."""
+    metrics = path / METRICS_NAME
+    has_steps = metrics.is_file() and metrics.stat().st_size > 0
+    return has_steps or (path / CHECKPOINTS_NAME).is_dir()
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,8 @@ import json
 import pytest
 
 from megatron_amrlhf.data.chat import (
+    PROBE,
+    check_vocabulary,
     encode_prompt,
     encode_solution,
     end_token_ids,
@@ -50,6 +52,22 @@ def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot load a tokenizer") as info:
         load_tokenizer(tmp_path)
     assert "\n" not in str(info.value)
+
+
+def test_a_model_folder_without_tokenizer_files_is_a_user_error(tmp_path):
+    """transformers makes a tokenizer without a vocabulary of its config.json alone."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    with pytest.raises(UserError, match="no tokenizer in it|cannot load a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer):
+    ids = [*encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
+    check_vocabulary(tokenizer, [2], max(ids) + 1, "here")
+    with pytest.raises(UserError, match=f"here: token .* has id {max(ids)}, but the model's"):
+        check_vocabulary(tokenizer, [2], max(ids), "here")
+    with pytest.raises(UserError, match=f"id {max(ids) + 5}, but"):
+        check_vocabulary(tokenizer, [2, max(ids) + 5], max(ids) + 1, "here")
 
 
 @pytest.mark.parametrize(("listed", "extra"), [(None, []), (0, [0]), ([0, 2, 1], [0, 1])])

@@ -60,6 +60,7 @@ def test_a_refused_start_leaves_another_runs_folder_alone(tmp_path, monkeypatch,
     config = make_config(PPO, run={"folder": str(tmp_path)})
     folder = RunFolder.create(config, rank=0)
     folder.stop.touch()
+    folder.metrics.write_text('{"step": 1}\n')
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
     other = make_config(PPO, run={"folder": str(tmp_path)}, model={"path": "other"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(other.model_dump(mode="json")))

@@ -38,6 +38,23 @@ def test_keys_that_a_config_lacks_are_what_transformers_takes(family):
     assert shape.tied == wanted.tie_word_embeddings
 
 
+@pytest.mark.parametrize("key", SIZES)
+@pytest.mark.parametrize("found", [None, "4", -1, True, [2]])
+def test_a_size_that_is_missing_or_no_count_is_named(key, found):
+    config = config_of("qwen2") | {key: found}
+    with pytest.raises(UserError, match=rf"config.json: {key} must be a .* \(got "):
+        read_shape(config)
+    del config[key]
+    with pytest.raises(UserError, match=rf"{key} must be .* \(got None\)"):
+        read_shape(config)
+
+
+def test_every_layer_needs_a_type():
+    read_shape(config_of("qwen2", layer_types=["full_attention"] * 2))
+    with pytest.raises(UserError, match="layer_types has 3 entries for 2 layers"):
+        read_shape(config_of("qwen2", layer_types=["full_attention"] * 3))
+
+
 def test_an_unknown_architecture_is_named():
     with pytest.raises(UserError, match=r"'gpt2' \(GPT2LMHeadModel\) is not supported: use one of"):
         read_shape({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})

@@ -71,16 +71,30 @@ def test_a_second_start_goes_on_and_keeps_the_earlier_config(make):
 )
 def test_another_runs_folder_is_refused(make, sections, expected):
     folder = RunFolder.create(make(), rank=0)
+    folder.metrics.write_text('{"step": 1}\n')
     before = {path: path.read_bytes() for path in folder.path.iterdir()}
     with pytest.raises(UserError, match="choose another run.name") as caught:
         RunFolder.create(make(**sections), rank=0)
     assert expected in str(caught.value)
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    folder.metrics.unlink()
+    folder.checkpoints.mkdir()
+    with pytest.raises(UserError, match="choose another run.name"):
+        RunFolder.create(make(**sections), rank=0)
+
+
+def test_a_start_that_failed_before_its_first_step_takes_no_name(make):
+    folder = RunFolder.create(make(model={"path": "wrong"}), rank=0)
+    folder.metrics.touch()
+    again = RunFolder.create(make(), rank=0)
+    assert again.attempt == 2
+    assert load_config(again.path / "config.resolved.yaml") == make()
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.resolved.yaml", "["), ("status.json", "{")])
 def test_damaged_files_are_user_errors(make, name, text):
     folder = RunFolder.create(make(), rank=0)
+    folder.metrics.write_text('{"step": 1}\n')
     (folder.path / name).write_text(text)
     with pytest.raises(UserError, match=f"{name} is damaged"):
         RunFolder.create(make(), rank=0)
