@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_amrlhf.config.checks import STEP_FORMATS
+from megatron_amrlhf.config.algorithms import STEP_FORMATS
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
 from megatron_amrlhf.data.prm_data import step_reader

@@ -42,7 +42,6 @@ class PolicyAlgorithm(ABC):
 
     trained_role = "actor"
     evaluates_at_start = True
-    has_critic = False
 
     context: Context  # set by build()
 
@@ -97,7 +96,7 @@ class PolicyAlgorithm(ABC):
         updates = self.total_steps * self.updates_per_step
         folder = context.model_folder
         context.role("actor", folder, learning_rate=optim.lr, total_steps=updates)
-        if self.has_critic:
+        if context.config.algorithm.has_critic:
             rate = optim.critic_lr or optim.lr
             context.role("critic", folder, 1, learning_rate=rate, total_steps=updates)
         context.role("reference", folder)

@@ -25,8 +25,6 @@ from megatron_amrlhf.types import MaskedBatch, TrainBatch
 class Ppo(SurrogateAlgorithm):
     """Actor and critic learn from every answer; the mask is the actor's alone."""
 
-    has_critic = True
-
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         scored, rollout = judged.scored, judged.rollout
         kind, rewards = self.context.config.mask.label, judged.dense.sequence_rewards

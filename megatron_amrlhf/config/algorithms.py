@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,8 +15,36 @@ from megatron_amrlhf.config.section import (
     Section,
 )
 
+STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
 
-class PrmAlgorithm(Section):
+
+class AlgorithmSection(Section):
+    """What every kind says of itself to the rest of the configuration, beside its keys.
+
+    Attributes:
+        trains_reward_model: it learns from labels; else it learns from answers, by their reward.
+        data_formats: values of ``data.format`` that it can read.
+        rows_together: rows that its loss reads at once.
+        has_critic: it trains a critic.
+        compares_answers: it needs several answers to a prompt.
+        labels_answers: it learns from every answer, as a chosen or a rejected one.
+        loss_reads_label: also without a mask.
+        counts_tokens: its loss is a mean over tokens, as ``loss.denominator`` counts them.
+    """
+
+    trains_reward_model: ClassVar[bool] = False
+    data_formats: ClassVar[tuple[str, ...]] = ("prompts",)
+    rows_together: ClassVar[int] = 1
+    has_critic: ClassVar[bool] = False
+    compares_answers: ClassVar[bool] = False
+    labels_answers: ClassVar[bool] = False
+    loss_reads_label: ClassVar[bool] = False
+    counts_tokens: ClassVar[bool] = False
+
+
+class PrmAlgorithm(AlgorithmSection):
+    trains_reward_model = True
+    data_formats = STEP_FORMATS
     kind: Literal["prm"] = "prm"
     epochs: Positive = Field(2, description="passes over the data (paper, app. A.1)")
     batch_size: Positive = Field(16, description="solutions an optimizer step, over all DP ranks")
@@ -28,13 +56,17 @@ class PrmAlgorithm(Section):
     )
 
 
-class OrmAlgorithm(Section):
+class OrmAlgorithm(AlgorithmSection):
+    trains_reward_model = True
+    data_formats = ("pairs",)
+    rows_together = 2
     kind: Literal["orm"] = "orm"
     epochs: Positive = Field(1, description="passes over the data")
     batch_size: Positive = Field(16, description="pairs an optimizer step, over all DP ranks")
 
 
-class PpoAlgorithm(Section):
+class PpoAlgorithm(AlgorithmSection):
+    has_critic = labels_answers = counts_tokens = True
     kind: Literal["ppo"] = "ppo"
     clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
     value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
@@ -57,7 +89,8 @@ class PpoAlgorithm(Section):
     whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
 
 
-class GrpoAlgorithm(Section):
+class GrpoAlgorithm(AlgorithmSection):
+    compares_answers = labels_answers = loss_reads_label = counts_tokens = True
     kind: Literal["grpo"] = "grpo"
     clip_eps: PositiveFloat = Field(0.2, description="the ratio's clip range below 1")
     clip_eps_high: PositiveFloat | None = Field(
@@ -75,7 +108,10 @@ class GrpoAlgorithm(Section):
     minibatches: Positive = Field(1, description="optimizer steps a pass")
 
 
-class DpoAlgorithm(Section):
+class DpoAlgorithm(AlgorithmSection):
+    compares_answers = True
+    data_formats = ("prompts", "pairs")
+    rows_together = 2
     kind: Literal["dpo"] = "dpo"
     beta: PositiveFloat = Field(0.1, description="temperature of eq. 6 and 15")
     form: Literal["inside", "pair"] = Field(
@@ -92,7 +128,8 @@ class DpoAlgorithm(Section):
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 
-class KtoAlgorithm(Section):
+class KtoAlgorithm(AlgorithmSection):
+    labels_answers = loss_reads_label = True
     kind: Literal["kto"] = "kto"
     beta: PositiveFloat = Field(0.1, description="how fast the value saturates, 1 / nats")
     desirable_weight: NonNegativeFloat = Field(1.0, description="lambda_D, of chosen answers")
@@ -100,7 +137,9 @@ class KtoAlgorithm(Section):
     minibatches: Positive = Field(1, description="optimizer steps a rollout")
 
 
-class RejectionSamplingAlgorithm(Section):
+class RejectionSamplingAlgorithm(AlgorithmSection):
+    compares_answers = counts_tokens = True
+    data_formats = ("prompts", "pairs")
     kind: Literal["rejection_sampling"] = "rejection_sampling"
     kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
     kl_estimator: Literal["k2", "k3"] = Field("k2", description="KL estimator in the loss")

@@ -10,9 +10,7 @@ from typing import Any
 from megatron_amrlhf.config.algorithm_rules import algorithm_problems
 from megatron_amrlhf.config.algorithms import (
     GrpoAlgorithm,
-    OrmAlgorithm,
     PpoAlgorithm,
-    PrmAlgorithm,
 )
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import read_deepspeed
@@ -24,15 +22,6 @@ from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
 
 CRITIC_SIGNALS = ("td_error", "advantage")
-COMPARING_KINDS = ("grpo", "dpo", "rejection_sampling")  # they need several answers to a prompt
-REWARD_KINDS = ("prm", "orm")  # they train a reward model
-STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
-DATA_FORMATS = {  # others need prompts
-    "prm": STEP_FORMATS,
-    "orm": ("pairs",),
-    "dpo": ("prompts", "pairs"),
-    "rejection_sampling": ("prompts", "pairs"),
-}
 
 
 def check_run(config: Config, world_size: int) -> None:
@@ -43,12 +32,12 @@ def check_run(config: Config, world_size: int) -> None:
     """
     problems = [*_run_problems(config), *_layout_problems(config, world_size)]
     problems += [*axis_problems(config.parallel), *engine_problems(config)]
-    if config.algorithm.kind not in REWARD_KINDS:
+    if not config.algorithm.trains_reward_model:
         if config.data.format == "prompts":
             problems += _rollout_problems(config)
         problems += [
             *_label_problems(config),
-            *_mask_problems(config),
+            *_signal_problems(config),
             *algorithm_problems(config),
             *reward_problems(config),
             *unread_problems(config),
@@ -68,7 +57,7 @@ def check_files(config: Config, is_scoring: bool = False) -> None:
         UserError: names every missing file on one line.
     """
     problems = []
-    if is_scoring or config.algorithm.kind not in REWARD_KINDS:
+    if is_scoring or not config.algorithm.trains_reward_model:
         problems += _missing_reward_models(config)
     if not is_scoring:
         problems += _missing_data(config)
@@ -91,7 +80,7 @@ def _missing_data(config: Config) -> Iterator[str]:
     for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
         if name is not None and not Path(name).expanduser().is_file():
             yield f"{key}: {name}: no such file"
-    offline, reads_it = config.mask.offline_file, config.algorithm.kind not in REWARD_KINDS
+    offline, reads_it = config.mask.offline_file, not config.algorithm.trains_reward_model
     if reads_it and offline and not Path(offline).expanduser().is_file():
         yield f"mask.offline_file: {offline}: no such file, make it by tools/score_tokens.py"
 
@@ -151,7 +140,7 @@ def _run_problems(config: Config) -> Iterator[str]:
             f"{steps} optimizer steps: use at most {steps - 1}"
         )
     kind = config.algorithm.kind
-    wanted = DATA_FORMATS.get(kind, ("prompts",))
+    wanted = config.algorithm.data_formats
     if config.data.format not in wanted:
         choice = " or ".join(wanted)
         yield f"data.format: algorithm.kind {kind} needs {choice} (got {config.data.format})"
@@ -171,7 +160,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         return
     replicas = world_size // model_parallel
     algorithm, rollout = config.algorithm, config.rollout
-    if isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
+    if algorithm.trains_reward_model:
         if algorithm.batch_size % replicas:
             yield _not_divided("algorithm.batch_size", algorithm.batch_size, replicas)
         return
@@ -179,7 +168,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         yield _not_divided("rollout.prompts_per_step", rollout.prompts_per_step, replicas)
         return
     rows, unit = rollout.prompts_per_step // replicas, "prompts"
-    if algorithm.kind in ("ppo", "grpo", "kto"):
+    if algorithm.labels_answers:
         rows, unit = rows * rollout.samples_per_prompt, "answers"
     if algorithm.kind == "rejection_sampling":
         rows *= algorithm.k
@@ -198,7 +187,7 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"no answer to the policy: use less than rollout.samples_per_prompt = "
             f"{rollout.samples_per_prompt}"
         )
-    if config.algorithm.kind in COMPARING_KINDS and rollout.samples_per_prompt < 2:
+    if config.algorithm.compares_answers and rollout.samples_per_prompt < 2:
         yield (
             f"rollout.samples_per_prompt: {config.algorithm.kind} compares answers to one prompt, "
             f"use at least 2 (got {rollout.samples_per_prompt})"
@@ -217,47 +206,41 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 
 def _label_problems(config: Config) -> Iterator[str]:
-    """What makes an answer chosen, where the loss reads it even without a mask."""
-    kind, label = config.algorithm.kind, config.mask.label
-    if kind == "grpo" and label != "group":
+    """What makes an answer chosen, where the mask or the loss reads it."""
+    algorithm, mask, label = config.algorithm, config.mask, config.mask.label
+    is_masked = mask.kind == "adaptive"
+    if not (algorithm.loss_reads_label or algorithm.labels_answers and is_masked):
+        return
+    others = "batch or value" if algorithm.has_critic else "batch"
+    if algorithm.kind == "grpo" and label != "group":
         yield (
             f"mask.label: {label} is not for grpo, where the group-relative advantage decides: "
             "use group"
         )
-    if kind != "kto":
-        return
-    if label == "value":
-        yield "mask.label: value needs a critic, which kto has not: use group or batch"
-    if label == "group" and config.rollout.samples_per_prompt < 2:
-        yield (
-            "mask.label: group compares answers to one prompt: use rollout.samples_per_prompt of "
-            "at least 2, or label batch"
-        )
-
-
-def _mask_problems(config: Config) -> Iterator[str]:
-    mask = config.mask
-    if mask.kind == "none":
-        return
-    kind = config.algorithm.kind
-    if mask.signal in CRITIC_SIGNALS and kind != "ppo":
-        yield (
-            f"mask.signal: {mask.signal} needs a critic, which {kind} has not: "
-            "use reward or implicit"
-        )
-    if mask.label == "value" and kind not in ("ppo", "grpo", "kto"):  # these: _label_problems
+    elif label == "value" and not algorithm.has_critic:
+        kind = algorithm.kind
         yield f"mask.label: value needs a critic, which {kind} has not: use group or batch"
-    if mask.label == "group" and kind == "ppo" and config.rollout.samples_per_prompt < 2:
+    elif label == "group" and config.rollout.samples_per_prompt < 2:
         yield (
             "mask.label: group compares answers to one prompt: use rollout.samples_per_prompt of "
-            "at least 2, or label batch or value"
+            f"at least 2, or label {others}"
+        )
+
+
+def _signal_problems(config: Config) -> Iterator[str]:
+    signal, algorithm = config.mask.signal, config.algorithm
+    is_read = config.mask.kind == "adaptive"
+    if is_read and signal in CRITIC_SIGNALS and not algorithm.has_critic:
+        yield (
+            f"mask.signal: {signal} needs a critic, which {algorithm.kind} has not: "
+            "use reward or implicit"
         )
 
 
 def _optimizer_steps(config: Config) -> int | None:
     """Optimizer steps of the run, or None where the data decide."""
     algorithm, steps = config.algorithm, config.run.steps
-    if steps is None or isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
+    if steps is None or algorithm.trains_reward_model:
         return steps
     epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm | GrpoAlgorithm) else 1
     return steps * epochs * algorithm.minibatches

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from megatron_amrlhf.config.layout import ParallelSection, RolesSection
 from megatron_amrlhf.config.schema import Config
 
-PAIR_KINDS = ("dpo", "orm")  # their loss reads two rows at once
-
 
 def axis_problems(parallel: ParallelSection) -> Iterator[str]:
     """Axes that do not go together, each with its fix."""
@@ -46,7 +44,7 @@ def engine_problems(config: Config) -> Iterator[str]:
             if device == "nvme" and engine.nvme_folder is None:
                 yield f"engine.roles.{name}.{key}: nvme needs a folder, engine.nvme_folder"
     tokens, longest = engine.micro_batch_tokens, config.data.max_row_tokens
-    together = 2 if config.algorithm.kind in PAIR_KINDS else 1
+    together = config.algorithm.rows_together
     if tokens is not None and tokens < longest * together:
         unit = "a pair of rows" if together > 1 else "a row"
         yield (
@@ -54,7 +52,7 @@ def engine_problems(config: Config) -> Iterator[str]:
             f"{longest}: use at least {longest * together}"
         )
     kind, size = config.algorithm.kind, config.engine.micro_batch_size
-    if kind in PAIR_KINDS and size % 2:
+    if size % together:
         yield (
             f"engine.micro_batch_size: {kind} keeps pairs together, use an even number (got {size})"
         )

@@ -25,7 +25,7 @@ def unread_problems(config: Config) -> Iterator[str]:
 
 def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
     """(key, what reads it, whether this run does)."""
-    kind, mask, reward = config.algorithm.kind, config.mask, config.reward
+    algorithm, mask, reward = config.algorithm, config.mask, config.reward
     threshold, statistic = mask.threshold, mask.offline_statistic
     samples, has_steps = config.data.format == "prompts", reward.granularity == "step"
     yield "mask.fixed_value", "mask.threshold: fixed", threshold == "fixed"
@@ -36,13 +36,13 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
         "mask.threshold: offline with offline_statistic: quantile",
         (threshold, statistic) == ("offline", "quantile"),
     )
-    yield "mask.label", "algorithm.kind ppo, grpo or kto", kind in ("ppo", "grpo", "kto")
+    yield "mask.label", "algorithm.kind ppo, grpo or kto", algorithm.labels_answers
     yield (
         "loss.denominator",
         "algorithm.kind ppo, grpo or rejection_sampling",
-        kind in ("ppo", "grpo", "rejection_sampling"),
+        algorithm.counts_tokens,
     )
-    yield "reward.placement", "algorithm.kind: ppo", kind == "ppo"
+    yield "reward.placement", "algorithm.kind: ppo", algorithm.has_critic
     yield (
         "reward.step_boundary",
         "reward.granularity: step and reward.outcome",
@@ -50,5 +50,5 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
     )
     yield "reward.outcome", "a reward.prm_weight above 0", reward.prm_weight > 0
     yield "reward_model.attribute_weights", "a reward.prm_weight above 0", reward.prm_weight > 0
-    yield "optimizer.critic_lr", "algorithm.kind: ppo", kind == "ppo"
+    yield "optimizer.critic_lr", "algorithm.kind: ppo", algorithm.has_critic
     yield "rollout.reference_samples_per_prompt", "data.format: prompts", samples

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_amrlhf.config.checks import REWARD_KINDS
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 
@@ -62,7 +61,7 @@ class RowLengths:
 def row_lengths(config: Config) -> RowLengths:
     """The longest prompt and answer that the configuration lets in."""
     data = config.data
-    if config.algorithm.kind in REWARD_KINDS:
+    if config.algorithm.trains_reward_model:
         return RowLengths(data.max_row_tokens - 1, 1)
     if data.format == "pairs":
         prompt = min(data.max_prompt_tokens, data.max_row_tokens - 1)
@@ -85,11 +84,11 @@ def planned_roles(
         UserError: a model is not supported.
     """
     shape, kind = read_shape(policy), config.algorithm.kind
-    if kind in REWARD_KINDS:
+    if config.algorithm.trains_reward_model:
         outputs = config.algorithm.num_attributes if kind == "prm" else 1
         return [PlannedRole(kind, shape, outputs, True)]
     roles = [PlannedRole("actor", shape, None, True)]
-    if kind == "ppo":
+    if config.algorithm.has_critic:
         roles.append(PlannedRole("critic", shape, 1, True))
     roles.append(PlannedRole("reference", shape, None, False))
     for name in reward_roles(config):
@@ -100,7 +99,7 @@ def planned_roles(
 
 def reward_roles(config: Config) -> dict[str, str]:
     """Folders of the reward models that a run on answers loads, by role."""
-    if config.algorithm.kind in REWARD_KINDS:
+    if config.algorithm.trains_reward_model:
         return {}
     section, weights = config.reward_model, config.reward
     found = {
@@ -114,10 +113,10 @@ def planned_passes(config: Config, roles: list[PlannedRole], data_size: int) -> 
     """What a step does on each replica, with the most rows that an algorithm may choose."""
     algorithm, rollout = config.algorithm, config.rollout
     kind = algorithm.kind
-    if kind in REWARD_KINDS:
-        pairs = 2 if kind == "orm" else 1
-        rows = max(algorithm.batch_size // data_size, 1) * pairs
-        return [Pass("update", kind, rows, together=pairs)]
+    if algorithm.trains_reward_model:
+        together = algorithm.rows_together
+        rows = max(algorithm.batch_size // data_size, 1) * together
+        return [Pass("update", kind, rows, together=together)]
     prompts = max(rollout.prompts_per_step // data_size, 1)
     offline = config.data.format == "pairs"
     samples = 2 if offline else rollout.samples_per_prompt
@@ -131,13 +130,12 @@ def planned_passes(config: Config, roles: list[PlannedRole], data_size: int) -> 
     for role in roles:
         reads = LOGPROB_AND_ENTROPY if role.name == "actor" else LOGPROB
         passes.append(Pass("score", role.name, answers, reads=reads))
-    together, times, chosen = 1, algorithm.minibatches, answers
+    together, times, chosen = algorithm.rows_together, algorithm.minibatches, answers
     if kind in ("ppo", "grpo"):
         times *= algorithm.epochs
     elif kind == "kto":
         passes += [Pass("score", "reference", answers), Pass("score", "actor", answers)]
     elif kind == "dpo":
-        together = 2
         of_a_prompt = 2 if algorithm.pairs == "best_worst" else samples * (samples - 1)
         chosen = prompts * of_a_prompt
     elif algorithm.select != "threshold":

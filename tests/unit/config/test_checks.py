@@ -130,7 +130,7 @@ def test_right_runs_pass():
             PPO,
             {"algorithm": {"kind": "dpo"}, "mask": {"label": "value"}},
             1,
-            "mask.label: value needs a critic",
+            "mask.label: is read by algorithm.kind ppo, grpo or kto only (got value)",
         ),
         (ORM, {"data": {"format": "steps"}}, 1, "data.format: algorithm.kind orm needs pairs"),
         (ORM, {}, 3, "algorithm.batch_size = 16 does not divide by the 3"),
