@@ -181,6 +181,8 @@ while :; do
 done
 
 CAUSE=""
+# Killed by a signal, the launcher may have left its ranks behind.
+[[ "$CODE" -le 128 || "$HOSTS" -gt 1 ]] || ! kill -0 -- "-$GROUP" 2>/dev/null || end_now
 # DeepSpeed says 0 where its launcher on a node, or pdsh, was killed: the run itself knows better.
 if [[ "$CODE/$COMMAND/${NODE_RANK:-0}" == 0/train/0 ]]; then
     NOW="$(status)"

@@ -82,9 +82,11 @@ def test_success_needs_a_run_that_says_so(launch, state, code):
     assert again.returncode == 1 and "the launcher ended before the run" in again.stderr
 
 
-def test_ranks_whose_launcher_was_killed_are_ended(launch):
-    answer = launch('status running; sleep 300 & echo $! >"$FOLDER/pid"; exit 0')
-    assert answer.returncode == 1
+@pytest.mark.parametrize(("death", "code"), [("exit 0", 1), ("kill -KILL $$", 137)])
+def test_ranks_whose_launcher_was_killed_are_ended(launch, death, code):
+    """DeepSpeed's launcher on a node was killed, or the one that waits for it."""
+    answer = launch(f'status running; sleep 300 & echo $! >"$FOLDER/pid"; {death}')
+    assert answer.returncode == code
     left = Path("/proc") / (launch.run / "pid").read_text().strip()
     time.sleep(0.2)
     assert not left.exists() or "State:\tZ" in (left / "status").read_text()
