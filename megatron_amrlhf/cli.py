@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return importlib.import_module(DOCTOR).run(arguments)
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
-                check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
-                check_files(config, arguments.command == "score")
+                world_size = int(os.environ.get("WORLD_SIZE", "1"))
+                check_run(config, world_size)
+                check_files(config, world_size, arguments.command == "score")
         except UserError as error:  # the same on every rank
             if _rank() == 0:
                 _print_error(error)

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from megatron_amrlhf.config.checks import check_model, check_run
+from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.errors import UserError
@@ -43,6 +44,7 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     rewards, notes = reward_configs(config, policy)
     hf_configs = [policy, *(hf_config for hf_config, _ in rewards.values())]
     check_run(config, world_size)
+    resolve_deepspeed(config, world_size // replica, "actor", trainable=True)
     for hf_config in hf_configs:
         check_model(config, complete_config(hf_config))
     roles = planned_roles(config, policy, rewards)

@@ -13,7 +13,7 @@ from megatron_amrlhf.config.algorithms import (
     PpoAlgorithm,
 )
 from megatron_amrlhf.config.cut import pipeline_cut
-from megatron_amrlhf.config.deepspeed import read_deepspeed
+from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
 from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.reward_rules import reward_problems
@@ -45,16 +45,17 @@ def check_run(config: Config, world_size: int) -> None:
     _raise_if(problems)
 
 
-def check_files(config: Config, is_scoring: bool = False) -> None:
-    """Checks that the local files that the run names exist (the model may be a hub id).
+def check_files(config: Config, world_size: int | None = None, is_scoring: bool = False) -> None:
+    """Checks the local files that the run names (the model may be a hub id).
 
     Args:
         config: the run.
+        world_size: number of processes; None: not known.
         is_scoring: it scores given answers: its data are not read, the reward models always, and
             the statistics that a threshold reads may be what the scores are for.
 
     Raises:
-        UserError: names every missing file on one line.
+        UserError: names every file that is missing, and what is wrong in DeepSpeed's, on one line.
     """
     problems = []
     if is_scoring or not config.algorithm.trains_reward_model:
@@ -63,8 +64,10 @@ def check_files(config: Config, is_scoring: bool = False) -> None:
         problems += _missing_data(config)
     if (folder := config.engine.nvme_folder) and not _is_writable(Path(folder).expanduser()):
         problems.append(f"engine.nvme_folder: {folder}: cannot be made or written")
+    parallel = config.parallel
+    replicas = world_size // (parallel.tensor * parallel.pipeline) if world_size else None
     try:
-        read_deepspeed(config.engine.deepspeed)
+        resolve_deepspeed(config, replicas, "actor", trainable=True)
     except UserError as error:
         problems.append(str(error))
     _raise_if(problems)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.config.zero_keys import zero_problems
 from megatron_amrlhf.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,14 +29,14 @@ _OURS = {
 
 
 def resolve_deepspeed(
-    config: Config, data_parallel_size: int, role: str, trainable: bool
+    config: Config, data_parallel_size: int | None, role: str, trainable: bool
 ) -> dict[str, Any]:
     """Fills in a role's DeepSpeed configuration.
 
     Args:
         config: the run; ``config.engine.deepspeed`` names the JSON file, relative to the working
             directory or else to the repository.
-        data_parallel_size: number of replicas of a stage (DP).
+        data_parallel_size: number of replicas of a stage (DP); None: not known, for a check.
         role: the role's name, whose offloading ``config.engine.roles`` gives.
         trainable: False for a frozen role (reference, reward model), which gets no optimizer
             settings: no gradient clipping and no optimizer offload.
@@ -103,7 +104,9 @@ def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def _problems(template: dict[str, Any], config: Config, data_parallel_size: int) -> list[str]:
+def _problems(
+    template: dict[str, Any], config: Config, data_parallel_size: int | None
+) -> list[str]:
     problems = []
     for key in _ONE:
         if template.get(key, "auto") not in ("auto", 1):
@@ -111,10 +114,9 @@ def _problems(template: dict[str, Any], config: Config, data_parallel_size: int)
                 f'{key} must be 1 or "auto" (got {template[key]!r}): '
                 "micro-batches are engine.micro_batch_size in the run's YAML"
             )
-    derived = {
-        "train_batch_size": (data_parallel_size, "the data-parallel size"),
-        "gradient_clipping": (config.optimizer.max_grad_norm, "optimizer.max_grad_norm"),
-    }
+    derived = {"gradient_clipping": (config.optimizer.max_grad_norm, "optimizer.max_grad_norm")}
+    if data_parallel_size is not None:
+        derived["train_batch_size"] = (data_parallel_size, "the data-parallel size")
     for key, (value, source) in derived.items():
         if template.get(key, "auto") not in ("auto", value):
             problems.append(f'{key} must be "auto" or {value} ({source}), got {template[key]!r}')
@@ -130,10 +132,7 @@ def _problems(template: dict[str, Any], config: Config, data_parallel_size: int)
             f"zero_optimization.stage must be {ZERO_STAGE} (got {zero.get('stage')!r}): other "
             "stages are engine.zero_stage in the run's YAML and need no JSON"
         )
-    for key in ("offload_param", "offload_optimizer"):
-        if zero.get(key, {}).get("device") == "nvme":
-            ours = {"offload_param": "offload_parameters"}.get(key, key)
-            problems.append(f"remove zero_optimization.{key}: nvme is engine.roles.ROLE.{ours}")
+    problems += zero_problems(zero)
     return problems + _bf16_problems(template.get("bf16", {}), config.model.dtype)
 
 

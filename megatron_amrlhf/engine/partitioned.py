@@ -14,6 +14,7 @@ from deepspeed.utils import (
     safe_set_local_grad,
     safe_set_local_optimizer_state,
 )
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
@@ -30,6 +31,7 @@ from megatron_amrlhf.engine.weights import (
     schedule_state,
     set_schedule,
 )
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import Mesh
 
@@ -68,14 +70,19 @@ class PartitionedWeights(Weights):
         optimizer, scheduler = (
             make_optimizer(module.parameters()) if make_optimizer else (None,) * 2
         )
-        self.engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=scheduler,
-            config=ds_config,
-            mpu=Mpu(mesh),
-            dist_init_required=False,
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=optimizer,
+                lr_scheduler=scheduler,
+                config=ds_config,
+                mpu=Mpu(mesh),
+                dist_init_required=False,
+            )
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key = ".".join(str(part) for part in problem["loc"])
+            raise UserError(f"engine.deepspeed: {error.title}: {key}: {problem['msg']}") from None
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
         self._disk: Disk | None = None  # of masters and moments
         if gradients is not None:

@@ -77,6 +77,16 @@ def test_wrong_key_value_or_file_is_one_line(folder, overrides, words):
     assert_refused(done, folder, *words)
 
 
+def test_what_deepspeed_refuses_is_one_line(folder, tmp_path):
+    content = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
+    content["bf16"]["fast"] = True
+    (tmp_path / "zero.json").write_text(json.dumps(content))
+    overrides = [f"engine.deepspeed={tmp_path / 'zero.json'}", f"run.folder={tmp_path / 'late'}"]
+    assert_refused(
+        train(write_config(folder, "ppo"), *overrides), folder, "engine.deepspeed", "fast"
+    )
+
+
 def test_missing_key_is_named(folder):
     path = write_config(folder, "ppo")
     config = json.loads(path.read_text())

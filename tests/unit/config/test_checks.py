@@ -1,8 +1,12 @@
 """Rules between keys: each broken one is named with its fix, a right run passes."""
 
+import json
+import shutil
+
 import pytest
 
 from megatron_amrlhf.config.checks import check_files, check_model, check_run
+from megatron_amrlhf.config.deepspeed import REPOSITORY
 from megatron_amrlhf.errors import UserError
 from tests.unit.config.samples import OFFLINE, ORM, PPO, PRM, make_config
 
@@ -367,8 +371,19 @@ def test_missing_files_are_named_together(tmp_path):
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "prm").mkdir()
-    (tmp_path / "zero.json").write_text("{}")
+    shutil.copy(REPOSITORY / "configs/deepspeed/zero3.json", tmp_path / "zero.json")
     check_files(config)
+
+
+def test_deepspeeds_json_is_read_with_the_files(tmp_path):
+    path = tmp_path / "zero.json"
+    shipped = json.loads((REPOSITORY / "configs/deepspeed/zero3.json").read_text())
+    path.write_text(json.dumps(shipped | {"train_batch_size": 2, "optimizer": {}}))
+    config = make_config(PPO, engine={"deepspeed": str(path)})
+    message = message_of(check_files, config, 4)
+    assert f"{path}: train_batch_size must be" in message and "remove optimizer" in message
+    message = message_of(check_files, config)
+    assert "train_batch_size" not in message and "remove optimizer" in message
 
 
 @pytest.mark.parametrize("base", [PPO, PRM])

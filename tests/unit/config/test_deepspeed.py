@@ -4,8 +4,10 @@ import json
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_amrlhf.config.deepspeed import REPOSITORY, resolve_deepspeed
+from megatron_amrlhf.config.zero_keys import FLAGS, KEYS, NUMBERS
 from megatron_amrlhf.errors import UserError
 from tests.unit.config.samples import PPO, make_config
 
@@ -42,6 +44,14 @@ def test_deepspeed_accepts_the_shipped_file_without_unknown_zero_keys():
     known = type(parsed.zero_config).model_fields
     names = set(known) | {field.alias for field in known.values() if field.alias}
     assert set(SHIPPED["zero_optimization"]) <= names
+
+
+def test_the_known_zero_keys_are_deepspeeds():
+    fields = DeepSpeedZeroConfig.model_fields
+    names = {field.alias or name: field.annotation for name, field in fields.items()}
+    assert set(KEYS) == set(names)
+    assert {key for key in names if names[key] in (bool, bool | None)} == set(FLAGS)
+    assert {key for key in names if names[key] is int} == set(NUMBERS)
 
 
 def test_float32_switches_bf16_off(tmp_path):
@@ -83,6 +93,32 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
         (
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
             "remove zero_optimization.offload_param: nvme is engine.roles.ROLE.offload_parameters",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": "cpu"}},
+            'zero_optimization.offload_param must be an object such as {"device": "cpu"} '
+            "(got 'cpu')",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": None}},
+            "zero_optimization.offload_param must be an object",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
+            'zero_optimization.offload_param.device must be "none" or "cpu" (got \'gpu\')',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}},
+            "zero_optimization.stage3_max_live_parameter: unknown key, did you mean "
+            "stage3_max_live_parameters?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "overlap_comm": "no"}},
+            "zero_optimization.overlap_comm must be true or false (got 'no')",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "reduce_bucket_size": 0.5}},
+            "zero_optimization.reduce_bucket_size must be a whole number (got 0.5)",
         ),
     ],
 )
