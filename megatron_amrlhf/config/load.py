@@ -9,13 +9,21 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_amrlhf.config.problems import describe_problems
+from megatron_amrlhf.config.problems import describe_problems, shortened
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2 floats (``1e-6``) and duplicate keys refused."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # what PyYAML raises for wrong scalars
+            kind = node.tag.rpartition(":")[2]
+            problem = f"'{shortened(node.value)}' is no {kind}, in quotes it is text"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -100,7 +108,7 @@ def _yaml_problem(error: yaml.YAMLError) -> str:
 def _apply_override(data: dict[str, Any], text: str) -> str:
     """Writes one ``a.b=c`` into the raw data and returns its dotted key."""
     key, equals, raw = text.partition("=")
-    key = key.strip()
+    key, text = key.strip(), shortened(text)
     if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {text}: must look like section.key=value")
     try:

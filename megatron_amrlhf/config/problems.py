@@ -72,10 +72,14 @@ def _describe(item: dict[str, Any], path: str, kind: str | None) -> str:
             return f"algorithm.kind: must be one of {', '.join(kinds)} (got '{tag}'){hint}"
     must_be = _MUST_BE.get(item["type"])
     text = must_be.format(**item.get("ctx", {})) if must_be else " ".join(item["msg"].split())
-    shown = format_value(item["input"])
-    if len(shown) > MAX_SHOWN_CHARACTERS:
-        shown = shown[: MAX_SHOWN_CHARACTERS - 3] + "..."
-    return f"{path}: {text} (got {shown})"
+    return f"{path}: {text} (got {shortened(format_value(item['input']))})"
+
+
+def shortened(text: str) -> str:
+    """The beginning of a long text, for an error line."""
+    if len(text) <= MAX_SHOWN_CHARACTERS:
+        return text
+    return text[: MAX_SHOWN_CHARACTERS - 3] + "..."
 
 
 def _unknown_key(path: str, kind: str | None) -> str:

@@ -140,6 +140,10 @@ def test_a_mistake_from_an_override_says_so(write):
         ("run: {name: a}\nrun: {name: b}\n", ", line 2: malformed YAML (key 'run' is given twice)"),
         ("", "is empty, must be a mapping"),
         ("- a\n- b\n", "holds a list, must be a mapping"),
+        (
+            "run:\n  name: 2024-13-45\n",
+            ", line 2: malformed YAML ('2024-13-45' is no timestamp, in quotes it is text)",
+        ),
     ],
 )
 def test_malformed_files_name_the_line(write, text, expected):
@@ -160,8 +164,16 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
         (".=1", "must look like section.key=value"),
         ("run.name.x=1", "run.name is not a section"),
         ("optimizer.betas=[0.9", "malformed YAML"),
+        ("run.name=2024-13-45", "'2024-13-45' is no timestamp, in quotes it is text"),
+        ('run.name=!!int "zzz"', "'zzz' is no int"),
+        ('run.name=!!bool "zzz"', "'zzz' is no bool"),
+        ('run.name=!!timestamp "zzz"', "'zzz' is no timestamp"),
     ],
 )
 def test_malformed_overrides_are_quoted_back(write, override, expected):
     message = message_of(write(VALID), [override])
     assert message.startswith(f"--set {override}") and expected in message
+
+
+def test_a_number_of_too_many_digits_is_one_short_line(write):
+    assert len(message_of(write(VALID), [f"run.seed={'9' * 5000}"])) < 250
