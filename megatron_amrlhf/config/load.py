@@ -73,14 +73,19 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: str = "run", examples: str = "configs/") -> dict[str, Any]:
     """The mapping that a YAML file holds.
+
+    Args:
+        path: the file.
+        kind: whose settings it holds, for errors.
+        examples: where such files are, for errors.
 
     Raises:
         UserError: there is no such file, or it holds something else.
     """
     if not path.exists():
-        raise UserError(f"{path}: no such file (give the path of a run's YAML, see configs/)")
+        raise UserError(f"{path}: no such file (give the path of a {kind}'s YAML, see {examples})")
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the YAML file itself")
     try:
@@ -93,7 +98,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{_yaml_problem(error)}") from None
     if not isinstance(data, dict):
         found = "is empty" if data is None else f"holds a {type(data).__name__}"
-        raise UserError(f"{path}: {found}, must be a mapping of sections (run:, model:, ...)")
+        raise UserError(f"{path}: {found}, must be a mapping of a {kind}'s keys, see {examples}")
     return data
 
 

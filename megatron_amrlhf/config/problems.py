@@ -29,7 +29,7 @@ _MUST_BE = {
     "bool_type": "must be true or false",
     "string_type": "must be text, in quotes if it looks like a number",
     "string_too_short": "must not be empty",
-    "tuple_type": "must be a list such as [0.9, 0.95]",
+    "tuple_type": "must be a list such as [A, B]",
     "too_long": "must have at most {max_length} items",
     "model_type": "must be a section of keys",
     "model_attributes_type": "must be a section of keys",

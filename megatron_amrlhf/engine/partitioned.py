@@ -50,6 +50,9 @@ class PartitionedWeights(Weights):
         gradients: the sum of gradients, watching nothing yet; None for a frozen role.
         ds_config: the resolved DeepSpeed configuration.
         mesh: the mesh.
+
+    Raises:
+        UserError: DeepSpeed does not take its configuration.
     """
 
     def __init__(

@@ -90,9 +90,22 @@ def render(template: str, site: Site, runs: Sequence[Run], home: Path) -> str:
 
 def _choices(text: str) -> list[str]:
     key, equals, values = text.partition("=")
-    if not equals or not key or not all(value.strip() for value in values.split(",")):
+    choices = _outside_brackets(values)
+    if not equals or not key or not all(choices):
         raise UserError(f"--sweep {text}: must look like section.key=value,value")
-    return [f"{key}={value.strip()}" for value in values.split(",")]
+    return [f"{key}={value}" for value in choices]
+
+
+def _outside_brackets(values: str) -> list[str]:
+    """The parts between commas; those within brackets belong to a value."""
+    parts, depth = [""], 0
+    for sign in values:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def _short(override: str) -> str:

@@ -85,7 +85,7 @@ def load_site(path: Path) -> Site:
     Raises:
         UserError: the file is missing or malformed, or a key or value is wrong; one line.
     """
-    data = read_yaml(path)
+    data = read_yaml(path, "site", "launch/slurm/site_example.yaml")
     for key in data:
         if key not in Site.model_fields:
             close = difflib.get_close_matches(str(key), Site.model_fields, n=1)
@@ -95,6 +95,9 @@ def load_site(path: Path) -> Site:
         site = Site.model_validate(data)
     except ValidationError as error:
         raise UserError(f"{path}: {'; '.join(describe_problems(error, data, set()))}") from None
+    for name in site.environment:
+        if not (name.isascii() and name.isidentifier()):
+            raise UserError(f"{path}: environment: '{name}' is no name of a shell variable")
     limit = _seconds(site.time)
     if limit is not None and site.signal_lead_seconds >= limit:
         raise UserError(

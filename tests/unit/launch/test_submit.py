@@ -54,6 +54,14 @@ def test_a_sweep_is_one_array_of_named_runs(site):
     assert len(set(names)) == 8 and "run.name=ppo-demo-seed0-lr1e-6" in names
 
 
+def test_a_swept_list_stays_whole(site):
+    sweep = ["--sweep", "optimizer.betas=[0.9,0.95], [0.8,0.9]"]
+    answer = submit("--site", site(), PPO, *sweep, "--dry-run")
+    assert "--array=0-1" in headers(answer.stdout), answer.stderr
+    for betas in ("[0.9,0.95]", "[0.8,0.9]"):
+        assert f"'optimizer.betas={betas}'" in answer.stdout
+
+
 def test_a_job_submitted_from_elsewhere_runs_in_the_repository(site, config):
     answer = submit("--site", site(nodes=1), config.name, "--dry-run", cwd=config.parent)
     assert f"export AMRLHF_HOME={ROOT}\n" in answer.stdout, answer.stderr
@@ -83,6 +91,8 @@ def test_the_example_site_is_valid():
     [
         ({"partitoin": "x"}, [PPO], "partitoin: unknown key, did you mean partition?"),
         ({"nodes": 0}, [PPO], "nodes: must be"),
+        ({"setup": "foo"}, [PPO], "setup: must be a list such as [A, B] (got 'foo')"),
+        ({"environment": {"A B": "c"}}, [PPO], "'A B' is no name of a shell variable"),
         ({}, ["no.yaml"], "no.yaml: no such file"),
         ({"processes_per_node": 3}, [PPO], "does not divide by the 3"),
         ({}, [PPO, PPO], "run.name: ppo-demo twice"),
@@ -94,3 +104,12 @@ def test_a_mistake_is_one_line_and_exit_code_2(site, keys, arguments, words):
     answer = submit("--site", site(**keys), *arguments, "--dry-run")
     assert answer.returncode == 2 and answer.stdout == ""
     assert words in answer.stderr and answer.stderr.count("\n") == 1
+
+
+def test_a_missing_site_is_not_taken_for_a_run():
+    answer = submit("--site", "nosite", PPO, "--dry-run")
+    assert answer.returncode == 2
+    assert answer.stderr == (
+        "error: nosite: no such file (give the path of a site's YAML, see "
+        "launch/slurm/site_example.yaml)\n"
+    )
