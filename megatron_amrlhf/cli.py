@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if arguments.command in LAUNCHED:
                 world_size = int(os.environ.get("WORLD_SIZE", "1"))
                 check_run(config, world_size)
-                check_files(config, world_size, arguments.command == "score")
+                answers = arguments.answers if arguments.command == "score" else None
+                check_files(config, world_size, answers)
         except UserError as error:  # the same on every rank
             if _rank() == 0:
                 _print_error(error)

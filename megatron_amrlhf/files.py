@@ -24,6 +24,14 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def why_no_file(name: str | Path) -> str:
+    """What keeps a path from being a file, such as ``no such file``; empty where it is one."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return ""
+    return "is a folder, give the file itself" if path.is_dir() and str(name) else "no such file"
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, hex."""
     with path.open("rb") as file:

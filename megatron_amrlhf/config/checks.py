@@ -20,6 +20,7 @@ from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import why_no_file
 
 CRITIC_SIGNALS = ("td_error", "advantage")
 
@@ -45,23 +46,26 @@ def check_run(config: Config, world_size: int) -> None:
     _raise_if(problems)
 
 
-def check_files(config: Config, world_size: int | None = None, is_scoring: bool = False) -> None:
+def check_files(config: Config, world_size: int | None = None, answers: str | None = None) -> None:
     """Checks the local files that the run names (the model may be a hub id).
 
     Args:
         config: the run.
         world_size: number of processes; None: not known.
-        is_scoring: it scores given answers: its data are not read, the reward models always, and
-            the statistics that a threshold reads may be what the scores are for.
+        answers: file of given answers that are to be scored: then the run's data are not read, the
+            reward models always, and the statistics that a threshold reads may be what the scores
+            are for; None: the run is to be trained.
 
     Raises:
         UserError: names every file that is missing, and what is wrong in DeepSpeed's, on one line.
     """
     problems = []
-    if is_scoring or not config.algorithm.trains_reward_model:
+    if answers is not None or not config.algorithm.trains_reward_model:
         problems += _missing_reward_models(config)
-    if not is_scoring:
+    if answers is None:
         problems += _missing_data(config)
+    elif why := why_no_file(answers):
+        problems.append(f"--answers {answers}: {why}")
     if (folder := config.engine.nvme_folder) and not _is_writable(Path(folder).expanduser()):
         problems.append(f"engine.nvme_folder: {folder}: cannot be made or written")
     parallel = config.parallel
@@ -81,11 +85,11 @@ def _is_writable(folder: Path) -> bool:
 
 def _missing_data(config: Config) -> Iterator[str]:
     for key, name in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        if name is not None and not Path(name).expanduser().is_file():
-            yield f"{key}: {name}: no such file"
+        if name is not None and (why := why_no_file(name)):
+            yield f"{key}: {name}: {why}"
     offline, reads_it = config.mask.offline_file, not config.algorithm.trains_reward_model
-    if reads_it and offline and not Path(offline).expanduser().is_file():
-        yield f"mask.offline_file: {offline}: no such file, make it by tools/score_tokens.py"
+    if reads_it and offline and (why := why_no_file(offline)):
+        yield f"mask.offline_file: {offline}: {why} (tools/score_tokens.py makes it)"
 
 
 def _missing_reward_models(config: Config) -> Iterator[str]:

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.config.zero_keys import zero_problems
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import why_no_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO_STAGE = 3
@@ -91,7 +92,7 @@ def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
     path = next((each for each in (given, REPOSITORY / given) if each.is_file()), None)
     if path is None:
         raise UserError(
-            f"engine.deepspeed: {name}: no such file, here or in {REPOSITORY} "
+            f"engine.deepspeed: {name}: {why_no_file(given)}, here or in {REPOSITORY} "
             "(the default is configs/deepspeed/zero3.json)"
         )
     try:

@@ -104,7 +104,7 @@ def check(arguments: argparse.Namespace, world_size: int) -> Path:
     config = load_config(arguments.config, arguments.overrides)
     check_run(config, world_size)
     is_scoring = arguments.command == "score"
-    check_files(config, world_size, is_scoring)
+    check_files(config, world_size, arguments.answers if is_scoring else None)
     if is_scoring:
         return Path(arguments.out).expanduser()
     refuse_other_run(config.run.path, config)

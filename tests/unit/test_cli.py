@@ -172,13 +172,17 @@ def test_the_module_runs_and_returns_the_exit_code():
     assert done.stderr.startswith("error: no/such.yaml") and "Traceback" not in done.stderr
 
 
-def test_score_hands_over_its_files(config_path, monkeypatch):
+def test_score_hands_over_its_files(config_path, monkeypatch, tmp_path, capsys):
     calls = []
     scorer = types.SimpleNamespace(run=lambda config, *rest: calls.append(rest))
     monkeypatch.setitem(sys.modules, cli.SCORER, scorer)
-    files = ["--answers", "a.jsonl", "--out", "scores"]
+    answers = tmp_path / "a.jsonl"
+    files = ["--answers", str(answers), "--out", "scores"]
+    assert cli.main(["score", config_path, *files]) == 2
+    assert f"--answers {answers}: no such file" in capsys.readouterr().err and not calls
+    answers.touch()
     assert cli.main(["score", config_path, *files, "--part", "8"]) == 0
-    assert calls == [("a.jsonl", "scores", 8)]
+    assert calls == [(str(answers), "scores", 8)]
     assert cli.main(["score", config_path, "--out", "scores"]) == 2
     assert cli.main(["score", config_path, *files, "--set", "parallel.tensor=2"]) == 2
     assert len(calls) == 1

@@ -375,6 +375,20 @@ def test_missing_files_are_named_together(tmp_path):
     check_files(config)
 
 
+def test_a_folder_given_for_a_file_is_called_one(tmp_path):
+    (tmp_path / "prm").mkdir()
+    config = make_config(
+        PPO,
+        data={"train": str(tmp_path)},
+        reward_model={"path": str(tmp_path / "prm")},
+        engine={"deepspeed": str(tmp_path)},
+        mask={"offline_file": str(tmp_path)},
+    )
+    message = message_of(check_files, config)
+    for key in ("data.train", "engine.deepspeed", "mask.offline_file"):
+        assert f"{key}: {tmp_path}: is a folder, give the file itself" in message
+
+
 def test_deepspeeds_json_is_read_with_the_files(tmp_path):
     path = tmp_path / "zero.json"
     shipped = json.loads((REPOSITORY / "configs/deepspeed/zero3.json").read_text())
@@ -396,7 +410,11 @@ def test_scoring_reads_the_reward_models_and_no_data(tmp_path, base):
         reward_model={"path": str(tmp_path / "prm")},
     )
     assert "a.jsonl: no such file" in message_of(check_files, config)
-    message = message_of(lambda found: check_files(found, is_scoring=True), config)
+    answers = tmp_path / "answers.jsonl"
+    assert f"--answers {answers}: no such file" in message_of(check_files, config, 1, str(answers))
+    answers.touch()
+    message = message_of(check_files, config, 1, str(answers))
     assert message == f"reward_model.path: {tmp_path / 'prm'}: no such folder, train a prm first"
     (tmp_path / "prm").mkdir()
-    check_files(config, is_scoring=True)
+    check_files(config, 1, str(answers))
+    assert message_of(check_files, config, 1, "") == "--answers : no such file"

@@ -67,3 +67,12 @@ def test_a_refused_start_leaves_another_runs_folder_alone(tmp_path, monkeypatch,
     assert prepare.main(["--", "train", str(tmp_path / "run.yaml")]) == 2
     assert "choose another run.name" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+
+
+def test_missing_answers_are_told_before_any_folder_is_made(config, tmp_path, capsys):
+    answers, out = str(tmp_path / "no.jsonl"), tmp_path / "scores"
+    (tmp_path / "prm").mkdir()
+    given = ["score", str(config), "--answers", answers, "--out", str(out)]
+    assert prepare.main(["--", *given, "--set", f"reward_model.path={tmp_path / 'prm'}"]) == 2
+    assert capsys.readouterr().err == f"error: --answers {answers}: no such file\n"
+    assert not out.exists()
