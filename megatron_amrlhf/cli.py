@@ -31,7 +31,7 @@ from megatron_amrlhf.report.postmortem import find_cause, status_lines
 from megatron_amrlhf.report.run_folder import note_failure
 from megatron_amrlhf.report.samples import load_samples
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN
-from megatron_amrlhf.slurm import set_ranks
+from megatron_amrlhf.slurm import check_ranks, set_ranks
 
 EXIT_OK, EXIT_NOT_SO, EXIT_INTERRUPTED = 0, 1, 130
 TRAINER = "megatron_amrlhf.algorithms.train"
@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments = read_arguments(argv)
             if arguments.command in LAUNCHED:
                 set_ranks(os.environ)
+                check_ranks(os.environ)
             if arguments.command in VIEWERS:
                 VIEWERS[arguments.command](arguments)
                 return EXIT_OK
@@ -111,7 +112,7 @@ def show_config(config: Config, arguments: argparse.Namespace) -> int:
 
 def show_masks(arguments: argparse.Namespace) -> None:
     """Prints logged answers with their messages and masks, or writes them as an HTML page."""
-    source = _run_folder(arguments.source, [])
+    source = _run_folder(arguments.source, arguments.overrides)
     records = select(load_samples(source), arguments.step, arguments.limit)
     if arguments.html is None:
         width = None if sys.stdout.isatty() else PLAIN_WIDTH
@@ -150,7 +151,8 @@ def _run_folder(source: str, overrides: list[str]) -> Path:
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
+    rank = os.environ.get("RANK", "0")
+    return int(rank) if rank.isdecimal() else 0  # which `check_ranks` refuses
 
 
 def _print_error(error: UserError) -> None:

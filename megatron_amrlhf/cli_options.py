@@ -199,6 +199,7 @@ def _add_masks(command: argparse.ArgumentParser) -> None:
         metavar="SAMPLES_OR_RUN",
         help="a run's folder, its samples.jsonl or its configuration",
     )
+    _add_overrides(command)
     command.add_argument(
         "--step", type=int, metavar="N", help="step of the rollout; else the newest"
     )

@@ -1,4 +1,4 @@
-"""Ranks of processes that ``srun`` has started, one task a rank, without any other launcher."""
+"""Ranks as a launcher sets them in the environment, and those of ``srun`` without a launcher."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, MutableMapping
 
 from megatron_amrlhf.errors import UserError
 
+BY_A_LAUNCHER = "start the ranks by launch/train.sh, srun or torchrun"
 FIRST_PORT, NUM_PORTS = 20000, 20000
 
 
@@ -29,6 +30,22 @@ def set_ranks(environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = host_names(environment["SLURM_STEP_NODELIST"])[0]
     environment.setdefault("MASTER_PORT", str(job_port(environment)))
+
+
+def check_ranks(environment: Mapping[str, str]) -> None:
+    """Checks RANK, WORLD_SIZE and the meeting place of several ranks.
+
+    Raises:
+        UserError: one is missing or no number.
+    """
+    for name, least in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("MASTER_PORT", 0)):
+        value = environment.get(name, "1")
+        if not value.isdecimal() or int(value) < least:
+            raise UserError(f"{name} is '{value}', no number from {least} on: {BY_A_LAUNCHER}")
+    world_size = int(environment.get("WORLD_SIZE", "1"))
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if world_size > 1 and name not in environment:
+            raise UserError(f"WORLD_SIZE is {world_size}, but {name} is not set: {BY_A_LAUNCHER}")
 
 
 def job_port(environment: Mapping[str, str]) -> int:

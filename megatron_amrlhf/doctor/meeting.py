@@ -17,8 +17,6 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_amrlhf.errors import UserError
-
 BYE_SECONDS = 5.0  # rank 0 has the store: it leaves last
 POLL_SECONDS = 0.02
 
@@ -65,7 +63,6 @@ class Meeting:
 
     Raises:
         Unreachable: rank 0 cannot be connected to, or cannot listen.
-        UserError: a variable is missing.
     """
 
     def __init__(self, timeout_seconds: float):
@@ -76,12 +73,6 @@ class Meeting:
         if self.world_size == 1:
             self._store: dist.Store = dist.HashStore()
             return
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-            if name not in os.environ:
-                raise UserError(
-                    f"WORLD_SIZE is {self.world_size}, but {name} is not set: start the ranks by "
-                    "launch/train.sh, srun or torchrun"
-                )
         # torchrun's agent has a store at that port, which its ranks use.
         has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         self._store = self._connect(self.rank == 0 and not has_agent)

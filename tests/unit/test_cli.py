@@ -11,6 +11,7 @@ from megatron_amrlhf import cli
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
 
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 VALID = """\
 run: {{name: demo}}
 model: {{path: some/model}}
@@ -21,12 +22,19 @@ data: {{train: {folder}/steps.jsonl, format: steps}}
 
 @pytest.fixture
 def config_path(tmp_path, monkeypatch):
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in RANK_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "steps.jsonl").touch()
     path = tmp_path / "run.yaml"
     path.write_text(VALID.format(folder=tmp_path))
     return str(path)
+
+
+def set_ranks(monkeypatch, **changes: str) -> None:
+    """The environment of rank 0 of 4, some variables changed."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in (ranks | changes).items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -76,9 +84,33 @@ def test_only_rank_0_prints_a_config_error(config_path, trainer, capsys, monkeyp
 
 
 def test_the_world_size_is_checked_before_training(config_path, trainer, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    set_ranks(monkeypatch, WORLD_SIZE="3")
     assert cli.main(["train", config_path]) == 2
     assert "algorithm.batch_size" in capsys.readouterr().err
+    assert not trainer.configs
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORLD_SIZE", "abc"), ("WORLD_SIZE", "0"), ("RANK", "x"), ("RANK", "-1")]
+)
+def test_ranks_that_are_no_numbers_are_one_line(
+    config_path, trainer, capsys, monkeypatch, name, value
+):
+    set_ranks(monkeypatch, **{name: value})
+    assert cli.main(["train", config_path]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {name} is '{value}'") and "launch/train.sh" in err
+    assert not trainer.configs
+
+
+@pytest.mark.parametrize("name", ["RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_ranks_without_a_meeting_place_are_one_line(
+    config_path, trainer, capsys, monkeypatch, name
+):
+    set_ranks(monkeypatch)
+    monkeypatch.delenv(name)
+    assert cli.main(["train", config_path]) == 2
+    assert f"WORLD_SIZE is 4, but {name} is not set" in capsys.readouterr().err
     assert not trainer.configs
 
 
@@ -92,8 +124,7 @@ def test_missing_data_is_found_before_training(config_path, trainer, capsys):
 def test_a_mistake_met_while_running_is_printed_by_its_rank(
     config_path, trainer, capsys, monkeypatch, rank, start
 ):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    set_ranks(monkeypatch, RANK=rank)
     trainer.error = UserError("data.jsonl, line 7: malformed\nJSON")
     assert cli.main(["train", config_path]) == 2
     assert capsys.readouterr().err == f"{start}data.jsonl, line 7: malformed JSON\n"
@@ -132,6 +163,12 @@ def test_wrong_arguments_are_one_line_too(arguments, expected, capsys, monkeypat
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("error: ") and expected in err
+
+
+def test_masks_are_those_of_the_run_that_overrides_name(config_path, tmp_path, capsys):
+    names = [f"run.folder={tmp_path}", "run.name=other"]
+    assert cli.main(["show-masks", config_path, "--set", *names]) == 2
+    assert f"{tmp_path / 'other'}: no such file" in capsys.readouterr().err
 
 
 def test_config_prints_yaml_that_loads_back(config_path, tmp_path, capsys):
