@@ -59,7 +59,7 @@ def check_files(config: Config, world_size: int | None = None, answers: str | No
     Raises:
         UserError: names every file that is missing, and what is wrong in DeepSpeed's, on one line.
     """
-    problems = []
+    problems = [*_missing_model(config.model.path)]
     if answers is not None or not config.algorithm.trains_reward_model:
         problems += _missing_reward_models(config)
     if answers is None:
@@ -81,6 +81,17 @@ def _is_writable(folder: Path) -> bool:
     """Whether files can be made in a folder that is there or can be made."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+
+
+def _missing_model(name: str) -> Iterator[str]:
+    """A model that is no hub id (``NAME`` or ``OWNER/NAME``) has to be there."""
+    if name.startswith("pip:") or Path(name).expanduser().is_dir():
+        return
+    if name.endswith(".gguf"):
+        if why := why_no_file(name):
+            yield f"model.path: {name}: {why}"
+    elif name.startswith(("/", "~", ".")) or name.count("/") > 1:
+        yield f"model.path: {name}: no such folder"
 
 
 def _missing_data(config: Config) -> Iterator[str]:

@@ -29,6 +29,7 @@ from megatron_amrlhf.doctor.judge_ranks import (
     judge_locks,
     judge_versions,
 )
+from megatron_amrlhf.doctor.judge_run import judge_run
 from megatron_amrlhf.doctor.links import LINK_BYTES, Measurement
 from megatron_amrlhf.doctor.meeting import Absent, Ended, Meeting, Unreachable
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config, run_folder
@@ -124,6 +125,8 @@ class Examination:
     def _examine(self) -> None:
         meeting, report = self._meeting, self._report
         self._hosts = meeting.gather("arrival", meeting.host)
+        if meeting.is_main and self._config:
+            report.findings += judge_run(self._config, meeting.world_size)
         self._examine_ranks()
         hosts = meeting.answer(ranks_by_host(report.facts))
         sights = look_from_everywhere(meeting, self._folder)

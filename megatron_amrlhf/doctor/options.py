@@ -19,6 +19,8 @@ EPILOG = """\
 What is checked, each with ok, warning or error and what to do about it:
 
   arrival       every rank of the job comes; those that do not are named
+  run           with CONFIG.yaml: the files that it names are there; as ranks of a job also its
+                keys and layout
   versions      Python and libraries are those of requirements.txt, the same on all ranks
   devices       GPUs, driver and NCCL, one GPU a rank; or CPU cores, threads and memory
   limits        ulimit -n, -l, -u and the size of /dev/shm

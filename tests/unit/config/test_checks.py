@@ -389,6 +389,22 @@ def test_a_folder_given_for_a_file_is_called_one(tmp_path):
         assert f"{key}: {tmp_path}: is a folder, give the file itself" in message
 
 
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("/no/model", "no such folder"),
+        ("./model", "no such folder"),
+        ("a/b/c", "no such folder"),
+        ("no.gguf", "no such file"),
+    ],
+)
+def test_a_local_model_has_to_be_there(path, words):
+    message = message_of(check_files, make_config(PPO, model={"path": path}))
+    assert f"model.path: {path}: {words}" in message
+    on_hub = make_config(PPO, model={"path": "owner/name"})
+    assert "owner/name" not in message_of(check_files, on_hub)
+
+
 def test_deepspeeds_json_is_read_with_the_files(tmp_path):
     path = tmp_path / "zero.json"
     shipped = json.loads((REPOSITORY / "configs/deepspeed/zero3.json").read_text())

@@ -10,7 +10,9 @@ import pytest
 from megatron_amrlhf import cli
 from megatron_amrlhf.doctor import command, machine, software
 from megatron_amrlhf.doctor.judge_ranks import judge_versions
-from tests.unit.doctor.samples import facts
+from megatron_amrlhf.doctor.judge_run import judge_run
+from tests.unit.config.samples import PRM, make_config
+from tests.unit.doctor.samples import facts, only
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
 
@@ -120,6 +122,27 @@ def test_an_unknown_model_is_a_warning(tmp_path, path, words):
     _, record = doctor("run.yaml")
     disk = [x for x in record["findings"] if x["check"] == "disk"]
     assert disk[0]["level"] == "warning" and words in disk[0]["message"]
+
+
+def test_what_keeps_the_run_from_starting_is_an_error(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "run: {name: demo}\nmodel: {path: /no/model}\nalgorithm: {kind: prm}\n"
+        "data: {train: x.jsonl, format: steps}\n"
+    )
+    code, record = doctor("run.yaml", "--set", "parallel.tensor=2")
+    found = by_check(record)["run"]
+    assert code == 1 and found["level"] == "error" and found["fix"]
+    assert "model.path: /no/model: no such folder" in found["message"]
+    assert "data.train: x.jsonl: no such file" in found["message"]
+
+
+def test_keys_and_layout_are_judged_where_the_ranks_are_the_runs(tmp_path):
+    (tmp_path / "steps.jsonl").touch()
+    config = make_config(PRM, data={"train": str(tmp_path / "steps.jsonl")})
+    assert only(judge_run(config, 1), "ok").message.startswith("files are")
+    assert "3 data-parallel replicas" in only(judge_run(config, 3), "error").message
+    wrong = make_config(PRM, optimizer={"betas": [1.0, 0.9]}, data={"train": "no.jsonl"})
+    assert [finding.level for finding in judge_run(wrong, 2)] == ["error", "error"]
 
 
 @pytest.mark.parametrize(
