@@ -12,6 +12,9 @@ import re
 import shlex
 import socket
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_amrlhf.cli_options import read_arguments
@@ -37,21 +40,8 @@ def main(argv: list[str] | None = None) -> int:
 
     In a job also JOB_PORT.
     """
-    parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
-    parser.add_argument("--processes", type=int, default=1, help="of one machine")
-    parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
-    parser.add_argument("--node-rank", type=int, help="the host's line, from 0; none: by ssh")
-    parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")
-    parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
-    options = parser.parse_args(argv)
-    hosts, node_rank = {"localhost": options.processes}, options.node_rank or 0
-    if options.hostfile is not None:
-        hosts = read_hostfile(options.hostfile)
-        if not 0 <= node_rank < len(hosts):
-            raise UserError(
-                f"--node-rank {node_rank}: {options.hostfile} has {len(hosts)} hosts, "
-                f"use 0 to {len(hosts) - 1}"
-            )
+    options = _parse(argv)
+    hosts, node_rank = _hosts(options), options.node_rank or 0
     arguments = read_arguments(options.run)
     is_doctor = arguments.command == "doctor"
     if is_doctor:
@@ -68,16 +58,16 @@ def main(argv: list[str] | None = None) -> int:
         logs /= new_attempt(folder, sum(list(hosts.values())[:node_rank]))
     if len(hosts) > 1 and options.node_rank is None:
         refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
-    try:
-        if not is_doctor:  # which looks at the folder of a run that may be going on
+    if not is_doctor:  # which looks at the folder of a run that may be going on
+        with writing("--logs" if options.logs else "run.folder", logs):
             logs.mkdir(parents=True, exist_ok=True)
-            if node_rank == 0:
-                (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
-        if node_rank == 0 and not (is_doctor and options.hostfile is None):
+            tempfile.TemporaryFile(dir=logs).close()  # it may have been there
+    if node_rank == 0 and not (is_doctor and options.hostfile is None):
+        with writing("run.folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
+            if not is_doctor:
+                (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
             write_environment(folder / ENVIRONMENT_NAME)
-    except OSError as error:
-        raise UserError(f"run.folder: cannot write {folder} ({error.strerror})") from None
     shell = {
         "FOLDER": folder.resolve(),
         "LOGS": logs.resolve(),
@@ -93,6 +83,38 @@ def main(argv: list[str] | None = None) -> int:
     for name, value in shell.items():
         print(f"{name}={shlex.quote(str(value))}")
     return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
+    parser.add_argument("--processes", type=int, default=1, help="of one machine")
+    parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
+    parser.add_argument("--node-rank", type=int, help="the host's line, from 0; none: by ssh")
+    parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")
+    parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
+    return parser.parse_args(argv)
+
+
+def _hosts(options: argparse.Namespace) -> dict[str, int]:
+    """Processes of each host."""
+    if options.hostfile is None:
+        return {"localhost": options.processes}
+    hosts = read_hostfile(options.hostfile)
+    if not 0 <= (options.node_rank or 0) < len(hosts):
+        raise UserError(
+            f"--node-rank {options.node_rank}: {options.hostfile} has {len(hosts)} hosts, "
+            f"use 0 to {len(hosts) - 1}"
+        )
+    return hosts
+
+
+@contextmanager
+def writing(key: str, folder: Path) -> Iterator[None]:
+    """Turns what keeps from writing into a folder into an error of the option that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{key}: cannot write {folder} ({error.strerror})") from None
 
 
 def check(arguments: argparse.Namespace, world_size: int) -> Path:

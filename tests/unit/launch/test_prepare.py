@@ -76,3 +76,13 @@ def test_missing_answers_are_told_before_any_folder_is_made(config, tmp_path, ca
     assert prepare.main(["--", *given, "--set", f"reward_model.path={tmp_path / 'prm'}"]) == 2
     assert capsys.readouterr().err == f"error: --answers {answers}: no such file\n"
     assert not out.exists()
+
+
+@pytest.mark.parametrize("key", ["--logs", "run.folder"])
+def test_a_folder_that_cannot_be_written_is_blamed_on_its_option(config, tmp_path, capsys, key):
+    (tmp_path / "file").touch()
+    wrong = str(tmp_path / "file" / "x")
+    logs = ["--logs", wrong] if key == "--logs" else []
+    overrides = ["--set", f"run.folder={wrong}"] if key == "run.folder" else []
+    assert prepare.main([*logs, "--", "train", str(config), *overrides]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {key}: cannot write {wrong}")
