@@ -60,7 +60,11 @@ while [[ $# -gt 0 ]]; do
     esac
 done
 COMMAND=train
-case "${1:-}" in train | score | doctor) COMMAND="$1"; shift ;; esac
+case "${1:-}" in
+    train | score | doctor) COMMAND="$1"; shift ;;
+    plan | config | show-masks | status)
+        fail "only train, score and doctor are launched, call ${VENV:-.venv}/bin/amrlhf $*" ;;
+esac
 [[ $# -gt 0 || "$COMMAND" == doctor ]] || fail "give the CONFIG.yaml of a run, see configs/ (and --help)"
 [[ -n "$HOSTFILE" || -z "$NODE_RANK$MEET" ]] || fail "--node-rank and --master need a --hostfile"
 [[ -z "$HOSTFILE" || -z "$PROCESSES" ]] || fail "--processes is for one machine: the hostfile has slots=N"
@@ -70,6 +74,8 @@ case "${1:-}" in train | score | doctor) COMMAND="$1"; shift ;; esac
 # The ranks run in the repository: what is named from here needs its whole path.
 WORDS=() OPTION=""
 for WORD in "$@"; do
+    [[ ! "$WORD" =~ ^--(processes|hostfile|node-rank|master|logs)(=|$) ]] ||
+        fail "${WORD%%=*} is the launcher's: it goes before CONFIG.yaml (see --help)"
     if [[ "$WORD" =~ ^(--(answers|out|folder|json))=(.*)$ ]]; then
         WORDS+=("${BASH_REMATCH[1]}") OPTION="${BASH_REMATCH[1]}" WORD="${BASH_REMATCH[3]}"
     fi

@@ -58,6 +58,21 @@ def test_a_wrong_option_is_one_line_and_exit_code_2(arguments):
     assert answer.stderr.startswith(f"{script}: ") and answer.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("configs/ppo_demo.yaml", "--processes", "4"), "--processes is the launcher's: it goes"),
+        (("doctor", "--hostfile=hosts"), "--hostfile is the launcher's: it goes before"),
+        (("plan", "configs/ppo_demo.yaml"), "/bin/amrlhf plan configs/ppo_demo.yaml"),
+        (("config", "configs/ppo_demo.yaml"), "only train, score and doctor are launched"),
+    ],
+)
+def test_what_is_not_launched_or_not_in_its_place_is_told_so(arguments, words):
+    answer = _bash("launch/train.sh", *arguments)
+    assert answer.returncode == 2 and words in answer.stderr
+    assert answer.stderr.startswith("train.sh: ") and answer.stderr.count("\n") == 1
+
+
 def test_an_environment_without_pip_is_made_again(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").symlink_to(sys.executable)
