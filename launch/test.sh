@@ -1,9 +1,25 @@
 #!/usr/bin/env bash
-# Installs what the tests need and runs them; arguments go to pytest:
-#   bash launch/test.sh                       all tests, several files at a time
-#   bash launch/test.sh -m "not slow" -x      without the slow ones, stop at the first failure
-#   bash launch/test.sh -n 0 -s FILE          one after the other, with what they print
+# Installs what the tests need and runs them. Run `bash launch/test.sh --help`.
 set -euo pipefail
+
+usage() {
+    cat <<'TEXT'
+Usage: bash launch/test.sh [pytest's arguments]
+
+Installs what the tests need (launch/install.sh --test) and runs them; all arguments go to pytest.
+
+  --help   this text
+
+Examples:
+  bash launch/test.sh                       all tests, several files at a time
+  bash launch/test.sh -m "not slow" -x      without the slow ones, stop at the first failure
+  bash launch/test.sh -n 0 -s FILE          one after the other, with what they print
+
+Variables: VENV (default .venv).
+TEXT
+}
+
+case "${1:-}" in --help | -h) usage; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV="${VENV:-.venv}"
 bash launch/install.sh --test

@@ -13,7 +13,7 @@ from megatron_amrlhf.config.load import load_config
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
-WITH_OPTIONS = ("install.sh", "quickstart.sh", "train.sh")
+WITH_OPTIONS = ("install.sh", "quickstart.sh", "test.sh", "train.sh")
 DEMO_PROCESSES = 2
 PROCESSES = {"prm_qwen2_7b": 8, "ppo_qwen2_7b": 8, "ppo_llama3_70b": 64, "ppo_llama3_405b": 512}
 
@@ -73,17 +73,37 @@ def test_what_is_not_launched_or_not_in_its_place_is_told_so(arguments, words):
     assert answer.stderr.startswith("train.sh: ") and answer.stderr.count("\n") == 1
 
 
+def _install(venv: Path) -> subprocess.CompletedProcess:
+    """Without pip in ``venv``, so that it is to be made; a stand-in for Python makes nothing."""
+    (venv / "bin").mkdir()
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    (venv / "stand-in").write_text('#!/bin/bash\n[[ "$1" == -c ]]\n')  # it fits
+    (venv / "stand-in").chmod(0o755)
+    command = ["bash", "launch/install.sh", "--venv", str(venv)]
+    given = os.environ | {"PYTHON": str(venv / "stand-in")}
+    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60)
+
+
 def test_an_environment_without_pip_is_made_again(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
-    (tmp_path / "stand-in").write_text('#!/bin/bash\n[[ "$1" == -c ]]\n')  # fits, makes nothing
-    (tmp_path / "stand-in").chmod(0o755)
-    command = ["bash", "launch/install.sh", "--venv", str(tmp_path)]
-    given = os.environ | {"PYTHON": str(tmp_path / "stand-in")}
-    answer = subprocess.run(
-        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60
-    )
+    answer = _install(tmp_path)
     assert answer.returncode == 2 and f"could not make {tmp_path}" in answer.stderr
+
+
+def test_an_environment_of_another_checkout_is_left_to_it(tmp_path):
+    venv, other = tmp_path / "venv", tmp_path / "other"
+    venv.mkdir()
+    (other / "launch").mkdir(parents=True)
+    (other / "launch" / "install.sh").touch()
+    (venv / ".amrlhf-installed").write_text(f"{'0' * 64} {other}\n")
+    answer = _install(venv)
+    assert answer.returncode == 2 and not answer.stdout and answer.stderr.count("\n") == 1
+    assert f"{venv} belongs to the checkout {other}: " in answer.stderr
+
+
+@pytest.mark.parametrize("owner", ["/no/checkout", str(ROOT)])
+def test_an_environment_of_this_or_of_no_checkout_is_taken(tmp_path, owner):
+    (tmp_path / ".amrlhf-installed").write_text(f"{'0' * 64} {owner}\n")
+    assert f"could not make {tmp_path}" in _install(tmp_path).stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)
