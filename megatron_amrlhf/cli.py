@@ -22,7 +22,7 @@ from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
+from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.console import PLAIN_WIDTH
 from megatron_amrlhf.report.masks import print_records, select
@@ -156,5 +156,4 @@ def _rank() -> int:
 
 
 def _print_error(error: UserError) -> None:
-    rank = f" (rank {_rank()})" if _rank() else ""
-    print(f"error{rank}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+    print(error_line(error, _rank()), file=sys.stderr, flush=True)

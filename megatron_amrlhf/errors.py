@@ -16,6 +16,12 @@ class UserError(Exception):
     """
 
 
+def error_line(error: UserError, rank: int = 0) -> str:
+    """What a person sees of a mistake: one line, which names a rank other than the first."""
+    which = f" (rank {rank})" if rank else ""
+    return f"error{which}: {' '.join(str(error).split())}"
+
+
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     """A tool's ``main`` that prints a ``UserError`` as one line and returns 2."""
 
@@ -24,7 +30,7 @@ def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(error_line(error), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
 
     return run
