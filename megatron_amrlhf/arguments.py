@@ -1,24 +1,60 @@
-"""Types of command-line arguments, whose mistakes argparse reports."""
+"""A command line's parser and types of arguments, whose mistakes it tells in one line."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from typing import NoReturn
+
+from megatron_amrlhf.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are user errors, and whose help keeps its line breaks."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
 
 
 def at_least_one(text: str) -> int:
     """A whole number from 1 on."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, found {text!r}")
-    return int(text)
+    return _whole(text, 1)
+
+
+def at_least_zero(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole(text, 0)
 
 
 def above_zero(text: str) -> float:
     """A finite number above 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
+    number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
     return number
+
+
+def not_negative(text: str) -> float:
+    """A finite number from 0 on."""
+    number = _number(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, found {text!r}")
+    return number
+
+
+def _whole(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number of at least {least}, found {text!r}"
+        )
+    return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from megatron_amrlhf.arguments import at_least_one
+from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.describe import list_keys
 from megatron_amrlhf.doctor import options as doctor_options
-from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.planning import options as plan_options
 
 MAIN_EPILOG = """\
@@ -80,13 +78,6 @@ Ages are by this machine's clock and those of the ranks' nodes.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are user errors: one line, on rank 0 only."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
 def read_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command and its options.
 
@@ -113,12 +104,10 @@ def describe_keys() -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
+    parser = Parser(
         prog="amrlhf",
         description="Adaptive Message-wise RLHF on Megatron stages under DeepSpeed ZeRO-3.",
         epilog=MAIN_EPILOG,
-        formatter_class=raw,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     train_epilog = TRAIN_EPILOG + "\n" + describe_keys()
@@ -131,11 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         ("status", "say what each rank does, or why a run ended", STATUS_EPILOG, _add_status),
         ("doctor", doctor_options.SUMMARY, doctor_options.EPILOG, _add_doctor),
     ):
-        add_options(
-            commands.add_parser(
-                name, help=summary, description=summary, epilog=epilog, formatter_class=raw
-            )
-        )
+        add_options(commands.add_parser(name, help=summary, description=summary, epilog=epilog))
     return parser
 
 

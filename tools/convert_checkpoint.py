@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
+from megatron_amrlhf.arguments import Parser, at_least_one, at_least_zero
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.conversion.convert import (
     Conversion,
@@ -89,13 +90,9 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    found = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    found = Parser(description=DESCRIPTION, epilog=EXAMPLES)
     add = found.add_argument
     add("source", metavar="SOURCE")
     add("target", metavar="TARGET", help="a new folder")
@@ -116,15 +113,16 @@ def parser() -> argparse.ArgumentParser:
         help="token-classification: a linear head as AutoModelForTokenClassification reads it; "
         "else it goes to head.safetensors",
     )
-    megatron = found.add_argument_group("to a Megatron-LM folder").add_argument
-    megatron("--tensor", type=int, default=1, help="tensor-parallel size (default: 1)")
-    megatron("--pipeline", type=int, default=1, help="pipeline-parallel size (default: 1)")
-    megatron("--virtual-stages", type=int, default=1, help="chunks a pipeline rank (default: 1)")
-    megatron("--first-stage-layers", type=int, help="layers of the first stage, if uneven")
-    megatron("--last-stage-layers", type=int, help="layers of the last stage, if uneven")
+    group = found.add_argument_group("to a Megatron-LM folder")
+    megatron, count = group.add_argument, at_least_one
+    megatron("--tensor", type=count, default=1, help="tensor-parallel size (default: 1)")
+    megatron("--pipeline", type=count, default=1, help="pipeline-parallel size (default: 1)")
+    megatron("--virtual-stages", type=count, default=1, help="chunks a pipeline rank (default: 1)")
+    megatron("--first-stage-layers", type=count, help="layers of the first stage, if uneven")
+    megatron("--last-stage-layers", type=count, help="layers of the last stage, if uneven")
     megatron(
         "--vocab-multiple",
-        type=int,
+        type=count,
         default=128,
         help="Megatron-LM's --make-vocab-size-divisible-by (default: %(default)s)",
     )
@@ -134,7 +132,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("te", "local"),
         help="parameter names of Transformer Engine's or of the local layers (default: te)",
     )
-    megatron("--iteration", type=int, default=1, help="its number (default: 1); 0: release")
+    megatron(
+        "--iteration", type=at_least_zero, default=1, help="its number (default: 1); 0: release"
+    )
     return found
 
 
@@ -146,11 +146,6 @@ def target_of(options: argparse.Namespace) -> Target:
     """
     if options.to == "hf":
         return HfTarget(shard_bytes(options.shard_size), options.kind)
-    for name in ("tensor", "pipeline", "virtual_stages", "vocab_multiple"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')}: must be 1 or more")
-    if options.iteration < 0:
-        raise UserError("--iteration: must be 0 or more")
     cut = PipelineCut(
         options.pipeline,
         options.virtual_stages,

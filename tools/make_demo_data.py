@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
+from megatron_amrlhf.arguments import Parser
 from megatron_amrlhf.data.demo import NUM_HELDOUT, NUM_PROBLEMS, write_demo_data
 from megatron_amrlhf.errors import tells_user_errors
 
@@ -36,11 +36,7 @@ example:
 @tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments or the folder)."""
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     parser.add_argument("folder", metavar="FOLDER", help="where to write; made if missing")
     parser.add_argument("--seed", type=int, default=0, help="0 or more (default: %(default)s)")
     parser.add_argument(

@@ -13,6 +13,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from megatron_amrlhf.arguments import (
+    Parser,
+    above_zero,
+    at_least_one,
+    at_least_zero,
+    not_negative,
+)
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.segmentation import (
     CUTS,
@@ -83,17 +90,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     add = parser.add_argument
     add("source", nargs="?", metavar="SAMPLES_OR_RUN", help="a run; without: synthetic rewards")
     add("--out", metavar="FOLDER", help="also write NAME.json and NAME.png there")
     add("--name", default="reward_error", help="of these files (default %(default)s)")
-    add("--noise", type=_positive, metavar="C", help="c (synthetic: 1; run: estimated)")
+    add("--noise", type=above_zero, metavar="C", help="c (synthetic: 1; run: estimated)")
     add(
         "--price",
         choices=tuple(PRICES),
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     cut = parser.add_argument_group("the message cut")
     cut.add_argument(
         "--delta",
-        type=_not_negative,
+        type=not_negative,
         default=0.1,
         help="Schmitt offset in standard deviations (default %(default)s)",
     )
@@ -111,17 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--threshold", choices=("batch", "sequence"), default="batch")
     cut.add_argument("--message-reward", choices=("mean", "last"), default="mean", help="r_k")
     synthetic = parser.add_argument_group("synthetic rewards")
-    add = synthetic.add_argument
-    add("--snr", type=_positive, nargs="+", default=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8], metavar="X")
-    add("--show-snr", type=_positive, default=3.0, metavar="X", help="SNR of the plot's left panel")
-    add("--deltas", type=_not_negative, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3, 0.5])
-    add("--samples", type=_count, default=64, metavar="N", help="answers (default %(default)s)")
-    add("--length", type=_count, default=256, metavar="T", help="tokens each (%(default)s)")
-    add("--message-tokens", type=_positive, default=16, help="mean length of a run (%(default)s)")
-    add("--step-tokens", type=_positive, default=20, help="mean length of a step (%(default)s)")
+    add, count, size = synthetic.add_argument, at_least_one, above_zero
+    add("--snr", type=size, nargs="+", default=[1, 1.5, 2, 2.5, 3, 4, 5, 6, 8], metavar="X")
+    add("--show-snr", type=size, default=3.0, metavar="X", help="SNR of the plot's left panel")
+    add("--deltas", type=not_negative, nargs="+", default=[0, 0.05, 0.1, 0.2, 0.3, 0.5])
+    add("--samples", type=count, default=64, metavar="N", help="answers (default %(default)s)")
+    add("--length", type=count, default=256, metavar="T", help="tokens each (%(default)s)")
+    add("--message-tokens", type=size, default=16, help="mean length of a run (%(default)s)")
+    add("--step-tokens", type=size, default=20, help="mean length of a step (%(default)s)")
     add("--levels", choices=("two", "many"), default="two", help="true levels (%(default)s)")
     add("--judge", choices=("true", "observed"), default="true", help="r_t (%(default)s)")
-    add("--seed", type=_seed, default=0)
+    add("--seed", type=at_least_zero, default=0)
     return parser
 
 
@@ -291,31 +294,6 @@ def _as_json(errors: dict[str, CutError]) -> dict[str, dict[str, float]]:
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be above 0, found {text}")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
-    return value
-
-
-def _count(text: str, least: int = 1) -> int:
-    value = int(text)
-    if value < least:
-        raise argparse.ArgumentTypeError(f"must be {least} or more, found {text}")
-    return value
-
-
-def _seed(text: str) -> int:
-    return _count(text, least=0)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_amrlhf.arguments import Parser, at_least_zero
 from megatron_amrlhf.config.algorithms import STEP_FORMATS
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
@@ -58,12 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     parser.add_argument("source", metavar="FILE.jsonl", help="step-labelled solutions")
     parser.add_argument("--out", metavar="FOLDER", required=True, help="where the files go")
     parser.add_argument(
@@ -73,16 +69,13 @@ def _parser() -> argparse.ArgumentParser:
         "--heldout", type=float, default=0.2, metavar="SHARE", help="of problems (default 0.2)"
     )
     parser.add_argument(
-        "--pairs", type=_count, default=8, metavar="N", help="pairs a problem at most (default 8)"
+        "--pairs",
+        type=at_least_zero,
+        default=8,
+        metavar="N",
+        help="pairs a problem at most (default 8)",
     )
     return parser
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
-    return value
 
 
 def _read(path: str, kind: str) -> list[Solution]:

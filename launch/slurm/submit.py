@@ -18,6 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from megatron_amrlhf.arguments import Parser
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.launching.batch_script import Run, list_runs, render
 from megatron_amrlhf.launching.site import load_site
@@ -82,9 +83,7 @@ def sbatch(script: str, options: list[str]) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("configs", type=os.path.abspath, nargs="+", metavar="CONFIG.yaml")
     parser.add_argument("--site", type=Path, required=True, help="the cluster's settings")
     parser.add_argument(

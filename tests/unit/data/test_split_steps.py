@@ -87,6 +87,7 @@ def test_pairs_and_answers_are_beginnings_of_as_many_steps(source, tmp_path):
         (["--heldout", "1.5"], "must be between 0 and 1"),
         (["--heldout", "0.01"], "do not split that way"),
         (["--format", "math_shepherd"], "key 'input' is missing"),
+        (["--pairs", "-1"], "--pairs: must be a whole number of at least 0"),
     ],
 )
 def test_mistakes_are_one_line(source, tmp_path, capsys, arguments, words):

@@ -98,6 +98,7 @@ def test_the_example_site_is_valid():
         ({}, [PPO, PPO], "run.name: ppo-demo twice"),
         ({}, [PPO, "--sweep", "run.seed"], "--sweep run.seed: must look like"),
         ({}, [PPO, "--first", PRM, "--set", "run.sed=1"], "did you mean run.seed?"),
+        ({}, [PPO, "--no-such"], "unrecognized arguments: --no-such"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(site, keys, arguments, words):
