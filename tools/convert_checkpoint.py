@@ -51,6 +51,18 @@ examples:
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", re.IGNORECASE | re.ASCII)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 GIB = 2**30
+# How a folder is to lie: options of one kind of TARGET, which the other does not read.
+HF_OPTIONS = ("shard_size", "as")
+MEGATRON_OPTIONS = (
+    "tensor",
+    "pipeline",
+    "virtual_stages",
+    "first_stage_layers",
+    "last_stage_layers",
+    "vocab_multiple",
+    "layer_spec",
+    "iteration",
+)
 
 
 @tells_user_errors
@@ -107,7 +119,6 @@ def parser() -> Parser:
     hf("--shard-size", default="5GB", help="largest file, as 500MB or 5GB (default: %(default)s)")
     hf(
         "--as",
-        dest="kind",
         default="causal-lm",
         choices=("causal-lm", "token-classification"),
         help="token-classification: a linear head as AutoModelForTokenClassification reads it; "
@@ -142,10 +153,20 @@ def target_of(options: argparse.Namespace) -> Target:
     """What to write.
 
     Raises:
-        UserError: a size is no size.
+        UserError: a size is no size, or an option would not be read.
     """
+    default = parser().get_default
+    for name in MEGATRON_OPTIONS if options.to == "hf" else HF_OPTIONS:
+        if getattr(options, name) != default(name):
+            raise UserError(f"--{name.replace('_', '-')}: is not for --to {options.to}")
     if options.to == "hf":
-        return HfTarget(shard_bytes(options.shard_size), options.kind)
+        return HfTarget(shard_bytes(options.shard_size), getattr(options, "as"))
+    uneven = options.first_stage_layers or options.last_stage_layers
+    if uneven and (options.pipeline == 1 or options.virtual_stages > 1):
+        raise UserError(
+            "--first-stage-layers, --last-stage-layers: need --pipeline of 2 or more and "
+            "--virtual-stages 1"
+        )
     cut = PipelineCut(
         options.pipeline,
         options.virtual_stages,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ from megatron_amrlhf.conversion.verify import Comparison, compare_logits
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights
+
+KEY = re.compile(r"(?:\bparallel)?\.([a-z_]+)")  # of a run, in a message
 
 
 @dataclass(frozen=True)
@@ -205,5 +208,6 @@ def _check_layout(shape: ModelShape, layout: MegatronTarget) -> None:
             raise UserError(f"--tensor {layout.tensor} does not divide the model's {count} {unit}")
     try:
         layout.cut.chunks(shape.num_layers, 0)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    except ValueError as error:  # of a run's keys, as parallel.pipeline and .last_stage_layers
+        message = KEY.sub(lambda key: f"--{key[1].replace('_', '-')}", str(error))
+        raise UserError(message) from None

@@ -246,7 +246,14 @@ def test_bad_input_is_told_before_any_work(models, tmp_path, capsys):
     assert "--tensor 4 does not divide the model's 6 attention heads" in refusal(
         capsys, source, x, "--to", "megatron", "--tensor", "4"
     )
-    assert "5 layers" in refusal(capsys, source, x, "--to", "megatron", "--pipeline", "2")
+    megatron = (source, x, "--to", "megatron")
+    assert (
+        "--pipeline = 2 does not divide the model's 5 layers: use 1 or 5, or set "
+        "--first-stage-layers and --last-stage-layers"
+    ) in refusal(capsys, *megatron, "--pipeline", "2")
+    assert "--pipeline = 2 with --first-stage-layers = 6" in refusal(
+        capsys, *megatron, "--pipeline", "2", "--first-stage-layers", "6"
+    )
     assert "no size such as" in refusal(capsys, source, x, "--to", "hf", "--shard-size", "5")
     assert "is no Hugging Face folder" in refusal(capsys, tmp_path, x, "--to", "hf")
     assert "holds what is converted" in refusal(capsys, source, source, "--to", "hf", "--overwrite")
@@ -256,6 +263,26 @@ def test_bad_input_is_told_before_any_work(models, tmp_path, capsys):
     assert [path.name for path in x.iterdir()] == ["mine"]
     assert run(source, x, "--to", "hf", "--overwrite") == 0
     assert_same(source, x)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("megatron --pipeline 2 --first-stage-layers -1", "--first-stage-layers: must be"),
+        ("megatron --pipeline 2 --first-stage-layers 0", "--first-stage-layers: must be"),
+        ("torch_dist --pipeline 2 --last-stage-layers 0", "--last-stage-layers: must be"),
+        ("megatron --first-stage-layers 2", "need --pipeline of 2 or more"),
+        ("megatron --tensor 0", "--tensor: must be"),
+        ("hf --tensor 4", "--tensor: is not for --to hf"),
+        ("hf --layer-spec local", "--layer-spec: is not for --to hf"),
+        ("torch_dist --shard-size 1GB", "--shard-size: is not for --to torch_dist"),
+        ("megatron --as token-classification", "--as: is not for --to megatron"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(models, tmp_path, capsys, arguments, message):
+    source, x = models["qwen2", True], tmp_path / "x"
+    assert message in refusal(capsys, source, x, "--to", *arguments.split())
+    assert not x.exists()
 
 
 @pytest.mark.parametrize(
