@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import gguf
 from huggingface_hub import try_to_load_from_cache
 
 from megatron_amrlhf.checkpoint.folders import step_folders
@@ -14,8 +13,9 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor.records import CheckpointRoom
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.gguf import gguf_of_package, open_gguf
 from megatron_amrlhf.models.shape import read_shape
-from megatron_amrlhf.models.source import HUB_ID, gguf_of_package, read_hf_config
+from megatron_amrlhf.models.source import HUB_ID, read_hf_config
 
 
 def checkpoint_room(config: Config, run_folder: Path) -> CheckpointRoom:
@@ -43,8 +43,7 @@ def _num_trained(config: Config) -> int:
             file = gguf_of_package(path.removeprefix("pip:"))
         if not file.is_file():
             raise UserError(f"model.path {path}: no such file")
-        tensors = gguf.GGUFReader(file).tensors
-        return len(heads) * sum(int(tensor.n_elements) for tensor in tensors)
+        return len(heads) * sum(int(tensor.n_elements) for tensor in open_gguf(file).tensors)
     shape = read_shape(read_hf_config(_folder_of(path)))
     whole = config.model_copy(update={"parallel": ParallelSection()})
     return sum(stage_spec(whole, shape, 0, 1, "actor", True, x).num_parameters for x in heads)

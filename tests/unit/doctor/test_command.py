@@ -111,10 +111,12 @@ def test_checkpoints_are_compared_with_the_free_space(tmp_path, monkeypatch):
         ("no/model", "no/model is not on this machine"),
         ("/no/such/folder", "/no/such/folder is not on this machine"),
         ("no.gguf", "no.gguf: no such file"),
+        ("bad.gguf", "bad.gguf: not a readable GGUF file"),
         ("pip:no-such-package", "'no-such-package' is not installed"),
     ],
 )
 def test_an_unknown_model_is_a_warning(tmp_path, path, words):
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
     (tmp_path / "run.yaml").write_text(
         f'run: {{name: demo}}\nmodel: {{path: "{path}"}}\nalgorithm: {{kind: dpo}}\n'
         "data: {train: x.jsonl}\n"

