@@ -32,6 +32,17 @@ def why_no_file(name: str | Path) -> str:
     return "is a folder, give the file itself" if path.is_dir() and str(name) else "no such file"
 
 
+def hash_ends(digest: hashlib._Hash, path: Path, num_bytes: int) -> None:
+    """Adds the first and then the last ``num_bytes`` of a file; of a small one all, twice.
+
+    A large file is then known by little reading.
+    """
+    with path.open("rb") as file:
+        digest.update(file.read(num_bytes))
+        file.seek(max(0, path.stat().st_size - num_bytes))
+        digest.update(file.read(num_bytes))
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's content, hex."""
     with path.open("rb") as file:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import hash_ends
 
 SAMPLED_BYTES = 4 * 1024 * 1024
 
@@ -24,12 +25,8 @@ def model_fingerprint(folder: str | Path) -> str:
         raise UserError(f"model folder {folder} has no *.safetensors file")
     for file in files:
         try:
-            with file.open("rb") as stream:
-                size = file.stat().st_size
-                digest.update(f"{file.name} {size}\n".encode())
-                digest.update(stream.read(SAMPLED_BYTES))
-                stream.seek(max(0, size - SAMPLED_BYTES))
-                digest.update(stream.read(SAMPLED_BYTES))
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            hash_ends(digest, file, SAMPLED_BYTES)
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:32]

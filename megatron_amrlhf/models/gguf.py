@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import hash_ends
 
 DIGEST_BYTES = 32 * 1024 * 1024
 GGUF_FAMILIES = ("llama", "qwen2")
@@ -97,12 +98,9 @@ def convert_gguf(file: Path, cache_folder: str) -> Path:
 
 def _digest(file: Path) -> str:
     """Short sha256 over the first and last 32 MiB of a file (big files start quickly too)."""
-    sha = hashlib.sha256()
-    with file.open("rb") as stream:
-        sha.update(stream.read(DIGEST_BYTES))
-        stream.seek(max(0, file.stat().st_size - DIGEST_BYTES))
-        sha.update(stream.read(DIGEST_BYTES))
-    return sha.hexdigest()[:12]
+    digest = hashlib.sha256()
+    hash_ends(digest, file, DIGEST_BYTES)
+    return digest.hexdigest()[:12]
 
 
 @contextlib.contextmanager

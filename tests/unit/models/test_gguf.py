@@ -147,6 +147,13 @@ def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert not stale.exists()
 
 
+def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(ours, "_convert_into", lambda file, target: target.mkdir())
+    file = tmp_path / "b.gguf"
+    file.write_bytes(b"GGUF" + bytes(range(100)))
+    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60"
+
+
 def test_a_damaged_gguf_is_refused(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"bad\.gguf: not a readable GGUF"):

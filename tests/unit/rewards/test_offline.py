@@ -134,3 +134,8 @@ def test_a_fingerprint_sees_every_file_its_name_size_beginning_and_end(tmp_path)
     assert len({first, *variants}) == len(variants) + 1
     with pytest.raises(UserError, match="no .*safetensors file"):
         of()
+
+
+def test_a_fingerprint_is_that_of_the_statistics_made_before(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(bytes(range(256)) * 40000)  # more than both ends
+    assert model_fingerprint(tmp_path) == "d317956835c57ee246c264b72388eb3f"
