@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,37 +25,55 @@ class Disk:
 
     Args:
         folder: on a local disk; made if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
     """
 
     def __init__(self, folder: str):
         self._folder = Path(folder).expanduser()
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
 
     def zeros_like(self, tensor: Tensor) -> Tensor:
         """1-D zeros of a 1-D tensor's size and dtype.
 
         Raises:
-            UserError: the disk has no room.
+            UserError: the disk has no room, or the folder cannot be written.
         """
         assert tensor.dim() == 1, tensor.shape
         if not tensor.numel():
             return torch.zeros_like(tensor, device="cpu")
+        num_bytes = tensor.numel() * tensor.element_size()
+        try:
+            with self._file(num_bytes) as name:
+                return torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise self._unusable(error) from None
+            raise UserError(
+                f"engine.nvme_folder: {self._folder}: no room for {num_bytes / 2**30:.3g} GiB more "
+                "(every rank of the machine puts its part here): use a larger disk, or offload less"
+            ) from None
+
+    @contextmanager
+    def _file(self, num_bytes: int) -> Iterator[str]:
+        """A file of zeros, whose name is gone at the end."""
         handle, name = tempfile.mkstemp(prefix="amrlhf-", dir=self._folder)
         try:
             # Room is taken now: a full disk would else kill the process at some later write.
-            os.posix_fallocate(handle, 0, tensor.numel() * tensor.element_size())
-            return torch.from_file(name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            gib = tensor.numel() * tensor.element_size() / 2**30
-            raise UserError(
-                f"engine.nvme_folder: {self._folder}: no room for {gib:.3g} GiB more (every rank "
-                "of the machine puts its part here): use a larger disk, or offload less"
-            ) from None
+            os.posix_fallocate(handle, 0, num_bytes)
+            yield name
         finally:
             os.close(handle)
             os.unlink(name)
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"engine.nvme_folder: {self._folder}: cannot be written ({error.strerror})"
+        )
 
     def copy_of(self, tensor: Tensor) -> Tensor:
         """The same values in a file."""

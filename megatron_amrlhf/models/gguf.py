@@ -81,18 +81,24 @@ def open_gguf(file: Path) -> gguf.GGUFReader:
 
 
 def convert_gguf(file: Path, cache_folder: str) -> Path:
-    """Converts a GGUF file once; later and concurrent calls get the same folder."""
+    """Converts a GGUF file once; later and concurrent calls get the same folder.
+
+    Raises:
+        UserError: the file is no such model, or ``cache_folder`` cannot be written.
+    """
     cache = Path(cache_folder).expanduser()
     target = cache / f"{file.stem}-{file.stat().st_size}-{_digest(file)}"
-    if target.is_dir():
-        return target
     try:
+        if target.is_dir():
+            return target
         cache.mkdir(parents=True, exist_ok=True)
         with _exclusive_lock(cache / f"{target.name}.lock"):
             if not target.is_dir():
                 _convert_into(file, target)
-    except PermissionError as error:
-        raise UserError(f"model.cache_folder {cache}: {error}") from None
+    except OSError as error:
+        if error.errno is None:  # transformers', about the model
+            raise
+        raise UserError(f"model.cache_folder {cache}: cannot be written ({error})") from None
     return target
 
 

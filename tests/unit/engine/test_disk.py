@@ -28,6 +28,20 @@ def test_an_empty_tensor_needs_no_file(tmp_path):
     assert Disk(str(tmp_path)).copy_of(torch.empty(0)).numel() == 0
 
 
+@pytest.mark.parametrize("folder", ["taken", "taken/disk"])
+def test_a_folder_that_cannot_be_is_named(tmp_path, folder):
+    (tmp_path / "taken").touch()
+    with pytest.raises(UserError, match="engine.nvme_folder: .*taken.*: cannot be written"):
+        Disk(str(tmp_path / folder))
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path):
+    disk = Disk(str(tmp_path / "gone"))
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="engine.nvme_folder: .*gone: cannot be written"):
+        disk.zeros_like(torch.empty(3))
+
+
 def test_a_full_disk_is_said_at_once(tmp_path, monkeypatch):
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -154,6 +154,14 @@ def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):
     assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60"
 
 
+@pytest.mark.parametrize("folder", ["taken", "taken/cache"])
+def test_a_cache_folder_that_cannot_be_is_named(tmp_path, folder):
+    (tmp_path / "taken").touch()
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="model.cache_folder .*taken.*: cannot be written"):
+        resolve_model_folder(str(tmp_path / "b.gguf"), str(tmp_path / folder))
+
+
 def test_a_damaged_gguf_is_refused(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"not a model")
     with pytest.raises(UserError, match=r"bad\.gguf: not a readable GGUF"):
