@@ -1,10 +1,28 @@
-"""Files that are there whole or not at all, and what they hold."""
+"""Files that are there whole or not at all, what they hold, and folders for them."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
+
+from megatron_amrlhf.errors import UserError
+
+
+def writable_folder(path: str, option: str) -> Path:
+    """A folder for results, made and tried before the work that they take.
+
+    Raises:
+        UserError: it cannot be made or written; ``option`` is what names it.
+    """
+    folder = Path(path).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written ({error.strerror})") from None
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:

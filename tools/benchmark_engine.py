@@ -26,7 +26,7 @@ from megatron_amrlhf.engine.costs import bubble_fraction
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
 from megatron_amrlhf.evaluation.start_ranks import start_ranks
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.report.console import PLAIN_WIDTH
@@ -104,10 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             folder = _model(options, Path(scratch))
             layouts = [_layout(name, options, folder, Path(scratch)) for name in options.layouts]
+            out = writable_folder(options.out, "--out") if options.out else None
             result = _measure(layouts, options, folder, Path(scratch))
         _print(result)
-        if options.out:
-            _write(Path(options.out), result)
+        if out:
+            _write(out, result)
     except subprocess.CalledProcessError as error:
         print(f"error: {error.cmd} failed:\n{error.output}", file=sys.stderr)
         return 1
@@ -282,7 +283,6 @@ def _print(record: dict) -> None:
 def _write(folder: Path, record: dict) -> None:
     path = folder / "benchmark_engine.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, json.dumps(record, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None

@@ -23,7 +23,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError, tells_user_errors
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.comparisons import plot_costs
@@ -70,15 +70,16 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     folder = resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
     config = make_config(options)
+    out = writable_folder(options.out, "--out") if options.out else None
     start_processes()
     try:
         results = compare(make_context(config, folder), options)
     finally:
         stop_processes()
     show(results)
-    if options.out:
+    if out:
         settings = {key: value for key, value in vars(options).items() if key != "out"}
-        write(Path(options.out), settings, results)
+        write(out, settings, results)
     return 0
 
 
@@ -233,7 +234,6 @@ def write(folder: Path, settings: dict, results: list[dict]) -> None:
         for form in FORMS[1:]
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"settings": settings, "results": results}, indent=1)
         write_atomic(folder / "compare_step_dpo.json", text + "\n")
         plot_costs(ratios, folder / "compare_step_dpo.png")

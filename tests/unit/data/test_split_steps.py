@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from tests.unit.evaluation.test_tools import load
+from tests.helpers import load_tool
 
-split_steps = load("split_steps")
+split_steps = load_tool("split_steps")
 
 
 def line(problem, *steps, ratings, finished=False):

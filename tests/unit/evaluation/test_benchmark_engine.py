@@ -36,6 +36,7 @@ benchmark_engine = load()
         (["tp1-pp1-dp1", "--size", "hiden=3"], "--size hiden=3"),
         (["tp1-pp1-dp1", "--size", "heads=3"], "heads must divide hidden"),
         (["tp1-pp1-dp1", "--model", "/no/such/model"], "/no/such/model"),
+        (["tp1-pp1-dp1", "--out", f"{TOOL}/x"], f"--out {TOOL}/x: cannot be written"),
     ],
 )
 def test_a_wrong_layout_or_size_is_one_line(capsys, monkeypatch, arguments, expected):

@@ -1,25 +1,17 @@
-"""tools/reward_error.py and tools/compare_supervision.py from the command line's side."""
+"""reward_error.py, compare_supervision.py and compare_step_dpo.py from the command line's side."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
+from tests.helpers import load_tool
+from tests.helpers_models import make_tiny_model
+
 PNG_START = b"\x89PNG\r\n"
 MAX_PNG_BYTES = 100_000
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reward_error, compare_supervision = load("reward_error"), load("compare_supervision")
+reward_error, compare_supervision = load_tool("reward_error"), load_tool("compare_supervision")
+compare_step_dpo = load_tool("compare_step_dpo")
 SMALL = ["--samples", "4", "--length", "40", "--snr", "2", "4", "--deltas", "0", "0.2"]
 
 
@@ -123,3 +115,17 @@ def test_problems_with_few_answers_can_be_left_out(tmp_path, capsys):
     assert found["accuracy"]["random"][0] == (1 / 4 + 1 / 5) / 2
     assert compare_supervision.main([*arguments, "6"]) == 2
     assert "no problem has more than 5 answers" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_measurement(
+    tmp_path, capsys, monkeypatch
+):
+    def never():
+        raise AssertionError("the measurement has begun")
+
+    monkeypatch.setattr(compare_step_dpo, "start_processes", never)
+    make_tiny_model(tmp_path / "model", "qwen2")
+    (tmp_path / "taken").touch()
+    out = tmp_path / "taken" / "x"
+    assert compare_step_dpo.main(["--model", str(tmp_path / "model"), "--out", str(out)]) == 2
+    assert f"--out {out}: cannot be written" in capsys.readouterr().err
