@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -148,19 +148,32 @@ def load_offline(
 
 def _read(file: Path) -> ScoreStatistics:
     try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-        found = ScoreStatistics(**fields)
+        content = json.loads(file.read_text(encoding="utf-8"))
+        found = ScoreStatistics(**_checked_keys(content))
         numbers = (found.mean, found.std, found.median)
         right = all(type(x) is float and math.isfinite(x) for x in numbers) and found.std >= 0
         if not isinstance(found.prm, str):
-            raise TypeError("prm must be a fingerprint")
+            raise ValueError("prm must be a fingerprint")
     except OSError as error:
         raise UserError(f"mask.offline_file: {file}: cannot be read ({error.strerror})") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"mask.offline_file: {file}: no statistics file ({error})") from None
+    except ValueError as error:
+        raise UserError(
+            f"mask.offline_file: {file}: no statistics file of tools/score_tokens.py: {error}"
+        ) from None
     if not right:
         raise UserError(f"mask.offline_file: {file}: mean, std and median must be finite numbers")
     return found
+
+
+def _checked_keys(content: Any) -> dict[str, Any]:
+    """A JSON file's content, which must be an object with the keys of ``ScoreStatistics``."""
+    if not isinstance(content, dict):
+        raise ValueError("it holds no JSON object")
+    known, found = {field.name for field in fields(ScoreStatistics)}, content.keys()
+    wrong = {"lacks": known - found, "has unknown": found - known}
+    if texts := [f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]:
+        raise ValueError(f"it {' and '.join(texts)}")
+    return content
 
 
 def _short(fingerprint: str) -> str:
