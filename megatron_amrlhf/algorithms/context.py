@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.rows import Selection
-from megatron_amrlhf.engine.role import RoleSpec
+from megatron_amrlhf.engine.role import DTYPES, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.losses.reduce import Metrics, finish_metrics
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage
@@ -20,8 +20,6 @@ from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.report.stop_request import StopRequest
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 from megatron_amrlhf.models.stage import StageModel, StageOptions
 from megatron_amrlhf.parallel.mesh import Mesh
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}  # model.dtype's
+
 
 @dataclass(frozen=True)
 class RoleSpec:

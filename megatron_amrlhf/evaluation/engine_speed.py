@@ -29,7 +29,7 @@ from megatron_amrlhf.engine.costs import (
 )
 from megatron_amrlhf.engine.footprint import StageSpec, held_bytes, stage_spec
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
-from megatron_amrlhf.engine.role import RoleSpec
+from megatron_amrlhf.engine.role import DTYPES, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.parallel.collectives import gather_objects
@@ -45,7 +45,6 @@ from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch
 
 PHASES = ("rollout", "score", "update")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
