@@ -16,15 +16,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.postmortem import find_cause, status_lines
@@ -115,8 +113,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
     source = _run_folder(arguments.source, arguments.overrides)
     records = select(load_samples(source), arguments.step, arguments.limit)
     if arguments.html is None:
-        width = None if sys.stdout.isatty() else PLAIN_WIDTH
-        print_records(Console(width=width), records)
+        print_records(stdout_console(), records)
         return
     target = Path(arguments.html).expanduser()
     try:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
@@ -29,7 +28,7 @@ from megatron_amrlhf.evaluation.start_ranks import start_ranks
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.engine_tables import engine_tables
 
 WORKER = "megatron_amrlhf.evaluation.engine_speed"
@@ -275,7 +274,7 @@ def _summary(layout: Layout, work: Workload, rounds: list[list[dict]]) -> dict:
 
 
 def _print(record: dict) -> None:
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console = stdout_console()
     for table in engine_tables(record):
         console.print(table)
 

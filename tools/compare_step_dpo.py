@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megatron_amrlhf.algorithms.context import Context
@@ -27,7 +26,7 @@ from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.comparisons import plot_costs
-from megatron_amrlhf.report.console import PLAIN_WIDTH, RunConsole
+from megatron_amrlhf.report.console import RunConsole, stdout_console
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.types import TrainBatch
 
@@ -222,7 +221,7 @@ def show(results: list[dict]) -> None:
             for form in FORMS[1:]
         ]
         table.add_row(str(result["steps"]), *seconds, *ratios)
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(table)
+    stdout_console().print(table)
 
 
 def write(folder: Path, settings: dict, results: list[dict]) -> None:

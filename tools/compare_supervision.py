@@ -6,7 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from megatron_amrlhf.arguments import Parser
@@ -14,7 +13,7 @@ from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.best_of_n import compare_supervision, read_solutions
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.comparisons import plot_best_of_n
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 
 DESCRIPTION = """\
 How often the answer that a reward model likes best of n is right, on answers that are scored
@@ -107,7 +106,7 @@ def _print(table: dict[str, list[float]], sizes: list[int], problems: int) -> No
         shown.add_column(f"n = {n}", justify="right")
     for name, accuracies in table.items():
         shown.add_row(name, *(f"{accuracy:.4f}" for accuracy in accuracies))
-    Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(shown)
+    stdout_console().print(shown)
 
 
 def _write(folder: Path, table: dict, sizes: list[int], problems: int) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from megatron_amrlhf.arguments import (
@@ -42,7 +41,7 @@ from megatron_amrlhf.evaluation.synthetic import (
 )
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.comparisons import ErrorPicture, plot_errors
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.samples import SampleRecord, load_samples
 from megatron_amrlhf.rewards.units import step_ids
 
@@ -254,7 +253,7 @@ def _print_cuts(errors: dict[str, CutError], answers: int, title: str) -> None:
         values = (error.num_units, error.approximation, error.noise, error.total)
         ratio = error.total / errors[OPTIMUM].total
         table.add_row(name, *(f"{value / answers:.4g}" for value in values), f"{ratio:.3f}")
-    _console().print(table)
+    stdout_console().print(table)
 
 
 def _print_by_snr(by_snr: dict[str, dict[str, CutError]], answers: int, noise: float) -> None:
@@ -266,7 +265,7 @@ def _print_by_snr(by_snr: dict[str, dict[str, CutError]], answers: int, noise: f
         totals = (f"{errors[name].total / answers / noise**2:.1f}" for name in names)
         counts = (f"{errors[name].num_units / answers:.1f}" for name in ("message", OPTIMUM))
         table.add_row(snr, *totals, *counts)
-    _console().print(table)
+    stdout_console().print(table)
 
 
 def _print_grid(grid: dict[str, dict[str, float]], snrs: list[str], judge: str) -> None:
@@ -275,7 +274,7 @@ def _print_grid(grid: dict[str, dict[str, float]], snrs: list[str], judge: str) 
         table.add_column(heading, justify="right")
     for delta, row in grid.items():
         table.add_row(delta, *(f"{row[snr]:.2f}" for snr in snrs))
-    _console().print(table)
+    stdout_console().print(table)
 
 
 def _write(folder: Path, name: str, result: dict, picture: ErrorPicture) -> None:
@@ -290,10 +289,6 @@ def _write(folder: Path, name: str, result: dict, picture: ErrorPicture) -> None
 
 def _as_json(errors: dict[str, CutError]) -> dict[str, dict[str, float]]:
     return {name: asdict(error) | {"total": error.total} for name, error in errors.items()}
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
 
 
 if __name__ == "__main__":

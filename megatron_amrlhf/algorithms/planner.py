@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
@@ -22,7 +19,7 @@ from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnin
 from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.plan_tables import plan_tables, sizes_of, suggestion_table
 
 GIB = 2**30
@@ -66,7 +63,7 @@ def _print(
     usable: int,
     most: int,
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH, highlight=False)
+    console = stdout_console(highlight=False)
     phase, memory = plan.worst.fullest
     fits = "fits" if memory.total <= usable else "does not fit"
     lengths = plan.lengths

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
 from megatron_amrlhf.doctor.judge_ranks import limit_text
 from megatron_amrlhf.doctor.records import Finding, RankFacts, listed, ranks_by_host
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.console import PLAIN_WIDTH
+from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.files import strict
 
 EXIT_OK, EXIT_FOUND_ERROR = 0, 1
@@ -47,14 +45,13 @@ class Report:
 
     def show(self) -> None:
         """Prints a line for each finding and a table of the hosts."""
-        width = None if sys.stdout.isatty() else PLAIN_WIDTH
-        console = Console(width=width, soft_wrap=True, highlight=False)
+        console = stdout_console(soft_wrap=True, highlight=False)
         for finding in self.findings:
             fix = f" -> {finding.fix}" if finding.fix else ""
             console.print(f"{finding.level:<7}", style=STYLES[finding.level], end=" ")
             console.print(f"{finding.check:<12} {finding.message}{fix}", markup=False)
         if self.facts:
-            Console(width=width, highlight=False).print(hosts_table(self.facts))
+            stdout_console(highlight=False).print(hosts_table(self.facts))
         counts = Counter(finding.level for finding in self.findings)
         errors, warnings = counts["error"], counts["warning"]
         console.print(

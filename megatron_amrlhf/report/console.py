@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -220,6 +220,11 @@ def terminal() -> TextIO | None:
         return None
 
 
-def _console(stream: TextIO) -> Console:
+def stdout_console(**options: Any) -> Console:
+    """A console on stdout with rich's ``options``, of a fixed width where that is a file."""
+    return _console(sys.stdout, **options)
+
+
+def _console(stream: TextIO, **options: Any) -> Console:
     is_terminal = stream.isatty()
-    return Console(file=stream, width=None if is_terminal else PLAIN_WIDTH)
+    return Console(file=stream, width=None if is_terminal else PLAIN_WIDTH, **options)
