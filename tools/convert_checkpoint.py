@@ -26,6 +26,7 @@ from megatron_amrlhf.conversion.tensors import DTYPES
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.parallel.compat import peak_memory_gib
 from megatron_amrlhf.parallel.mesh import stop_processes
+from megatron_amrlhf.sizes import GIB
 
 DESCRIPTION = """\
 Converts the weights of a model from one folder to another, without a GPU, one tensor at a time.
@@ -50,7 +51,6 @@ examples:
 """
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", re.IGNORECASE | re.ASCII)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-GIB = 2**30
 # How a folder is to lie: options of one kind of TARGET, which the other does not read.
 HF_OPTIONS = ("shard_size", "as")
 MEGATRON_OPTIONS = (

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.planning.passes import PlannedRole
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.sizes import GIB, in_units
 
 
 def plan_of_run(context: Context) -> Plan:
@@ -23,6 +23,6 @@ def memory_line(plan: Plan, peak_gib: float) -> str:
     phase, planned = plan.worst.fullest
     line = (
         f"memory: planned {in_units(planned.total)} at most ({phase}, stage {plan.worst.stage}), "
-        f"measured peak {in_units(peak_gib * 2**30)}"
+        f"measured peak {in_units(peak_gib * GIB)}"
     )
     return line if compat.on_gpu() else f"{line} of a process, libraries and freed memory included"

@@ -11,7 +11,6 @@ from typing import Any
 from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.models.families import complete_config
@@ -21,8 +20,7 @@ from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.plan_tables import plan_tables, sizes_of, suggestion_table
-
-GIB = 2**30
+from megatron_amrlhf.sizes import GIB, in_units
 
 
 def run(config: Config, options: argparse.Namespace) -> bool:

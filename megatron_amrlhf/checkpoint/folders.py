@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_amrlhf.checkpoint.files import fsync, write_text
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import sha256_of
+from megatron_amrlhf.sizes import GIB, in_units
 
 FORMAT = 2
 MANIFEST_FILE, STATE_FILE, LATEST_FILE = "manifest.json", "state.json", "latest"
@@ -124,8 +125,8 @@ def check_free_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"no room for a checkpoint in {folder}: it takes {needed / 2**30:.1f} GiB and "
-            f"{free / 2**30:.1f} GiB are free; make room, or lower checkpoint.keep"
+            f"no room for a checkpoint in {folder}: it takes {in_units(needed)} and "
+            f"{in_units(free)} are free; make room, or lower checkpoint.keep"
         )
 
 
@@ -155,7 +156,7 @@ def publish(temporary: Path, folder: Path) -> None:
 def delete_old(checkpoints: Path, newest: Path, retention: Retention) -> None:
     """Keeps ``newest`` and, as far as ``retention`` lets, the latest other complete ones."""
     assert retention.count >= 1
-    left = None if retention.gib is None else retention.gib * 2**30 - _bytes_of(newest)
+    left = None if retention.gib is None else retention.gib * GIB - _bytes_of(newest)
     kept = 1
     others = [x for x in step_folders(checkpoints) if x != newest and is_complete(x)]
     for folder in reversed(others):

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_amrlhf.checkpoint.files import fsync, make_empty, write_text
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.sizes import in_units
 
 TRAVELLING = (  # tokenizer files of all kinds, the chat template, how to generate
     "tokenizer*",
@@ -51,7 +52,7 @@ def check_free_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
-            f"no room in {place}: {needed / 2**30:.2f} GiB are needed, {free / 2**30:.2f} are free"
+            f"no room in {place}: {in_units(needed)} are needed, {in_units(free)} are free"
         )
 
 

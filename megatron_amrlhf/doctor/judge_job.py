@@ -16,6 +16,7 @@ from megatron_amrlhf.doctor.records import (
     places_text,
     ranks_text,
 )
+from megatron_amrlhf.sizes import in_units
 
 SLOW_FACTOR = 3.0  # times the median of the links of its kind
 FEW_LINKS = 3  # of which one slow host makes most slow: then times the fastest
@@ -193,7 +194,7 @@ def _all_reduce_text(traffic: Sequence[Traffic]) -> Finding:
     for size in traffic[0].all_reduce:
         seconds = max(each.all_reduce[size] for each in traffic)
         rate = 2 * (count - 1) / count * size / seconds / 1e9
-        parts.append(f"{size_text(size)} in {seconds * 1e3:.2f} ms ({rate:.3g} GB/s)")
+        parts.append(f"{in_units(size)} in {seconds * 1e3:.2f} ms ({rate:.3g} GB/s)")
     return Finding("network", "ok", f"all-reduce over {count} ranks: {', '.join(parts)}")
 
 
@@ -254,10 +255,3 @@ def _common_end(slow: Sequence[Link], hosts: Sequence[str]) -> str:
 def link_text(link: Link, hosts: Sequence[str]) -> str:
     """``node1 rank 0 - node2 rank 2``."""
     return f"{hosts[link.low]} rank {link.low} - {hosts[link.high]} rank {link.high}"
-
-
-def size_text(num_bytes: int) -> str:
-    """A power of two with its unit."""
-    units = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
-    unit, name = next((each for each in units if num_bytes >= each[0]), (1, "bytes"))
-    return f"{num_bytes / unit:g} {name}"

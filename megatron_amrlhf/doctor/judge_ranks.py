@@ -18,6 +18,7 @@ from megatron_amrlhf.doctor.records import (
     ranks_text,
 )
 from megatron_amrlhf.doctor.software import Pins
+from megatron_amrlhf.sizes import GIB, in_units
 
 FEW_VERSIONS = ("torch", "megatron-core", "deepspeed", "transformers")  # named where all is well
 USED_GPU_GIB = 2.0  # more, and somebody else computes there; an own CUDA context is about 0.5
@@ -27,13 +28,12 @@ FEW_OPEN_FILES, OPEN_FILES_A_RANK = 1024, 32
 TOO_FEW_OPEN_FILES, FEWEST_OPEN_FILES_A_RANK = 256, 4
 FEW_PROCESSES, FEWEST_PROCESSES_A_RANK = 4096, 64  # threads count too
 # RDMA registers its buffers, NCCL's are a few MiB for each peer and channel.
-LITTLE_LOCKED_BYTES = 2**30
+LITTLE_LOCKED_BYTES = GIB
 # NCCL's ranks of a host talk through /dev/shm; 64 MiB are what containers get by default.
 LITTLE_SHM_GIB, TOO_LITTLE_SHM_GIB_A_RANK = 1.0, 1 / 32
 LITTLE_DISK_GIB = {"run folder": 10.0, "temporary files": 1.0, "model cache": 5.0}
 TOO_LITTLE_DISK_GIB = 0.1
 COMPILING_SECONDS = 600.0  # an extension takes a few minutes
-GIB = 2**30
 
 
 def judge_versions(facts: Sequence[RankFacts], pins: Pins) -> list[Finding]:
@@ -253,11 +253,11 @@ def _limit_problems(each: RankFacts, ranks: int, local_ranks: int) -> Iterator[F
 
 
 def limit_text(name: str, value: int | None) -> str:
-    """A limit as a person reads it; bytes as GiB or MiB."""
+    """A limit as a person reads it; bytes in their unit."""
     if value is None:
         return "unlimited"
     if name in ("locked memory", "core size"):
-        return f"{value / GIB:.1f} GiB" if value >= GIB else f"{value / 2**20:.1f} MiB"
+        return in_units(value)
     return str(value)
 
 

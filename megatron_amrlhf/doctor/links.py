@@ -19,8 +19,8 @@ from megatron_amrlhf.doctor.machine import own_device
 from megatron_amrlhf.doctor.meeting import Meeting
 from megatron_amrlhf.doctor.plan import Pair
 from megatron_amrlhf.doctor.records import Traffic
+from megatron_amrlhf.sizes import MIB
 
-MIB = 2**20
 ALL_REDUCE_BYTES = {"cpu": (4096, MIB // 4, 4 * MIB), "cuda": (4096, 4 * MIB, 128 * MIB)}
 LINK_BYTES = {"cpu": MIB, "cuda": 64 * MIB}
 REPEATS = 5  # the fastest counts: what else the machine does makes the others slower

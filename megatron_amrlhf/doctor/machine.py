@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from megatron_amrlhf.doctor.records import Disk, Gpu, Lock
+from megatron_amrlhf.sizes import GIB, KIB
 
-GIB = 2**30
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 INFINIBAND = Path("/sys/class/infiniband")
 SHARED_MEMORY = Path("/dev/shm")
@@ -74,7 +74,7 @@ def memory_gib() -> tuple[float, float]:
     """The host's memory and what of it is available, GiB."""
     lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     values = {line.split(":")[0]: int(line.split()[1]) for line in lines}  # KiB
-    return values["MemTotal"] / 2**20, values["MemAvailable"] / 2**20
+    return values["MemTotal"] * KIB / GIB, values["MemAvailable"] * KIB / GIB
 
 
 def soft_limits() -> dict[str, int | None]:

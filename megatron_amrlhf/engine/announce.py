@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from megatron_amrlhf.engine.costs import gather_bytes, reduce_bytes
 from megatron_amrlhf.engine.footprint import StageSpec, held_bytes
+from megatron_amrlhf.sizes import in_units
 
 CHOICES = ("step", "microbatch")
 UNIT = {"step": "a step", "microbatch": "a micro-batch"}
@@ -47,12 +48,3 @@ def _cost(key: str, choice: str, specs: list[StageSpec]) -> str:
         holds = held_bytes(asked)
         held = max(held, holds.gathered if key == "gather" else holds.gradients)
     return f"{choice} moves {in_units(moved)} {UNIT[choice]} and holds {in_units(held)}"
-
-
-def in_units(num_bytes: float) -> str:
-    """Bytes with three digits and a binary unit, such as ``1.25 GiB``."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            value = num_bytes / size
-            return f"{value:.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
-    return f"{num_bytes:.0f} B"

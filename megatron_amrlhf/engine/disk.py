@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.sizes import in_units
 
 
 class Disk:
@@ -54,7 +55,7 @@ class Disk:
             if error.errno != errno.ENOSPC:
                 raise self._unusable(error) from None
             raise UserError(
-                f"engine.nvme_folder: {self._folder}: no room for {num_bytes / 2**30:.3g} GiB more "
+                f"engine.nvme_folder: {self._folder}: no room for {in_units(num_bytes)} more "
                 "(every rank of the machine puts its part here): use a larger disk, or offload less"
             ) from None
 

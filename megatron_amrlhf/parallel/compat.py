@@ -30,6 +30,7 @@ from deepspeed.runtime.zero import (
 )
 
 from megatron_amrlhf.parallel import without_compiler
+from megatron_amrlhf.sizes import GIB, KIB
 
 with without_compiler():  # deepspeed.initialize imports it for every optimizer
     importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
@@ -66,11 +67,11 @@ def compute_device() -> torch.device:
 def peak_memory_gib() -> float:
     """Peak memory of this process: device memory on GPU, resident set on CPU, in GiB."""
     if on_gpu():
-        return torch.cuda.max_memory_allocated() / 2**30
+        return torch.cuda.max_memory_allocated() / GIB
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 2**20
+                return int(line.split()[1]) * KIB / GIB
     return 0.0
 
 

@@ -9,11 +9,11 @@ from itertools import product
 from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.planning.passes import PlannedRole
 from megatron_amrlhf.planning.plan import Plan, StagePlan, make_plan, phase_of
+from megatron_amrlhf.sizes import in_units
 
 POOR_BUBBLE = 0.25
 POOR_BALANCE = 1.5

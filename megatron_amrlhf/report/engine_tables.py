@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from rich.table import Table
 
-from megatron_amrlhf.engine.announce import in_units
+from megatron_amrlhf.sizes import in_units
 
 SMALLEST_SHARE = 0.01  # of a phase's bytes; what moves less has no row
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from rich.table import Table
 
-from megatron_amrlhf.engine.announce import in_units
 from megatron_amrlhf.planning.advice import Suggestion
 from megatron_amrlhf.planning.plan import Plan, StagePlan
+from megatron_amrlhf.sizes import GIB, in_units
 
 PARTS = {  # of PhaseMemory -> heading
     "weights": "weights",
@@ -20,7 +20,6 @@ PARTS = {  # of PhaseMemory -> heading
     "activations": "activ.",
     "logits": "logits",
 }
-GIB = 2**30
 MOST_STAGES = 8  # of many stages, those at the ends
 
 

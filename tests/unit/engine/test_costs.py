@@ -18,7 +18,7 @@ from transformers import (
 
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.layout import EngineSection
-from megatron_amrlhf.engine.announce import describe_choices, in_units
+from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.costs import (
     BatchShape,
     batch_shape,
@@ -291,5 +291,3 @@ def test_the_start_up_lines_state_what_each_choice_moves_and_holds():
     (alone,) = describe_choices([spec_of(data=1)])
     assert alone.startswith("one replica: ") and alone.endswith("gradients hold 3.22 KiB")
     assert describe_choices([]) == []
-    units = {3 * 2**30: "3 GiB", 1023 * 2**20: "1023 MiB", 1234: "1.21 KiB", 7: "7 B"}
-    assert {size: in_units(size) for size in units} == units
