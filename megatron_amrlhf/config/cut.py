@@ -71,7 +71,7 @@ class PipelineCut:
         given = given[: self.stages] if self.stages > 1 else [None]
         rest = num_layers - sum(size for size in given if size is not None)
         free = given.count(None)
-        if rest < 0 or (free and rest % free) or (not free and rest):
+        if rest < free or (free and rest % free) or (not free and rest):
             raise ValueError(self._why_not(num_layers))
         return [rest // free if size is None else size for size in given]
 

@@ -40,6 +40,8 @@ def test_uneven_stages():
         (PipelineCut(3, first_layers=1), "parallel.first_stage_layers = 1"),
         (PipelineCut(2, first_layers=4, last_layers=4), "parallel.last_stage_layers = 4"),
         (PipelineCut(2, first_layers=13), "parallel.first_stage_layers = 13"),
+        (PipelineCut(2, first_layers=12), "parallel.first_stage_layers = 12"),
+        (PipelineCut(4, first_layers=6, last_layers=6), "parallel.last_stage_layers = 6"),
     ],
 )
 def test_layers_that_do_not_divide_are_refused(cut, expected):
