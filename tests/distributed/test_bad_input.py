@@ -122,6 +122,7 @@ def test_wrong_layout_ends_all_ranks(folder, overrides, words, tmp_path):
     make_models(tmp_path)
     config = json.loads((tmp_path / "policy" / "config.json").read_text())
     config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    config.pop("layer_types", None)
     (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
     (tmp_path / "policy").rename(odd)
     done = launch(write_config(folder, "ppo"), *(o.replace("ODD", str(odd)) for o in overrides))

@@ -70,6 +70,8 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
+                # Tests that run in the background ignore it, and what they start would too.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def wait(self) -> int:
