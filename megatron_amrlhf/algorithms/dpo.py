@@ -18,8 +18,6 @@ from megatron_amrlhf.types import MaskedBatch, TrainBatch
 class Dpo(SelectionAlgorithm):
     """Pairs lie in the batch as chosen, rejected, chosen, rejected ..."""
 
-    rows_per_unit = 2
-
     def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
         algorithm, rewards = self.context.config.algorithm, rewards_by_prompt(judged)
         if algorithm.pairs == "best_worst":
@@ -39,7 +37,7 @@ class Dpo(SelectionAlgorithm):
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy on eq. 15."""
         terms = dpo_terms(self.context.config.algorithm)
-        return self.update_policy(part, terms, on_block, together=2)
+        return self.update_policy(part, terms, on_block)
 
 
 def dpo_terms(algorithm: DpoAlgorithm) -> TermsFunction:

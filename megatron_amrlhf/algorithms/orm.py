@@ -54,7 +54,8 @@ class Orm(RewardTraining[EncodedPair]):
             return orm_loss(rewards[0::2, 0], rewards[1::2, 0])
 
         read = read_value()
-        return update(self.context, "orm", batch, plan, read, terms, "orm", on_block, together=2)
+        together = self.context.config.algorithm.rows_together
+        return update(self.context, "orm", batch, plan, read, terms, "orm", on_block, together)
 
     def heldout_metrics(
         self, examples: list[EncodedPair], outputs: Tensor | None

@@ -30,7 +30,7 @@ from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
-from megatron_amrlhf.losses.reduce import Metrics, denominator_mask, kl_scale
+from megatron_amrlhf.losses.reduce import Metrics, kl_scale
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -157,16 +157,12 @@ class PolicyAlgorithm(ABC):
     def reads_kept_alone(self) -> bool:
         """Whether the policy's loss reads nothing but kept tokens, so that others may be cut."""
 
-    def update_policy(
-        self, part: TrainBatch, terms: TermsFunction, on_block: OnBlock, together: int = 1
-    ):
-        """One optimizer step of the policy on a loss of its log-probs. Entered by every rank.
-
-        The loss sees ``together`` consecutive rows at once.
-        """
+    def update_policy(self, part: TrainBatch, terms: TermsFunction, on_block: OnBlock):
+        """One optimizer step of the policy on a loss of its log-probs. Entered by every rank."""
         read = read_logprobs(self.context, self.logprob_temperature())
         cut = part.cut_to_kept() if self.reads_kept_alone else part
         plan = response_plan(cut)
+        together = self.context.config.algorithm.rows_together
         result, metrics = update(
             self.context, "actor", cut, plan, read, terms, "policy", on_block, together
         )
@@ -181,8 +177,10 @@ class PolicyAlgorithm(ABC):
         if not part.targets:
             return part
         valid, mask = part.targets["valid"], part.targets["mask"]
-        counted = denominator_mask(valid, mask, self.context.config.loss.denominator)
-        scale = kl_scale(counted, valid, by_row, self.context.mesh.dp_group)
+        if self.context.config.loss.denominator == "response":  # nothing to make up for
+            scale = torch.ones(len(valid), 1, device=valid.device)
+        else:
+            scale = kl_scale(mask, valid, by_row, self.context.mesh.dp_group)
         return replace(part, targets=part.targets | {"kl_scale": scale})
 
     def evaluate(self) -> dict[str, float]:

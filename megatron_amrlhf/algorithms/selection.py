@@ -18,9 +18,12 @@ from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
 class SelectionAlgorithm(PolicyAlgorithm):
-    """Learns from selected answers, in units of ``rows_per_unit`` rows that stay together."""
+    """Learns from selected answers, in units of rows that its loss reads together."""
 
-    rows_per_unit = 1
+    @property
+    def rows_per_unit(self) -> int:
+        """Rows that stay together."""
+        return self.context.config.algorithm.rows_together
 
     @abstractmethod
     def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:

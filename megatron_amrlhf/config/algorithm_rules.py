@@ -11,6 +11,7 @@ from megatron_amrlhf.config.algorithms import (
     RejectionSamplingAlgorithm,
 )
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.config.unread_rules import unread
 
 
 def algorithm_problems(config: Config) -> Iterator[str]:
@@ -51,7 +52,7 @@ def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:
     if config.data.format == "pairs" and algorithm.pairs != "best_worst":
         yield _not_offline("algorithm.pairs", algorithm.pairs)
     if algorithm.pair_margin and algorithm.pairs != "margin":
-        yield _unread("algorithm.pair_margin", "algorithm.pairs", "margin", algorithm.pairs)
+        yield unread("algorithm.pair_margin", "algorithm.pairs: margin", algorithm.pairs)
 
 
 def _kto_problems(algorithm: KtoAlgorithm) -> Iterator[str]:
@@ -72,18 +73,14 @@ def _rejection_sampling_problems(
         if algorithm.control != "none":
             yield _not_offline("algorithm.control", algorithm.control)
     if algorithm.k != 1 and select != "top_k":
-        yield _unread("algorithm.k", "algorithm.select", "top_k", select)
+        yield unread("algorithm.k", "algorithm.select: top_k", select)
     if algorithm.threshold and select != "threshold":
-        yield _unread("algorithm.threshold", "algorithm.select", "threshold", select)
+        yield unread("algorithm.threshold", "algorithm.select: threshold", select)
     if algorithm.k > samples:
         yield (
             f"algorithm.k = {algorithm.k} is more than the answers to a prompt: use at most "
             f"rollout.samples_per_prompt = {samples}"
         )
-
-
-def _unread(key: str, other: str, wanted: str, found: str) -> str:
-    return f"{key}: is read by {other}: {wanted} only (got {found}), set that or leave it out"
 
 
 def _not_offline(key: str, found: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from megatron_amrlhf.config.schema import Config
 
@@ -20,7 +21,12 @@ def unread_problems(config: Config) -> Iterator[str]:
         part = getattr(config, section)
         found = getattr(part, name)
         if not is_read and found != type(part).model_fields[name].default:
-            yield f"{key}: is read by {reader} only (got {found}), set that or leave it out"
+            yield unread(key, reader, found)
+
+
+def unread(key: str, reader: str, found: Any) -> str:
+    """That only ``reader`` would read a key; ``found`` is what the run has, here or there."""
+    return f"{key}: is read by {reader} only (got {found}), set that or leave it out"
 
 
 def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:

@@ -181,10 +181,8 @@ def refuse_other_run(path: Path, config: Config) -> None:
         UserError: the folder belongs to another run (algorithm.kind or model.path differ), or to
             one that is going on.
     """
-    now, earlier = config.model_dump(mode="json"), None
-    if _has_results(path):
-        earlier = _read_config(path / CONFIG_NAME)
-    earlier = earlier or now
+    now = config.model_dump(mode="json")
+    earlier = _has_results(path) and _read_config(path / CONFIG_NAME) or now
     for section, key in (("algorithm", "kind"), ("model", "path")):
         before = earlier.get(section, {}).get(key)
         if before != now[section][key]:
