@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import time
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.report.heartbeat import Beat, Heartbeat, interval_seconds, read_beats
-from megatron_amrlhf.report.postmortem import first_failure
+from megatron_amrlhf.report.postmortem import first_failure, lost_partner
+from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.report.stop_request import must_end_now
-from megatron_amrlhf.report.watchdog import Watchdog
+from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog
 
 EXIT_ENDED = 130  # as after Ctrl-C
+# The launcher looks at its ranks each second, in any order, and gives the run the exit code of the
+# first that it finds ended. One that only lost its partner stays until the partner has been seen.
+LOST_PARTNER_DELAY_SECONDS = 3.0
 
 
 def watch(context: Context) -> Heartbeat:
     """Writes this rank's heartbeat while the block runs, and ends the process where it stalls.
 
     It also ends it, without a checkpoint, where the stop file says ``now``. An exception that
-    leaves the block is noted in ``status.json``, by rank 0.
+    leaves the block is noted in ``status.json``, by rank 0. One that says only that another
+    rank has gone is held back until the launcher has seen that one.
     """
     folder, mesh = context.folder, context.mesh
     limit = context.config.engine.watchdog_seconds
@@ -31,9 +37,12 @@ def watch(context: Context) -> Heartbeat:
             dog.check(beat)
 
     def on_error(beat: Beat) -> None:
-        if not folder.watchdog.exists():
-            cause = first_failure(read_beats(folder.path, mesh.world_size)) or beat.error
-            folder.status("failed", max(0, beat.step - 1), cause)
+        _leave_with_the_watchdog(folder)
+        cause = first_failure(read_beats(folder.path, mesh.world_size)) or beat.error
+        folder.status("failed", max(0, beat.step - 1), cause)
+        if lost_partner(beat):
+            time.sleep(LOST_PARTNER_DELAY_SECONDS)
+            _leave_with_the_watchdog(folder)
 
     return Heartbeat(
         folder.path,
@@ -43,3 +52,9 @@ def watch(context: Context) -> Heartbeat:
         on_beat=on_beat,
         on_error=on_error,
     )
+
+
+def _leave_with_the_watchdog(folder: RunFolder) -> None:
+    """Ends this process if a watchdog has reported: its partners go by that, not by an error."""
+    if folder.watchdog.exists():
+        os._exit(EXIT_STALLED)

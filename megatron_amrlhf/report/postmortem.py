@@ -27,13 +27,18 @@ NO_BEAT = {"missing": "no heartbeat yet", "unreadable": "its heartbeat file is d
 FATAL = re.compile(r"^Fatal Python error: (.*)$", re.MULTILINE)
 
 
+def lost_partner(beat: Beat) -> bool:
+    """Whether a rank failed only because another one has gone."""
+    return LOST_PARTNER.search(beat.error) is not None
+
+
 def first_failure(beats: list[Beat]) -> str | None:
     """One line on the rank that failed first by an exception of its own, or None.
 
     A lost connection counts only where there is nothing else.
     """
     failed = [beat for beat in beats if beat.state == "failed"]
-    own = [beat for beat in failed if not LOST_PARTNER.search(beat.error)]
+    own = [beat for beat in failed if not lost_partner(beat)]
     first = min(own or failed, key=lambda beat: beat.time, default=None)
     return None if first is None else _failure(first)
 
@@ -88,7 +93,7 @@ def find_cause(folder: Path, since: float) -> str | None:
     for beat in beats:
         fatal = FATAL.search(dumps[beat.rank])
         if beat.state == "failed":
-            if not LOST_PARTNER.search(beat.error):
+            if not lost_partner(beat):
                 own.append((beat.time, _failure(beat)))
         elif fatal:
             own.append((beat.time, f"{beat.who} died: {fatal[1]} ({beat.where})"))

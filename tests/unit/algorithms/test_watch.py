@@ -1,0 +1,80 @@
+"""How a rank leaves that fails only because another one has gone."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_amrlhf.algorithms import watch
+from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.report.heartbeat import RankProgress
+from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.watchdog import EXIT_STALLED
+
+LOST, OWN = RuntimeError("gloo: Connection closed by peer"), ArithmeticError("own")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    sections = {
+        "run": {"name": "demo", "folder": str(tmp_path)},
+        "model": {"path": "m"},
+        "algorithm": {"kind": "prm"},
+        "data": {"train": "t.jsonl", "format": "steps"},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(sections))
+    return RunFolder.create(load_config(tmp_path / "run.yaml", []), 0)
+
+
+@pytest.fixture
+def beating(folder):
+    context = SimpleNamespace(
+        config=SimpleNamespace(engine=SimpleNamespace(watchdog_seconds=0.0)),
+        mesh=SimpleNamespace(rank=0, world_size=1),
+        folder=folder,
+        console=SimpleNamespace(progress=RankProgress()),
+    )
+    beating = watch.watch(context)
+    yield beating
+    beating.__exit__(None, None, None)  # after an error its thread goes on
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """Seconds that the main thread waited for."""
+    seconds = []
+    monkeypatch.setattr(watch.time, "sleep", seconds.append)
+    monkeypatch.setattr(os, "_exit", _raise_exit)
+    return seconds
+
+
+def _raise_exit(code):
+    raise SystemExit(code)
+
+
+def test_who_lost_a_partner_waits_until_that_one_is_seen(folder, beating, slept):
+    with pytest.raises(RuntimeError, match="gloo"), beating:
+        raise LOST
+    assert slept == [watch.LOST_PARTNER_DELAY_SECONDS]
+    assert "gloo" in json.loads((folder.path / "status.json").read_text())["message"]
+
+
+def test_an_error_of_its_own_ends_it_at_once(beating, slept):
+    with pytest.raises(ArithmeticError), beating:
+        raise OWN
+    assert slept == []
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_after_a_watchdog_all_leave_alike(folder, beating, slept, monkeypatch, is_late):
+    def report(*_):
+        folder.watchdog.write_text("no progress\n")
+
+    if is_late:  # while this rank waits
+        monkeypatch.setattr(watch.time, "sleep", report)
+    with pytest.raises(SystemExit) as end, beating:
+        if not is_late:
+            report()
+        raise LOST
+    assert end.value.code == EXIT_STALLED
