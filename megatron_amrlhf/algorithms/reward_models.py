@@ -17,6 +17,7 @@ from megatron_amrlhf.data.chat import (
 )
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.expected import HEAD_NAMES, check_weights
 from megatron_amrlhf.models.fingerprint import model_fingerprint
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
@@ -123,11 +124,13 @@ def _load(
     folder = Path(path).expanduser()
     shape = check_shape(config, folder)
     weights = ShardedWeights(folder)
-    if "head.weight" not in weights:
+    if HEAD_NAMES[0] not in weights:
         raise UserError(
             f"{key}: {folder} has no reward head (head.weight): give the export folder of a run "
             f"with algorithm.kind {role}"
         )
+    num_attributes = weights.get(HEAD_NAMES[0]).shape[0]
+    check_weights(folder, num_attributes)
     if role == "prm":
         _check_output(config, folder)
     elif read_hf_config(folder).get(KIND) == PROCESS:
@@ -146,7 +149,7 @@ def _load(
     return RewardModel(
         role=role,
         folder=folder,
-        num_attributes=weights.get("head.weight").shape[0],
+        num_attributes=num_attributes,
         tokenizer=None if is_same else own,
         marker=_step_marker(config, folder, own) if role == "prm" else None,
     )

@@ -23,6 +23,7 @@ from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_toke
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.models.expected import check_weights
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import (
@@ -64,6 +65,8 @@ def run(config: Config) -> bool:
     end_ids = end_token_ids(tokenizer, model_folder)
     check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
+    outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
+    check_weights(model_folder, outputs)
     start_processes(_timeout_seconds(config))
     try:
         context = _context(config, model_folder, tokenizer, end_ids)

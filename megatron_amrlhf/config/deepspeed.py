@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.config.deepspeed_keys import bf16_problems, zero_problems
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.config.zero_keys import zero_problems
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import why_no_file
 
@@ -133,17 +133,8 @@ def _problems(
             f"zero_optimization.stage must be {ZERO_STAGE} (got {zero.get('stage')!r}): other "
             "stages are engine.zero_stage in the run's YAML and need no JSON"
         )
-    problems += zero_problems(zero)
-    return problems + _bf16_problems(template.get("bf16", {}), config.model.dtype)
-
-
-def _bf16_problems(section: Any, dtype: str) -> list[str]:
-    if not isinstance(section, dict):
-        return [f"bf16 must be an object (got {section!r})"]
-    wanted = dtype == "bfloat16"
-    if section.get("enabled", "auto") in ("auto", wanted):
-        return []
-    return [f'bf16.enabled contradicts model.dtype: {dtype}, set it to "auto"']
+    dtype = config.model.dtype
+    return [*problems, *zero_problems(zero), *bf16_problems(template.get("bf16", {}), dtype)]
 
 
 def _refuse_left_auto(node: Any, path: Path, key: str = "") -> None:

@@ -24,10 +24,11 @@ from megatron_amrlhf.conversion.megatron_folder import (
 )
 from megatron_amrlhf.conversion.megatron_names import MegatronTarget
 from megatron_amrlhf.conversion.sources import Source
-from megatron_amrlhf.conversion.tensors import HEAD_NAMES, CheckedWeights, checked
+from megatron_amrlhf.conversion.tensors import CheckedWeights, checked
 from megatron_amrlhf.conversion.torch_dist import open_torch_dist, write_torch_dist
 from megatron_amrlhf.conversion.verify import Comparison, compare_logits
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights
 

@@ -13,7 +13,8 @@ import torch
 from megatron_amrlhf.checkpoint.export import HEAD_FILE
 from megatron_amrlhf.checkpoint.files import write_text
 from megatron_amrlhf.conversion.folders import copy_travelling, write_config
-from megatron_amrlhf.conversion.tensors import HEAD_NAMES, CheckedWeights
+from megatron_amrlhf.conversion.tensors import CheckedWeights
+from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.families import family_of
 from megatron_amrlhf.models.source import CLASSIFIER_NAMES, INDEX_FILE
 

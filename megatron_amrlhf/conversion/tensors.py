@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.models.mapping import HEAD_PARTS
+from megatron_amrlhf.models.expected import HEAD_NAMES, LM_HEAD, expected_shapes
 from megatron_amrlhf.models.shards import NamedWeights
 
-LM_HEAD, HEAD_NAMES = "lm_head.weight", tuple(f"head.{part}" for part in HEAD_PARTS)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -93,7 +91,7 @@ def checked(
     """
     has_head = HEAD_NAMES[0] in weights
     head_outputs = int(weights.get(HEAD_NAMES[0]).shape[0]) if has_head else None
-    shapes = dict(_shapes(hf_config, head_outputs))
+    shapes = expected_shapes(hf_config, head_outputs)
     found = set(weights.names())
     if hf_config.get("tie_word_embeddings") or has_head:
         found.discard(LM_HEAD)  # a copy of the embedding, or not used
@@ -107,18 +105,3 @@ def checked(
             )
     one = weights.get("model.norm.weight").dtype
     return CheckedWeights(weights, shapes, DTYPES.get(dtype, one), head_outputs, dtype is not None)
-
-
-def _shapes(
-    hf_config: Mapping[str, Any], head_outputs: int | None
-) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Shapes as transformers would make the tensors; a linear head in the LM head's place."""
-    config = AutoConfig.for_model(**hf_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    for name, tensor in model.state_dict().items():
-        if name != LM_HEAD or not (config.tie_word_embeddings or head_outputs):
-            yield name, tuple(tensor.shape)
-    if head_outputs:
-        yield HEAD_NAMES[0], (head_outputs, config.hidden_size)
-        yield HEAD_NAMES[1], (head_outputs,)

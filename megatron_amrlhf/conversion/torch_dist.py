@@ -35,8 +35,9 @@ from megatron_amrlhf.conversion.megatron_names import (
     te_name,
 )
 from megatron_amrlhf.conversion.pickles import load_plain
-from megatron_amrlhf.conversion.tensors import HEAD_NAMES, CheckedWeights
+from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.models.shards import MergedShards
 from megatron_amrlhf.parallel.mesh import start_processes

@@ -103,9 +103,16 @@ def convert_gguf(file: Path, cache_folder: str) -> Path:
 
 
 def _digest(file: Path) -> str:
-    """Short sha256 over the first and last 32 MiB of a file (big files start quickly too)."""
+    """Short sha256 over the first and last 32 MiB of a file (big files start quickly too).
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     digest = hashlib.sha256()
-    hash_ends(digest, file, DIGEST_BYTES)
+    try:
+        hash_ends(digest, file, DIGEST_BYTES)
+    except OSError as error:
+        raise UserError(f"model.path: {file} cannot be read ({error.strerror})") from None
     return digest.hexdigest()[:12]
 
 

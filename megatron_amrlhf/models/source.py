@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -104,6 +106,23 @@ class ShardedWeights:
         """Names of all tensors, sorted."""
         return sorted(self._file_of)
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by name, from the files' headers.
+
+        Raises:
+            UserError: a file is damaged, or lacks a tensor that the index says it has.
+        """
+        in_file: dict[str, list[str]] = {}
+        for name, file in self._file_of.items():
+            in_file.setdefault(file, []).append(name)
+        shapes = {}
+        for file, names in in_file.items():
+            with _open_safetensors(self.folder / file) as opened:
+                for name in names:
+                    with self._naming(file, name):
+                        shapes[name] = tuple(opened.get_slice(self._stored[name]).get_shape())
+        return shapes
+
     def get(self, name: str) -> torch.Tensor:
         """The tensor ``name``, read now, on CPU, in the dtype of the file.
 
@@ -113,10 +132,14 @@ class ShardedWeights:
         if name not in self._file_of:
             raise UserError(f"model folder {self.folder} has no tensor {name!r}")
         file = self._file_of[name]
+        # Opened anew each time: a handle keeps all pages that were read in memory.
+        with self._naming(file, name), _open_safetensors(self.folder / file) as opened:
+            return opened.get_tensor(self._stored[name])
+
+    @contextmanager
+    def _naming(self, file: str, name: str) -> Iterator[None]:
         try:
-            # Opened anew each time: a handle keeps all pages that were read in memory.
-            with _open_safetensors(self.folder / file) as opened:
-                return opened.get_tensor(self._stored[name])
+            yield
         except SafetensorError as error:
             raise UserError(f"{self.folder / file}: cannot read {name!r}: {error}") from None
 

@@ -4,10 +4,15 @@ import json
 
 import pytest
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.offload_config import (
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 
 from megatron_amrlhf.config.deepspeed import REPOSITORY, resolve_deepspeed
-from megatron_amrlhf.config.zero_keys import FLAGS, KEYS, NUMBERS
+from megatron_amrlhf.config.deepspeed_keys import BF16, OFFLOADS, ZERO
 from megatron_amrlhf.errors import UserError
 from tests.unit.config.samples import PPO, make_config
 
@@ -46,12 +51,22 @@ def test_deepspeed_accepts_the_shipped_file_without_unknown_zero_keys():
     assert set(SHIPPED["zero_optimization"]) <= names
 
 
-def test_the_known_zero_keys_are_deepspeeds():
-    fields = DeepSpeedZeroConfig.model_fields
+@pytest.mark.parametrize(
+    ("known", "model"),
+    [
+        (ZERO, DeepSpeedZeroConfig),
+        (BF16, DeepSpeedBF16Config),
+        (OFFLOADS["offload_param"], DeepSpeedZeroOffloadParamConfig),
+        (OFFLOADS["offload_optimizer"], DeepSpeedZeroOffloadOptimizerConfig),
+    ],
+)
+def test_the_known_keys_are_deepspeeds(known, model):
+    fields = model.model_fields
     names = {field.alias or name: field.annotation for name, field in fields.items()}
-    assert set(KEYS) == set(names)
-    assert {key for key in names if names[key] in (bool, bool | None)} == set(FLAGS)
-    assert {key for key in names if names[key] is int} == set(NUMBERS)
+    assert set(known.all) == set(names)
+    assert {key for key in names if names[key] in (bool, bool | None)} == set(known.flags)
+    assert {key for key in names if names[key] is int} == set(known.counts)
+    assert {key for key in names if names[key] is float} == set(known.shares)
 
 
 def test_float32_switches_bf16_off(tmp_path):
@@ -107,6 +122,21 @@ def test_frozen_roles_get_no_optimizer_settings(tmp_path):
             {"zero_optimization": {"stage": 3, "offload_param": {"device": "gpu"}}},
             'zero_optimization.offload_param.device must be "none" or "cpu" (got \'gpu\')',
         ),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "cpu", "pinmemory": True},
+                }
+            },
+            "zero_optimization.offload_param.pinmemory: unknown key, did you mean pin_memory?",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 2}}},
+            "zero_optimization.offload_optimizer.ratio must be a number from 0 to 1 (got 2)",
+        ),
+        ({"bf16": {"enable": True}}, "bf16.enable: unknown key, did you mean enabled?"),
+        ({"bf16": {"enabled": 1}}, "bf16.enabled must be true or false (got 1)"),
         (
             {"zero_optimization": {"stage": 3, "stage3_max_live_parameter": 1}},
             "zero_optimization.stage3_max_live_parameter: unknown key, did you mean "

@@ -192,3 +192,14 @@ def test_the_wheels_model_is_smollm2_instruct(tmp_path):
     ]
     assert answer[-1] == IM_END_ID, "an instruct model ends its turn"
     assert "5" in tokenizer.decode(answer)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "secret.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(ours, "hash_ends", refuse)
+    with pytest.raises(UserError, match=r"secret\.gguf cannot be read \(Permission denied\)"):
+        resolve_model_folder(str(tmp_path / "secret.gguf"), str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
