@@ -79,12 +79,22 @@ def test_wrong_key_value_or_file_is_one_line(folder, overrides, words):
 
 def test_what_deepspeed_refuses_is_one_line(folder, tmp_path):
     content = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
-    content["bf16"]["fast"] = True
+    content["zero_optimization"]["leaf_module"] = {"fast": True}
     (tmp_path / "zero.json").write_text(json.dumps(content))
     overrides = [f"engine.deepspeed={tmp_path / 'zero.json'}", f"run.folder={tmp_path / 'late'}"]
     assert_refused(
         train(write_config(folder, "ppo"), *overrides), folder, "engine.deepspeed", "fast"
     )
+
+
+@pytest.mark.parametrize("key", ["model", "reward_model"])
+def test_weights_of_another_size_are_told_before_they_are_read(folder, tmp_path, key):
+    models = dict(zip(("model", "reward_model"), make_models(tmp_path), strict=True))
+    file = models[key] / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] * 2}))
+    done = train(write_config(folder, "ppo"), f"{key}.path={models[key]}")
+    assert_refused(done, folder, str(models[key]), "has shape", "config.json and this run need")
 
 
 def test_missing_key_is_named(folder):
