@@ -10,11 +10,11 @@ from pathlib import Path
 from megatron_amrlhf.errors import UserError
 
 
-def writable_folder(path: str, option: str) -> Path:
+def writable_folder(path: str | Path, option: str) -> Path:
     """A folder for results, made and tried before the work that they take.
 
     Raises:
-        UserError: it cannot be made or written; ``option`` is what names it.
+        UserError: it cannot be made or written; ``option``, or the key, is what names it.
     """
     folder = Path(path).expanduser()
     try:

@@ -12,9 +12,6 @@ import re
 import shlex
 import socket
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_amrlhf.cli_options import read_arguments
@@ -23,7 +20,7 @@ from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config
 from megatron_amrlhf.doctor.options import run_folder as doctor_folder
 from megatron_amrlhf.errors import UserError, tells_user_errors
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
 from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
@@ -58,16 +55,14 @@ def main(argv: list[str] | None = None) -> int:
         logs /= new_attempt(folder, sum(list(hosts.values())[:node_rank]))
     if len(hosts) > 1 and options.node_rank is None:
         refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
+    key = "--out" if arguments.command == "score" else "run.folder"
     if not is_doctor:  # which looks at the folder of a run that may be going on
-        with writing("--logs" if options.logs else "run.folder", logs):
-            logs.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=logs).close()  # it may have been there
+        writable_folder(logs, "--logs" if options.logs else key)
     if node_rank == 0 and not (is_doctor and options.hostfile is None):
-        with writing("run.folder", folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not is_doctor:
-                (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
-            write_environment(folder / ENVIRONMENT_NAME)
+        writable_folder(folder, key)
+        if not is_doctor:
+            (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
+        write_environment(folder / ENVIRONMENT_NAME)
     shell = {
         "FOLDER": folder.resolve(),
         "LOGS": logs.resolve(),
@@ -106,15 +101,6 @@ def _hosts(options: argparse.Namespace) -> dict[str, int]:
             f"use 0 to {len(hosts) - 1}"
         )
     return hosts
-
-
-@contextmanager
-def writing(key: str, folder: Path) -> Iterator[None]:
-    """Turns what keeps from writing into a folder into an error of the option that names it."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{key}: cannot write {folder} ({error.strerror})") from None
 
 
 def check(arguments: argparse.Namespace, world_size: int) -> Path:

@@ -85,4 +85,5 @@ def test_a_folder_that_cannot_be_written_is_blamed_on_its_option(config, tmp_pat
     logs = ["--logs", wrong] if key == "--logs" else []
     overrides = ["--set", f"run.folder={wrong}"] if key == "run.folder" else []
     assert prepare.main([*logs, "--", "train", str(config), *overrides]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {key}: cannot write {wrong}")
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {key} {wrong}") and "cannot be written" in told
