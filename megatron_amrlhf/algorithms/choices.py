@@ -12,17 +12,23 @@ from torch import Tensor
 from megatron_amrlhf.mask.statistics import is_above
 
 
-def best_and_worst(rewards: Tensor) -> Tensor:
-    """``[P, 2]`` rows of the best and the worst answer to each prompt with two rewards or more.
+def is_flat(rewards: Tensor) -> Tensor:
+    """``[G]`` bool: the rewards of a prompt's answers are all equal (up to rounding), or failed."""
+    least, most = rewards.nan_to_num(nan=torch.inf), rewards.nan_to_num(nan=-torch.inf)
+    return ~is_above(most.amax(dim=1), least.amin(dim=1))
 
-    Of equal rewards the first is the best and the last the worst, so the two always differ.
+
+def best_and_worst(rewards: Tensor) -> Tensor:
+    """``[P, 2]`` rows of the best and the worst answer to each prompt whose rewards differ.
+
+    Of equal rewards the first is the best, and the last the worst.
     """
     num_answers = rewards.shape[1]
     first_G = torch.arange(rewards.shape[0], device=rewards.device) * num_answers
     best_G = first_G + rewards.nan_to_num(nan=-torch.inf).argmax(dim=1)
     last_first = rewards.nan_to_num(nan=torch.inf).flip(1)
     worst_G = first_G + num_answers - 1 - last_first.argmin(dim=1)
-    return torch.stack([best_G, worst_G], dim=1)[(~rewards.isnan()).sum(dim=1) >= 2]
+    return torch.stack([best_G, worst_G], dim=1)[~is_flat(rewards)]
 
 
 def pairs_above(rewards: Tensor, margin: float) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.role import DTYPES, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.losses.reduce import Metrics, finish_metrics
-from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage
+from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, sum_over
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
@@ -70,6 +70,10 @@ class Context:
         for selection in selections:
             if summary := selection.summary():
                 self.console.line(summary)
+
+    def over_replicas(self, value: int) -> int:
+        """The sum of all replicas' ``value``. Entered by every rank."""
+        return sum_over(value, self.mesh.dp_group, self.mesh.device)
 
     def publish(self, metrics: Metrics) -> dict[str, float]:
         """Global means of (sum, count) metrics on every rank; ``metrics`` is read on last stages.

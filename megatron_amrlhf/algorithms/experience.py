@@ -222,14 +222,17 @@ class ExperienceMaker:
         }
 
     def timings(self, rollout: RolloutBatch, update_seconds: float, updated: int) -> dict:
-        """The time and throughput metrics of a step (this rank's clock, all ranks' tokens)."""
-        tokens = int(rollout.response_lengths.sum()) * self.context.mesh.dp_size
+        """The time and throughput metrics of a step: this rank's clock, all replicas' tokens.
+
+        Entered by every rank; ``updated`` is the number of tokens in this replica's rows.
+        """
+        tokens = self.context.over_replicas(int(rollout.response_lengths.sum()))
         seconds = {**self.seconds, "update": update_seconds}
         named = {f"time/{name}_seconds": value for name, value in seconds.items()}
         if "rollout" in seconds:
             named["throughput/rollout_tokens_per_second"] = tokens / seconds["rollout"]
-        updated_tokens = updated * self.context.mesh.dp_size
-        named["throughput/update_tokens_per_second"] = updated_tokens / max(update_seconds, 1e-9)
+        updated = self.context.over_replicas(updated)
+        named["throughput/update_tokens_per_second"] = updated / max(update_seconds, 1e-9)
         return named
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker
 from megatron_amrlhf.algorithms.preemption import until_stopped
-from megatron_amrlhf.data.order import shard
+from megatron_amrlhf.data.order import PADDING, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.types import PromptBatch
 
@@ -25,14 +27,14 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
     """
     context = maker.context
     mesh, config = context.mesh, context.config
-    count = min(config.evaluation.prompts, len(prompts)) // mesh.dp_size * mesh.dp_size
+    count = min(config.evaluation.prompts, len(prompts))
     if not count:
         return {}
-    mine = shard(list(range(count)), mesh.dp_rank, mesh.dp_size)
+    mine, group_ids, is_own = heldout_share(count, mesh)
     chosen = [prompts[i] for i in mine]
     batch = PromptBatch(
         rows=tuple(prompt.row for prompt in chosen),
-        group_ids=torch.tensor(mine),
+        group_ids=group_ids,
         texts=tuple(prompt.text for prompt in chosen),
         answers=tuple(prompt.answer for prompt in chosen),
     )
@@ -56,12 +58,27 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
     rewards = maker.rewarder.score(rollout, batch)
     metrics = {}
     if rewards is not None:
-        judged, tokens = ~rewards.failed, int(rollout.response_lengths.sum())
-        verdicts, _ = maker.rewarder.verdicts(rollout, batch)
+        judged = ~rewards.failed & is_own.to(rewards.failed.device)
+        verdicts = maker.rewarder.verdicts(rollout, batch)[0][is_own]
+        tokens, own = rollout.response_lengths[is_own].sum(), is_own.sum()
         metrics = {
             "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
             "eval/answer_accuracy": count_metric(verdicts.nansum(), (~verdicts.isnan()).sum()),
-            "eval/response_tokens": count_metric(tokens, len(mine)),
-            "eval/ended_fraction": count_metric(rollout.ended.sum(), len(mine)),
+            "eval/response_tokens": count_metric(tokens, own),
+            "eval/ended_fraction": count_metric(rollout.ended[is_own].sum(), own),
         }
     return context.publish(metrics)
+
+
+def heldout_share(count: int, mesh: Mesh) -> tuple[list[int], Tensor, Tensor]:
+    """This replica's share of ``count`` held-out rows, of the same length n on every replica.
+
+    Returns:
+        Indices of rows, where the share is shorter row 0 in the place of the missing one; ``[n]``
+        int64 ascending numbers of the rows, their indices where they are this replica's own; and
+        ``[n]`` bool, whether they are.
+    """
+    share = shard(list(range(count)), mesh.dp_rank, mesh.dp_size)
+    is_own = torch.tensor([index != PADDING for index in share])
+    mine = [max(index, 0) for index in share]
+    return mine, torch.arange(mine[0], mine[0] + len(mine)), is_own

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.choices import is_flat
+from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
 from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
-from megatron_amrlhf.algorithms.update import run_updates, split_rows
+from megatron_amrlhf.algorithms.selection import rewards_by_prompt
+from megatron_amrlhf.algorithms.update import run_updates, split_units
 from megatron_amrlhf.losses.kto import kto_loss, reference_point
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics
 from megatron_amrlhf.mask.adaptive import chosen_labels
@@ -53,10 +56,14 @@ class Kto(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        samples = self.context.config.rollout.samples_per_prompt
-        has_reward = torch.ones_like(batch.chosen)
+        config = self.context.config
+        samples = config.rollout.samples_per_prompt
+        has_reward, has_label, metrics = torch.ones_like(batch.chosen), None, {}
         if judged.scored is not None:
             has_reward = judged.scored.judged
+            flat = is_flat(rewards_by_prompt(judged))
+            has_label = labelled(has_reward, flat, config.mask.label)
+            metrics = {"kto/flat_groups": count_metric(flat.sum(), flat.numel())}
         mismatched, kept, counted = mismatched_pairs(batch, has_reward, samples, self.context.mesh)
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
@@ -70,15 +77,17 @@ class Kto(PolicyAlgorithm):
                 "mismatched_mask": kept.to(batch.mask.device),
                 "mismatched_reference": reference,
                 "mismatched_judged": counted.to(batch.mask.device),
-                "denominator": has_reward[:, None],  # one an answer
+                "denominator": has_label[:, None],  # one an answer
             }
         train = KtoBatch(**vars(TrainBatch.of(batch, targets)), mismatched=mismatched)
-        return self.update(train)
+        learned, engine = self.update(train)
+        return metrics | learned, engine
 
     def update(self, train: KtoBatch) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""
-        minibatches = self.context.config.algorithm.minibatches
-        parts = [train.select(i) for i in split_rows(len(train.rows), minibatches, None)]
+        minibatches, mesh = self.context.config.algorithm.minibatches, self.context.mesh
+        split = split_units(len(train.rows), minibatches, None, mesh)
+        parts = [train.select(rows) for rows in split]
         return run_updates(self.context, parts, {"actor": self.update_actor})
 
     def reference_point(self, part: KtoBatch) -> Tensor | None:
@@ -116,6 +125,20 @@ class Kto(PolicyAlgorithm):
             )
 
         return self.update_policy(part, terms, on_block)
+
+
+def labelled(has_reward: Tensor, flat: Tensor, label: str) -> Tensor:
+    """``[B]`` bool: the answers whose label says something, which are those with a term.
+
+    Args:
+        has_reward: ``[B]`` bool, not those whose reward failed; as many answers to each prompt.
+        flat: ``[G]`` bool, prompts whose answers all have the same reward: by ``label: group`` no
+            one of them is better or worse.
+        label: ``mask.label``.
+    """
+    if label != "group":
+        return has_reward
+    return has_reward & ~flat.repeat_interleave(len(has_reward) // len(flat))
 
 
 def mismatched_pairs(

@@ -102,8 +102,9 @@ class Loop:
             loaded = load_checkpoint(context.engine, latest)
             state, data = loaded.state, loaded.state["data"]
             self.algorithm.load_state_dict(state["algorithm"])
-            changed_is_fine = section.accept_changed_data
-            self.algorithm.position.load_state_dict(data, state["step"], changed_is_fine)
+            self.algorithm.position.load_state_dict(
+                data, state["step"], section.accept_changed_data, context.config.run.steps is None
+            )
             self.first = self.done = self.saved = state["step"]
             self.pending = state.get("pending")
             self.before, self.after = state.get("before", {}), state.get("after", {})

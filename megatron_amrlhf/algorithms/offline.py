@@ -7,9 +7,9 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
+from megatron_amrlhf.algorithms.heldout import heldout_share
 from megatron_amrlhf.algorithms.rewarding import Rewards
 from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
-from megatron_amrlhf.data.order import shard
 from megatron_amrlhf.data.scored_pairs import ScoredPair
 from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.losses.orm import pair_accuracy
@@ -111,19 +111,21 @@ def evaluate_pairs(maker: PairMaker, pairs: list[ScoredPair]) -> dict[str, float
     """
     context = maker.context
     mesh, config = context.mesh, context.config
-    count = min(config.evaluation.prompts, len(pairs)) // mesh.dp_size * mesh.dp_size
+    count = min(config.evaluation.prompts, len(pairs))
     if not count:
         return {}
-    mine = shard(list(range(count)), mesh.dp_rank, mesh.dp_size)
-    answers = pair_answers([pairs[i] for i in mine], torch.tensor(mine), mine)
+    mine, places, is_own = heldout_share(count, mesh)
+    answers = pair_answers([pairs[i] for i in mine], places, mine)
     read = read_logprobs(context, maker.temperature)
     logprobs, reference = (
         score_tokens(context, role, answers, "before", read) for role in ("actor", "reference")
     )
     metrics = {}
     if logprobs is not None:
-        valid = answers.response_mask.to(logprobs.device)
-        logratio = torch.where(valid, logprobs - reference, 0.0).sum(dim=1)
+        own = is_own.repeat_interleave(2)
+        valid = answers.response_mask[own].to(logprobs.device)
+        logprobs = logprobs[own]
+        logratio = torch.where(valid, logprobs - reference[own], 0.0).sum(dim=1)
         margins = logratio[0::2] - logratio[1::2]
         chosen_nll = -torch.where(valid, logprobs, 0.0)[0::2].sum()
         metrics = {

@@ -56,7 +56,9 @@ class PolicyAlgorithm(ABC):
         self.selections = [selection]
         self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
         if config.data.heldout is not None:
-            self.heldout_data, selection = self.load(config.data.heldout, config, tokenizer)
+            self.heldout_data, selection = self.load(
+                config.data.heldout, config, tokenizer, reads_scores=False
+            )
             self.selections.append(selection)
         self.reward_models = load_reward_models(config, tokenizer)
         self.offline = load_offline_scores(config, self.reward_models)
@@ -69,9 +71,15 @@ class PolicyAlgorithm(ABC):
         )
 
     def load(
-        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
+        self,
+        path: str,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        reads_scores: bool = True,
     ) -> tuple[list[EncodedPrompt] | list[ScoredPair], Selection]:
         """Prompts, or the pairs that are learned from offline, and what became of the rows.
+
+        Held-out pairs may do without scores, which are for the mask.
 
         Raises:
             UserError: the data are wrong.
@@ -80,7 +88,9 @@ class PolicyAlgorithm(ABC):
             return load_prompts(path, tokenizer, config.data)
         reads_rewards = config.mask.kind == "adaptive" and config.mask.signal == "reward"
         has_prm = config.reward_model.path is not None
-        needs_scores = reads_rewards and config.reward.prm_weight > 0 and not has_prm
+        needs_scores = (
+            reads_scores and reads_rewards and config.reward.prm_weight > 0 and not has_prm
+        )
         weights = config.reward_model.attribute_weights
         return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores)
 

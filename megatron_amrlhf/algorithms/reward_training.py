@@ -100,7 +100,7 @@ class RewardTraining(ABC, Generic[Example]):
             context, [batch], {self.trained_role: lambda part, tick: self.update(part, plan, tick)}
         )
         seconds = time.perf_counter() - start
-        tokens = sum(row.numel() for row in batch.rows) * context.mesh.dp_size
+        tokens = context.over_replicas(sum(row.numel() for row in batch.rows))
         timings = {
             "time/update_seconds": seconds,
             "throughput/update_tokens_per_second": tokens / seconds,

@@ -7,13 +7,12 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.algorithms.choices import is_flat
 from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
-from megatron_amrlhf.algorithms.update import run_updates, split_rows
+from megatron_amrlhf.algorithms.update import run_updates, split_units
 from megatron_amrlhf.losses.reduce import Metrics
-from megatron_amrlhf.mask.statistics import is_above
-from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -72,23 +71,20 @@ class SelectionAlgorithm(PolicyAlgorithm):
     def selection_metrics(self, judged: Judged, units: int) -> Metrics:
         """How many answers or pairs were selected, and where there was nothing to choose from."""
         rewards = rewards_by_prompt(judged)
-        least, most = rewards.nan_to_num(nan=torch.inf), rewards.nan_to_num(nan=-torch.inf)
-        # also where all have failed
-        is_flat = ~is_above(most.amax(dim=1), least.amin(dim=1))
         prompts = rewards.shape[0]
         return {
             "selection/per_prompt": count_metric(units, prompts),
-            "selection/flat_groups": count_metric(is_flat.sum(), prompts),
+            "selection/flat_groups": count_metric(is_flat(rewards).sum(), prompts),
         }
 
     def update(self, train: TrainBatch) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout, none on nothing. Entered by every rank."""
-        minibatches, size = self.context.config.algorithm.minibatches, self.rows_per_unit
-        mesh, parts = self.context.mesh, []
-        for units in split_rows(len(train.rows) // size, minibatches, None):
+        size, mesh = self.rows_per_unit, self.context.mesh
+        minibatches = self.context.config.algorithm.minibatches
+        parts = []
+        for units in split_units(len(train.rows) // size, minibatches, None, mesh):
             rows = units[:, None] * size + torch.arange(size)
-            if max_over(len(units), mesh.dp_group, mesh.device):
-                parts.append(train.select(rows.flatten()))
+            parts.append(train.select(rows.flatten()))
         return run_updates(self.context, parts, {"actor": self.update_actor})
 
 

@@ -50,8 +50,9 @@ class SurrogateAlgorithm(PolicyAlgorithm):
 
     def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""
-        algorithm, seed = self.context.config.algorithm, self.context.config.run.seed
-        parts = epoch_parts(train, algorithm.epochs, algorithm.minibatches, seed, step)
+        config, mesh = self.context.config, self.context.mesh
+        epochs, minibatches = config.algorithm.epochs, config.algorithm.minibatches
+        parts = epoch_parts(train, epochs, minibatches, config.run.seed, step, mesh)
         return run_updates(self.context, parts, self.updates())
 
 

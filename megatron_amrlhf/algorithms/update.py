@@ -19,6 +19,8 @@ from megatron_amrlhf.losses.reduce import (
     merge_metrics,
     scale_for_engine,
 )
+from megatron_amrlhf.parallel.collectives import gather_objects
+from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.types import TrainBatch
 
 # ([b, R, ...] values of the model being trained, targets of the same rows) -> loss
@@ -109,23 +111,42 @@ def run_updates(
     return merge_metrics(collected), engine
 
 
-def split_rows(count: int, parts: int, seed: int | None) -> list[Tensor]:
-    """Indices 0..count-1 in ``parts`` nearly equal parts; shuffled by ``seed`` unless None."""
-    order = torch.arange(count)
-    if seed is not None:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-    return list(order.tensor_split(parts))
+def split_units(count: int, parts: int, seed: int | None, mesh: Mesh) -> list[Tensor]:
+    """This replica's share of ``parts`` nearly equal parts of the units of all replicas.
+
+    Which units are in a part depends on their order over the replicas alone, not on how many
+    replicas there are. Entered by every rank.
+
+    Args:
+        count: units (rows, or pairs of rows) that this replica has.
+        parts: how many; those in which no replica has a unit are left out.
+        seed: shuffles the units; None: the parts take turns.
+        mesh: the mesh.
+
+    Returns:
+        Indices in [0, count) of each part; may be none of this replica's.
+    """
+    counts = gather_objects(count, mesh.dp_group)
+    start, total = sum(counts[: mesh.dp_rank]), sum(counts)
+    if seed is None:
+        split = [torch.arange(part, total, parts) for part in range(min(parts, total))]
+    else:
+        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        split = shuffled.tensor_split(min(parts, total)) if total else []
+    return [part[(part >= start) & (part < start + count)] - start for part in split]
 
 
 def epoch_parts(
-    train: TrainBatch, epochs: int, minibatches: int, seed: int, step: int
+    train: TrainBatch, epochs: int, minibatches: int, seed: int, step: int, mesh: Mesh
 ) -> list[TrainBatch]:
     """The rows of each optimizer step on one rollout: ``minibatches`` parts in each epoch.
 
-    Rows are shuffled by (seed, step, epoch) where there are several minibatches.
+    Rows are shuffled by (seed, step, epoch) where there are several minibatches. Entered by every
+    rank.
     """
     parts = []
     for epoch in range(epochs):
         shuffle = (seed * 1_000_003 + step) * 1_009 + epoch if minibatches > 1 else None
-        parts += [train.select(i) for i in split_rows(len(train.rows), minibatches, shuffle)]
+        split = split_units(len(train.rows), minibatches, shuffle, mesh)
+        parts += [train.select(rows) for rows in split]
     return parts

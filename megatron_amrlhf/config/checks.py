@@ -253,6 +253,29 @@ def _signal_problems(config: Config) -> Iterator[str]:
             f"mask.signal: {signal} needs a critic, which {algorithm.kind} has not: "
             "use reward or implicit"
         )
+    if is_read and signal == "implicit":
+        yield from _implicit_problems(config)
+
+
+def _implicit_problems(config: Config) -> Iterator[str]:
+    """Policy and reference begin as one model: a mask that keeps nothing of zeros never will."""
+    mask = config.mask
+    baseline = mask.fixed_value if mask.threshold == "fixed" else 0.0
+    delta = mask.delta if mask.delta_unit == "signal" else 0.0  # zeros have no deviation
+    is_good = baseline < -delta
+    is_bad = baseline > delta or (mask.delta == 0 and baseline == 0)
+    start = "mask.signal: implicit is 0 at every token until the policy differs from the reference"
+    if config.algorithm.kind == "rejection_sampling" and not is_good:
+        yield (
+            f"{start}, and of chosen answers 0 is kept by a baseline below 0 only: use mask.kind: "
+            "none, or mask.threshold: fixed with a mask.fixed_value below -mask.delta"
+        )
+    elif not (is_good or is_bad):
+        yield (
+            f"{start}, and with mask.delta = {mask.delta:g} 0 is neutral, so nothing would ever be "
+            "learned: use mask.delta: 0, or mask.threshold: fixed with a mask.fixed_value further "
+            "from 0 than that"
+        )
 
 
 def _optimizer_steps(config: Config) -> int | None:

@@ -49,6 +49,10 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
         algorithm.counts_tokens,
     )
     yield "reward.placement", "algorithm.kind: ppo", algorithm.has_critic
+    # As with the keys of mask, reward.* may stay where only mask.kind is changed.
+    is_cut = mask.kind == "none" or mask.signal != "implicit" or algorithm.has_critic
+    for key in ("reward.granularity", "reward.normalise"):
+        yield key, "algorithm.kind ppo and a mask.signal other than implicit", is_cut
     yield (
         "reward.step_boundary",
         "reward.granularity: step and reward.outcome",

@@ -63,7 +63,7 @@ class DataPosition:
     """Where a run stands in its training data; what a checkpoint keeps of that.
 
     A resumed run goes on after the last consumed sample, with another number of samples a step
-    as well.
+    as well, if its number of steps is given.
 
     Args:
         path: the data file.
@@ -98,12 +98,26 @@ class DataPosition:
             "epoch": consumed // self.samples,
         }
 
-    def load_state_dict(self, state: dict, steps: int, accept_changed: bool) -> None:
+    def load_state_dict(
+        self, state: dict, steps: int, accept_changed: bool, ends_with_data: bool
+    ) -> None:
         """Goes on from what ``state_dict`` gave after ``steps`` steps.
 
+        Args:
+            state: the checkpoint's.
+            steps: done so far.
+            accept_changed: whether the data and the seed may be others.
+            ends_with_data: whether the run's number of steps comes from the data and ``per_step``.
+
         Raises:
-            UserError: the data or the seed are others and ``accept_changed`` is not set.
+            UserError: the data or the seed are others, or the number of steps would be another one.
         """
+        if ends_with_data and state["consumed_samples"] != steps * self.per_step:
+            raise UserError(
+                f"the checkpoint's {steps} steps used {state['consumed_samples']} samples, not "
+                f"{self.per_step} each: put the number of samples a step back, or say by run.steps "
+                "where the run ends"
+            )
         if not accept_changed:
             why = None
             if state["fingerprint"] != self.fingerprint:

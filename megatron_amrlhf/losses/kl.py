@@ -81,7 +81,8 @@ def with_kl(
     masked. So with ``kl_coef > 0`` tokens outside the mask have terms and gradients too (an update
     on kept tokens only may not cut them), and with ``kl_coef == 0`` the terms stay as they are.
 
-    Metric: ``loss/kl``, the estimator's mean over valid tokens.
+    Metric: ``loss/kl``, the estimator's mean over valid tokens, with ``kl_coef > 0`` only (rows may
+    be cut otherwise, and have no log-probs there).
 
     Args:
         loss: with terms ``[B, R]``.
@@ -97,9 +98,9 @@ def with_kl(
     """
     if estimator not in LOSS_ESTIMATORS:
         raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
+    if not kl_coef:
+        return loss
     reference_logprobs = masked(reference_logprobs.detach(), valid)
     kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    terms = loss.terms
-    if kl_coef:
-        terms = terms + kl_coef * (kl if scale is None else kl * scale)
+    terms = loss.terms + kl_coef * (kl if scale is None else kl * scale)
     return LossOutput(terms, loss.metrics | {"loss/kl": metric(kl, valid)})

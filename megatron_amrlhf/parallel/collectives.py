@@ -45,6 +45,13 @@ def max_over(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
     return int(tensor)
 
 
+def sum_over(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
+    """The sum of all ranks' ``value`` in the group, on all its ranks."""
+    tensor = torch.tensor([value], dtype=torch.int64, device=device)
+    dist.all_reduce(tensor, group=group)
+    return int(tensor)
+
+
 def gather_objects(value: object, group: dist.ProcessGroup) -> list:
     """Every rank's picklable ``value`` in group order, on all ranks."""
     gathered: list = [None] * dist.get_world_size(group)

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.distributed
 
 LAYOUT = (1, 2, 2)  # TP, PP, DP
 # name -> (algorithm, sections): each choice that is no default stands in one of them
+THREE_HELDOUT = {"evaluation": {"prompts": 3}}
 RUNS: dict[str, tuple[str, dict]] = {
     "td-error": (
         "ppo",
@@ -65,6 +66,10 @@ RUNS: dict[str, tuple[str, dict]] = {
         },
     ),
     "labels": ("kto", {"mask": {"threshold": "sequence", "label": "batch"}}),
+    # Parts of a step, and three held-out prompts, which are not as many for each replica.
+    "ppo-parts": ("ppo", {"algorithm": {"minibatches": 3, "epochs": 2}, **THREE_HELDOUT}),
+    "dpo-parts": ("dpo", {"algorithm": {"minibatches": 3, "pairs": "all_pairs"}, **THREE_HELDOUT}),
+    "kto-parts": ("kto", {"algorithm": {"minibatches": 5}, **THREE_HELDOUT}),
 }
 
 
@@ -76,7 +81,7 @@ def reference(tmp_path_factory):
     found = {}
     for name, (kind, sections) in RUNS.items():
         few = {"run": {"name": name}, "evaluation": {"prompts": 0}, "checkpoint": {"export": False}}
-        config = write_config(folder, kind, **few, **sections)
+        config = write_config(folder, kind, **few | sections)
         found[name] = config, start(folder, config, 1, 1, 1)
     return folder, found
 

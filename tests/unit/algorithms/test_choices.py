@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above, top_rows
+from megatron_amrlhf.algorithms.choices import best_and_worst, is_flat, pairs_above, top_rows
 from megatron_amrlhf.losses.grpo import group_advantages
 from megatron_amrlhf.mask.adaptive import chosen_labels
 
@@ -18,7 +18,7 @@ rewards_of_prompts = st.integers(2, 5).flatmap(
 
 
 def test_best_and_worst_by_hand():
-    assert best_and_worst(REWARDS).tolist() == [[1, 0], [3, 5], [6, 7]]
+    assert best_and_worst(REWARDS).tolist() == [[1, 0], [6, 7]]
 
 
 def test_pairs_by_hand():
@@ -59,18 +59,18 @@ def test_no_answer_left_out_has_a_higher_score_than_one_taken(rewards, data):
 
 
 @given(rewards_of_prompts)
-def test_one_pair_a_prompt_is_among_all_pairs_unless_tied(rewards):
+def test_one_pair_a_prompt_is_that_of_the_largest_difference(rewards):
     table = torch.tensor(rewards).float()
-    every = pairs_above(table, 0.0).tolist()
-    for row, pair in zip(rewards, best_and_worst(table).tolist(), strict=True):
-        assert pair[0] != pair[1]
-        assert (pair in every) == (max(row) > min(row))
+    differ = [row for row in rewards if max(row) > min(row)]
+    assert is_flat(table).tolist() == [row not in differ for row in rewards]
+    pairs = table.flatten()[best_and_worst(table)].tolist()
+    assert pairs == [[max(row), min(row)] for row in differ]
 
 
 def test_failed_answers_are_never_picked():
     nan = float("nan")
     rewards = torch.tensor([[nan, 1.0, 1.0], [nan, nan, 5.0], [2.0, nan, 1.0], [nan, nan, nan]])
-    assert best_and_worst(rewards).tolist() == [[1, 2], [6, 8]]
+    assert best_and_worst(rewards).tolist() == [[6, 8]]
     assert pairs_above(rewards, 0.0).tolist() == [[6, 8]]
     assert top_rows(rewards, torch.tensor([1, 2, 3, 1])).tolist() == [1, 5, 6, 8]
 
@@ -83,6 +83,7 @@ def test_rewards_that_differ_by_rounding_are_tied_in_every_choice():
     groups = torch.zeros(4, dtype=torch.int64)
     for sign in (1, -1):
         assert pairs_above(sign * rewards[None], 0.0).shape == (0, 2)
+        assert best_and_worst(sign * rewards[None]).shape == (0, 2)
         assert not chosen_labels(sign * rewards, "group", groups).any()
         assert not chosen_labels(sign * rewards, "batch").any()
         assert not group_advantages(sign * rewards, groups, scale_rewards=True)[0].any()

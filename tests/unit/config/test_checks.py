@@ -46,6 +46,13 @@ def test_right_runs_pass():
         check_run(make_config(PPO, **BY_FILE, reward={"normalise": normalise}), 1)
     weights = {"prm_weight": 0, "verifiable_weight": 1}
     check_run(make_config(PPO, reward=weights, reward_model={"path": None}), 1)
+    below = {"signal": "implicit", "threshold": "fixed", "fixed_value": -0.5, "delta": 0.1}
+    for kind, mask in (
+        ("dpo", {"signal": "implicit"}),
+        ("rejection_sampling", below),
+        ("ppo", below | {"delta_unit": "deviations", "fixed_value": 0.01}),
+    ):
+        check_run(make_config(PPO, algorithm={"kind": kind}, mask=mask), 1)
     for kind in ("auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences"):
         check_run(make_config(PRM, data={"format": kind}), 1)
 
@@ -162,6 +169,37 @@ def test_right_runs_pass():
             {"algorithm": {"kind": "grpo"}, "mask": {"signal": "td_error"}},
             1,
             "td_error needs a critic, which grpo has not",
+        ),
+        (
+            PPO,
+            {"algorithm": {"kind": "grpo"}, "mask": {"signal": "implicit", "delta": 0.1}},
+            1,
+            "with mask.delta = 0.1 0 is neutral, so nothing would ever be learned",
+        ),
+        (
+            PPO,
+            {
+                "algorithm": {"kind": "rejection_sampling"},
+                "mask": {"signal": "implicit", "threshold": "fixed", "fixed_value": 0.5},
+            },
+            1,
+            "of chosen answers 0 is kept by a baseline below 0 only: use mask.kind: none",
+        ),
+        (
+            PPO,
+            {
+                "algorithm": {"kind": "dpo"},
+                "mask": {"signal": "implicit"},
+                "reward": {"granularity": "sequence"},
+            },
+            1,
+            "reward.granularity: is read by algorithm.kind ppo and a mask.signal other than",
+        ),
+        (
+            PPO,
+            {"reward": {"prm_weight": 0, "verifiable_weight": 1}},
+            1,
+            "reward_model.path: is read by reward.prm_weight only",
         ),
         (
             PPO,

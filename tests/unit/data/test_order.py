@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_amrlhf.data.order import PADDING, epoch_permutation, shard, take
+from megatron_amrlhf.data.order import PADDING, DataPosition, epoch_permutation, shard, take
+from megatron_amrlhf.errors import UserError
 
 
 def test_an_epoch_visits_each_sample_once_in_its_own_order():
@@ -40,3 +41,18 @@ def test_shards_put_together_are_the_batch_on_every_layout(count, dp_size):
 
 def test_shards_of_an_even_batch_have_no_padding():
     assert [shard([4, 0, 2, 1], rank, 2) for rank in (0, 1)] == [[4, 0], [2, 1]]
+
+
+def test_a_run_that_ends_with_its_data_keeps_its_samples_a_step(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text("{}\n")
+    state = DataPosition(str(path), 100, 0, 10).state_dict(5)
+    for per_step, accept in ((5, False), (50, True)):
+        position = DataPosition(str(path), 100, 0, per_step)
+        with pytest.raises(UserError, match=f"5 steps used 50 samples, not {per_step} each"):
+            position.load_state_dict(state, 5, accept, ends_with_data=True)
+        position.load_state_dict(state, 5, accept, ends_with_data=False)
+        assert position.consumed(7) == 50 + 2 * per_step
+    position = DataPosition(str(path), 100, 0, 10)
+    position.load_state_dict(state, 5, accept_changed=False, ends_with_data=True)
+    assert position.consumed(7) == 70
