@@ -89,6 +89,9 @@ class PartitionedWeights(Weights):
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
         self._disk: Disk | None = None  # of masters and moments
         if gradients is not None:
+            # DeepSpeed would sum a norm, which nobody reads, over the replica once a sub-group:
+            # stages that have different numbers of these would wait for each other for ever.
+            self.engine.optimizer.model_parallel_group = None
             self._free_gradient_buffer()
             gradients.watch((trainer or module).named_parameters())
 

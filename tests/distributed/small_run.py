@@ -22,18 +22,21 @@ LENGTHS, PROMPT_LENGTHS = [7, 12, 9, 15, 11, 8, 14, 10], [3, 4, 2, 5, 3, 2, 6, 4
 
 
 def build_engine(
-    folder: str, mesh: Mesh, dtype: str, persist: int = 0, **engine_keys: object
+    folder: str, mesh: Mesh, dtype: str, persist: int = 0, sub_group: int = 0, **engine_keys: object
 ) -> Zero3Engine:
     """A trainable actor and critic (one output) and a frozen reference.
 
-    ``persist`` is DeepSpeed's persistence threshold: smaller parameters are never freed.
+    ``persist`` is DeepSpeed's persistence threshold: smaller parameters are never freed;
+    ``sub_group`` its sub-groups' size where it is not 0.
     ``engine_keys`` are of the configuration's section ``engine``.
     """
     engine_section = {"micro_batch_size": 2, **engine_keys}
-    if persist:
+    if persist or sub_group:
         template = json.loads(Path("configs/deepspeed/zero3.json").read_text())
         template["zero_optimization"]["stage3_param_persistence_threshold"] = persist
-        file = Path(folder) / f"persist-{mesh.rank}.json"
+        if sub_group:
+            template["zero_optimization"]["sub_group_size"] = sub_group
+        file = Path(folder) / f"zero3-{mesh.rank}.json"
         file.write_text(json.dumps(template))
         engine_section["deepspeed"] = str(file)
     config = Config.model_validate(
