@@ -10,8 +10,8 @@ Usage: bash launch/train.sh [options] [train|score] CONFIG.yaml [--set key=value
 Trains what CONFIG.yaml says through the `deepspeed` launcher, or scores given answers by its PRM
 (score; see `amrlhf score --help` for its options), or looks whether machines, network and folders
 are fit for that (doctor; see `amrlhf doctor --help`). Processes = TP x PP x DP: parallel.tensor and
-parallel.pipeline are in the YAML, the rest is data parallel. With GPUs one process gets one GPU
-(CUDA_VISIBLE_DEVICES is respected), else the processes share the CPU cores.
+parallel.pipeline are in the YAML, the rest is data parallel. With GPUs one process gets one GPU (on one
+machine those of CUDA_VISIBLE_DEVICES, as numbers), else the processes share the CPU cores.
 
   --processes N    on this machine alone (default: all GPUs, or 2 on a CPU)
   --hostfile F     on several machines, one line `HOST slots=N` each, by pdsh and ssh; folder, data
@@ -92,7 +92,7 @@ VENV="${VENV:-.venv}"
 BIN="$(cd "$VENV/bin" && pwd)"
 # Without the NVIDIA driver there is nothing to ask torch for, which takes seconds.
 GPUS=0
-[[ ! -e /proc/driver/nvidia && ! -e /dev/nvidiactl ]] ||
+[[ ! -e /proc/driver/nvidia && ! -e /dev/nvidiactl && ! -e /dev/dxg ]] || # the last: WSL2
     GPUS="$("$BIN/python" -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')"
 PROCESSES="${PROCESSES:-$((GPUS > 0 ? GPUS : 2))}"
 if [[ -z "$HOSTFILE" && "$GPUS" -gt 0 && "$PROCESSES" -gt "$GPUS" ]]; then
@@ -119,6 +119,8 @@ if [[ -n "$HOSTFILE" ]]; then
 elif [[ "$GPUS" -gt 0 ]]; then
     # The launcher ignores CUDA_VISIBLE_DEVICES when --num_gpus is given, so the devices are named.
     VISIBLE="${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((GPUS - 1)))}"
+    [[ "$VISIBLE" =~ ^[0-9]+(,[0-9]+)*$ ]] ||
+        fail "CUDA_VISIBLE_DEVICES=$VISIBLE: the deepspeed launcher takes numbers only, such as 0,1 (nvidia-smi -L)"
     OPTIONS+=(--include "localhost:$(cut -d, -f "1-$PROCESSES" <<<"$VISIBLE")")
     unset CUDA_VISIBLE_DEVICES
 else

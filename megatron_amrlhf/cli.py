@@ -21,7 +21,7 @@ from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
@@ -115,7 +115,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
     if arguments.html is None:
         print_records(stdout_console(), records)
         return
-    target = Path(arguments.html).expanduser()
+    target = expanded(arguments.html)
     try:
         write_atomic(target, page(records, f"{arguments.source}, step {records[0].step}"))
     except OSError as error:
@@ -141,7 +141,7 @@ VIEWERS = {"show-masks": show_masks, "status": show_status}
 
 def _run_folder(source: str, overrides: list[str]) -> Path:
     """The path itself, or the folder of the run that a configuration describes."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix not in (".yaml", ".yml"):
         return path
     return load_config(path, overrides).run.path

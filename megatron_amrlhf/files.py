@@ -10,13 +10,26 @@ from pathlib import Path
 from megatron_amrlhf.errors import UserError
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ``~`` or ``~user`` in its place.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    found = os.path.expanduser(path)
+    if found.startswith("~"):
+        user = found[1:].split("/", 1)[0]
+        raise UserError(f"{path}: there is no user {user!r} here (a file of that name: ./{path})")
+    return Path(found)
+
+
 def writable_folder(path: str | Path, option: str) -> Path:
     """A folder for results, made and tried before the work that they take.
 
     Raises:
         UserError: it cannot be made or written; ``option``, or the key, is what names it.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -44,7 +57,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 def why_no_file(name: str | Path) -> str:
     """What keeps a path from being a file, such as ``no such file``; empty where it is one."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return ""
     return "is a folder, give the file itself" if path.is_dir() and str(name) else "no such file"

@@ -32,6 +32,11 @@ def set_ranks(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", str(job_port(environment)))
 
 
+def is_requeued(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm has started this job anew, with the same command."""
+    return environment.get("SLURM_RESTART_COUNT", "0") != "0"
+
+
 def check_ranks(environment: Mapping[str, str]) -> None:
     """Checks RANK, WORLD_SIZE and the meeting place of several ranks.
 

@@ -24,6 +24,7 @@ from megatron_amrlhf.conversion.megatron_names import MegatronTarget
 from megatron_amrlhf.conversion.sources import open_source
 from megatron_amrlhf.conversion.tensors import DTYPES
 from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.parallel.compat import peak_memory_gib
 from megatron_amrlhf.parallel.mesh import stop_processes
 from megatron_amrlhf.sizes import GIB
@@ -78,7 +79,7 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     """Does what the command line says; prints one line at the end."""
     target = target_of(options)
     source = open_source(options.source, options.role, options.model)
-    folder = Path(options.target).expanduser()
+    folder = expanded(options.target)
     check_target(folder, source.weights.folder, options.overwrite or options.dry_run)
     conversion = Conversion(source, target, options.dtype)
     if options.dry_run:

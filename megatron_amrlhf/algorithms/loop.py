@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,7 @@ from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN, Reason, process_age
+from megatron_amrlhf.slurm import is_requeued
 
 PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
@@ -91,7 +93,8 @@ class Loop:
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
         on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
-        if section.resume:  # as rank 0 sees it: a shared file system may show other nodes less
+        if section.resume or is_requeued(os.environ):
+            # As rank 0 sees it: a shared file system may show other nodes less.
             found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
             latest = found[0]
             on_all_ranks(lambda: latest and wait_until_seen(latest), doing)
@@ -168,7 +171,8 @@ class Loop:
         message = f"stopped by {reason.text} after step {self.done} of {self.total}"
         context.folder.clear_stop()
         self._note_status(message, "preempted")
-        context.console.line(f"{message}; started again, it goes on (exit code {EXIT_AGAIN})")
+        how = "" if context.config.checkpoint.resume else " with checkpoint.resume: true"
+        context.console.line(f"{message}; started again{how}, it goes on (exit code {EXIT_AGAIN})")
         dist.barrier()
 
     def finish(self) -> None:

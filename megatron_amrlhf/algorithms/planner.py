@@ -12,7 +12,7 @@ from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.models.families import complete_config
 from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
@@ -49,7 +49,7 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     found = suggest(config, roles, hf_configs, world_size, machine, options.share)
     _print(plan, found, notes, machine, usable, options.layouts)
     if options.json:
-        _write(Path(options.json).expanduser(), plan, found)
+        _write(expanded(options.json), plan, found)
     return plan.worst.peak <= usable
 
 

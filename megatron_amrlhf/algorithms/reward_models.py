@@ -17,6 +17,7 @@ from megatron_amrlhf.data.chat import (
 )
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.expected import HEAD_NAMES, check_weights
 from megatron_amrlhf.models.fingerprint import model_fingerprint
 from megatron_amrlhf.models.shape import check_shape
@@ -121,7 +122,7 @@ def check_answers(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
 def _load(
     config: Config, role: str, key: str, path: str, policy_tokenizer: PreTrainedTokenizerBase
 ) -> RewardModel:
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     shape = check_shape(config, folder)
     weights = ShardedWeights(folder)
     if HEAD_NAMES[0] not in weights:

@@ -27,6 +27,7 @@ from megatron_amrlhf.data.order import PADDING, fingerprint, shard
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
@@ -129,7 +130,7 @@ def prepare(
         "part_size": part_size,
         "dtype": config.model.dtype,
     }
-    target = Path(folder).expanduser()
+    target = expanded(folder)
     _check_key(target / KEY_NAME, key)
     return Job(config, answers, selection, models, target, part_size, key)
 

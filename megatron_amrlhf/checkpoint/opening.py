@@ -15,6 +15,7 @@ from megatron_amrlhf.checkpoint.folders import (
     read_manifest,
 )
 from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.weights import MASTER
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import read_shape
@@ -28,6 +29,16 @@ def roles_in(folder: Path) -> dict[str, str]:
         UserError: it is no checkpoint of ours, or ``state.json`` is damaged.
     """
     return {name: role["dtype"] for name, role in _header(folder)["roles"].items()}
+
+
+def saved_config(folder: Path) -> Config | None:
+    """The configuration of the run that saved a checkpoint; None where it did not say.
+
+    Raises:
+        UserError: it is no checkpoint of ours, or ``state.json`` is damaged.
+    """
+    config = _header(folder)["state"].get("config")
+    return None if config is None else Config.model_validate(config)
 
 
 def open_role(folder: Path, role: str, hf_config: Mapping[str, Any]) -> MergedShards:

@@ -20,7 +20,7 @@ from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import why_no_file
+from megatron_amrlhf.files import expanded, why_no_file
 
 CRITIC_SIGNALS = ("td_error", "advantage")
 
@@ -66,7 +66,7 @@ def check_files(config: Config, world_size: int | None = None, answers: str | No
         problems += _missing_data(config)
     elif why := why_no_file(answers):
         problems.append(f"--answers {answers}: {why}")
-    if (folder := config.engine.nvme_folder) and not _is_writable(Path(folder).expanduser()):
+    if (folder := config.engine.nvme_folder) and not _is_writable(expanded(folder)):
         problems.append(f"engine.nvme_folder: {folder}: cannot be made or written")
     parallel = config.parallel
     replicas = world_size // (parallel.tensor * parallel.pipeline) if world_size else None
@@ -85,7 +85,7 @@ def _is_writable(folder: Path) -> bool:
 
 def _missing_model(name: str) -> Iterator[str]:
     """A model that is no hub id (``NAME`` or ``OWNER/NAME``) has to be there."""
-    if name.startswith("pip:") or Path(name).expanduser().is_dir():
+    if name.startswith("pip:") or expanded(name).is_dir():
         return
     if name.endswith(".gguf"):
         if why := why_no_file(name):
@@ -108,7 +108,7 @@ def _missing_reward_models(config: Config) -> Iterator[str]:
         ("reward_model.path", config.reward_model.path, "prm"),
         ("reward_model.orm_path", config.reward_model.orm_path, "orm"),
     ):
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not expanded(folder).is_dir():
             yield f"{key}: {folder}: no such folder, train a {kind} first"
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from megatron_amrlhf.config.deepspeed_keys import bf16_problems, zero_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import why_no_file
+from megatron_amrlhf.files import expanded, why_no_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ZERO_STAGE = 3
@@ -88,7 +88,7 @@ def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: no such file, or it is not a JSON object.
     """
-    given = Path(name).expanduser()
+    given = expanded(name)
     path = next((each for each in (given, REPOSITORY / given) if each.is_file()), None)
     if path is None:
         raise UserError(

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from megatron_amrlhf.config.section import (
+    Name,
     NonNegativeFloat,
     Positive,
     Section,
@@ -91,11 +92,11 @@ class EngineSection(Section):
     logit_positions: Positive = Field(
         2048, description="positions whose vocabulary logits exist at a time"
     )
-    deepspeed: str = Field(
+    deepspeed: Name = Field(
         "configs/deepspeed/zero3.json",
         description="DeepSpeed JSON; 'auto' values are derived from this file",
     )
-    nvme_folder: str | None = Field(
+    nvme_folder: Name | None = Field(
         None,
         description="folder on each machine's own disk for what roles offload to nvme; made if "
         "missing; nothing is left in it when the run ends, however it ends",

@@ -12,17 +12,19 @@ from megatron_amrlhf.config.layout import EngineSection, ParallelSection
 from megatron_amrlhf.config.section import (
     AnyFloat,
     Fraction,
+    Name,
     NonNegative,
     NonNegativeFloat,
     Positive,
     PositiveFloat,
     Section,
 )
+from megatron_amrlhf.files import expanded
 
 
 class RunSection(Section):
-    name: str = Field(description="name of the run; its folder is runs/NAME", min_length=1)
-    folder: str = Field("runs", description="folder that holds the run folders")
+    name: Name = Field(description="name of the run; its folder is runs/NAME")
+    folder: Name = Field("runs", description="folder that holds the run folders")
     seed: NonNegative = Field(0, description="seed of data order, sampling and head initialisation")
     steps: Positive | None = Field(
         None,
@@ -41,28 +43,28 @@ class RunSection(Section):
     @property
     def path(self) -> Path:
         """The run's folder."""
-        return Path(self.folder).expanduser() / self.name
+        return expanded(self.folder) / self.name
 
 
 class ModelSection(Section):
-    path: str = Field(
+    path: Name = Field(
         description="Hugging Face folder, hub id, .gguf file, or pip:PACKAGE that ships a .gguf"
     )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="dtype of weights and activations; masters and moments are float32"
     )
-    cache_folder: str = Field(
+    cache_folder: Name = Field(
         "~/.cache/megatron_amrlhf", description="where converted GGUF models are kept"
     )
 
 
 class RewardModelSection(Section):
-    path: str | None = Field(
+    path: Name | None = Field(
         None,
         description="folder that a prm or orm run exported (runs/NAME/export); required for "
         "rollouts; null with data.format pairs: the scores in the file, if any",
     )
-    orm_path: str | None = Field(
+    orm_path: Name | None = Field(
         None, description="folder that an orm run exported; read by reward.orm_weight"
     )
     output: Literal["logit", "score"] = Field(
@@ -104,11 +106,11 @@ class OptimizerSection(Section):
 
 
 class DataSection(Section):
-    train: str = Field(
+    train: Name = Field(
         description="JSONL file: step-labelled problems (prm), pairs (orm, offline dpo and "
         "rejection_sampling) or prompts (others)"
     )
-    heldout: str | None = Field(None, description="JSONL file of the same kind for evaluation")
+    heldout: Name | None = Field(None, description="JSONL file of the same kind for evaluation")
     format: Literal[
         "auto",
         "steps",
@@ -241,7 +243,7 @@ class MaskSection(Section):
     threshold: Literal["fixed", "offline", "running", "batch", "sequence", "group"] = Field(
         "batch", description="where the baseline b comes from; statistics are global over DP"
     )
-    offline_file: str | None = Field(
+    offline_file: Name | None = Field(
         None,
         description="statistics.json that tools/score_tokens.py wrote, for threshold: offline and "
         "reward.normalise: offline",
@@ -296,7 +298,8 @@ class CheckpointSection(Section):
     resume: bool = Field(
         True,
         description="go on from the newest complete checkpoint of the run; false: from the start, "
-        "earlier checkpoints are set aside in checkpoints-before-attempt-N",
+        "earlier checkpoints are set aside in checkpoints-before-attempt-N (a job that Slurm has "
+        "requeued goes on from its own all the same)",
     )
     export: bool = Field(
         True, description="write the trained model as a Hugging Face folder at the end"

@@ -7,7 +7,6 @@ opened.
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -20,7 +19,7 @@ from megatron_amrlhf.conversion.pickles import load_plain
 from megatron_amrlhf.errors import UserError
 
 ALLOWED = (ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address)
-STATES = re.compile(r"(zero_pp_rank_\d+_)?mp_rank_\d+_model_states\.pt|.*_optim_states\.pt")
+STATES = ("*_model_states.pt", "*_optim_states.pt")  # what that module opens
 PREFIX = "module."  # of a wrapped model's names
 
 
@@ -46,9 +45,8 @@ class DeepSpeedWeights:
         place = tag_folder(folder)
         if place is None:
             raise UserError(f"{folder} has no *_optim_states.pt")
-        for path in sorted(place.iterdir()):
-            if STATES.fullmatch(path.name):
-                load_plain(path, ALLOWED)
+        for path in sorted(path for names in STATES for path in place.glob(names)):
+            load_plain(path, ALLOWED)
         if any(place.glob("*mp_rank_01*")):
             raise UserError(
                 f"{place} is of a model-parallel run, of whose shards DeepSpeed does not tell how "

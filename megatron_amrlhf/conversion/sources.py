@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_amrlhf.checkpoint.folders import STATE_FILE, find_latest
-from megatron_amrlhf.checkpoint.opening import open_role, roles_in
+from megatron_amrlhf.checkpoint.opening import open_role, roles_in, saved_config
 from megatron_amrlhf.config.schema import ModelSection
 from megatron_amrlhf.conversion.deepspeed_folder import DeepSpeedWeights, tag_folder
 from megatron_amrlhf.conversion.megatron_folder import (
@@ -21,9 +21,11 @@ from megatron_amrlhf.conversion.megatron_folder import (
 )
 from megatron_amrlhf.conversion.torch_dist import is_torch_dist, open_torch_dist
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.shards import NamedWeights
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
+from megatron_amrlhf.rewards.kinds import KEYS, export_keys
 
 Form = Literal["ours", "megatron", "torch_dist", "deepspeed", "hf"]
 RUN_CONFIG = "config.resolved.yaml"  # of report/run_folder.py
@@ -36,7 +38,7 @@ class Source:
     Attributes:
         form: what kind of folder they are in.
         weights: read one at a time.
-        hf_config: the parsed config.json of the model.
+        hf_config: the parsed config.json of the model, with what a run's reward model means.
         model_folder: where the config, the tokenizer and the generation settings are.
         dtype: that the weights had in training, where they are kept in another one; else None.
     """
@@ -85,7 +87,7 @@ def open_source(path: str, role: str | None, model: str | None) -> Source:
         UserError: nothing usable is there.
     """
     cache = ModelSection.model_fields["cache_folder"].default
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     folder = folder if folder.exists() else resolve_model_folder(path, cache)
     form, place = form_of(folder)
     if form == "hf" and model is not None:
@@ -106,6 +108,9 @@ def open_source(path: str, role: str | None, model: str | None) -> Source:
         role = role or next(iter(roles))
         weights: NamedWeights = open_role(place, role, hf_config)
         dtype = roles[role]
+        hf_config = {key: value for key, value in hf_config.items() if key not in KEYS}
+        if config := saved_config(place):
+            hf_config |= export_keys(role, config)
     elif form == "deepspeed":
         weights = DeepSpeedWeights(place)
     elif form == "hf":

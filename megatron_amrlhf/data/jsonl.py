@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import sha256_of, write_atomic
+from megatron_amrlhf.files import expanded, sha256_of, write_atomic
 
 Requirement = type | tuple[type, ...] | Callable[[Any], str | None]
 """What a key's value must be: a type, several types, or a check.
@@ -86,7 +86,7 @@ def fingerprint(path: str | Path) -> str:
 
 def _read_text(path: str | Path) -> str:
     try:
-        content = Path(path).expanduser().read_bytes()
+        content = expanded(path).read_bytes()
     except FileNotFoundError as error:
         message = f"{path}: no such file; check the path (relative to {os.getcwd()})"
         raise UserError(message) from error

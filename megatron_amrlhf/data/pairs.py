@@ -27,6 +27,7 @@ from megatron_amrlhf.data.keys import need_text
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -95,7 +96,7 @@ def numbered_records(path: str | Path) -> list[tuple[int, dict]]:
         UserError: a file that cannot be read or is not JSON objects; with ``path:line:``.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = expanded(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError):
         text = ""  # read_numbered_jsonl has an error message for each case
     if text.lstrip()[:1] == "[":

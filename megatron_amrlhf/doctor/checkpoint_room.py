@@ -13,6 +13,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor.records import CheckpointRoom
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import gguf_of_package, open_gguf
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import HUB_ID, read_hf_config
@@ -38,7 +39,7 @@ def _num_trained(config: Config) -> int:
     heads = {"prm": [1], "orm": [1], "ppo": [None, 1]}.get(config.algorithm.kind, [None])
     path = config.model.path
     if path.startswith("pip:") or path.endswith(".gguf"):
-        file = Path(path).expanduser()
+        file = expanded(path)
         if path.startswith("pip:"):
             file = gguf_of_package(path.removeprefix("pip:"))
         if not file.is_file():
@@ -50,7 +51,7 @@ def _num_trained(config: Config) -> int:
 
 
 def _folder_of(path: str) -> Path:
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_dir():
         return local
     is_hub_id = HUB_ID.fullmatch(path) is not None

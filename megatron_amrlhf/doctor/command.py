@@ -44,6 +44,7 @@ from megatron_amrlhf.doctor.records import (
 from megatron_amrlhf.doctor.report import EXIT_FOUND_ERROR, Report
 from megatron_amrlhf.doctor.shared_files import look_from_everywhere
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.slurm import host_names
 
 ROOM = "megatron_amrlhf.doctor.checkpoint_room"  # loads transformers; only for a CONFIG.yaml
@@ -116,7 +117,7 @@ class Examination:
             report.show()
             sys.stdout.flush()
             if json_file is not None:
-                report.write(Path(json_file).expanduser())
+                report.write(expanded(json_file))
         except OSError as error:
             meeting.end(EXIT_USER_ERROR)
             raise UserError(f"--json {json_file}: cannot be written ({error.strerror})") from None

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from megatron_amrlhf.doctor.records import Disk, Gpu, Lock
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.sizes import GIB, KIB
 
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -97,7 +98,7 @@ def find_disks(run_folder: Path, model_cache: str | None) -> list[Disk]:
     """Room where a run writes; a folder that is not there yet counts as its nearest parent."""
     uses = {"run folder": run_folder, "temporary files": Path(tempfile.gettempdir())}
     if model_cache is not None:
-        uses["model cache"] = Path(model_cache).expanduser()
+        uses["model cache"] = expanded(model_cache)
     disks = []
     for use, path in uses.items():
         path = path.absolute()

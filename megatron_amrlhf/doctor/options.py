@@ -10,6 +10,7 @@ from megatron_amrlhf.arguments import above_zero
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 
 NO_RUN_FOLDER = "runs/doctor"
 HOSTS_VARIABLE = "AMRLHF_HOSTS"  # hosts of launch/train.sh's hostfile, with commas between
@@ -84,7 +85,7 @@ def read_config(config: str | None, overrides: Sequence[str]) -> Config | None:
 def run_folder(config: Config | None, folder: str | None) -> Path:
     """The folder to look at."""
     if folder is not None:
-        return Path(folder).expanduser()
+        return expanded(folder)
     if config is not None:
         return config.run.path
     return Path(NO_RUN_FOLDER)

@@ -12,12 +12,12 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.sizes import in_units
 
 
@@ -32,7 +32,7 @@ class Disk:
     """
 
     def __init__(self, folder: str):
-        self._folder = Path(folder).expanduser()
+        self._folder = expanded(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

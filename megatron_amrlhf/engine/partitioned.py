@@ -102,7 +102,7 @@ class PartitionedWeights(Weights):
         Args:
             disk: where.
             parameters: the partitions of the weights.
-            optimizer: masters, moments and DeepSpeed's own gradients beside them.
+            optimizer: masters, moments (made now) and DeepSpeed's own gradients beside them.
 
         Raises:
             UserError: the disk has no room.
@@ -116,10 +116,12 @@ class PartitionedWeights(Weights):
             for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
                 flat.data = disk.copy_of(flat)
                 zero._unflatten_partitioned_parameters(index)
+            zero.param_groups_fp16_flat_cpu_memory.clear()  # where the flat ones were
         if optimizer and trained:
             self._disk = disk
             for flat in self._flat_masters:
                 flat.data, flat.grad.data = disk.copy_of(flat), disk.copy_of(flat.grad)
+            self._make_moments(0.0)  # so that a full disk is known at the start
 
     @contextmanager
     def window(self):

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.launching.site import Site, quoted
 
 END_OF_SETTINGS = "# end of the settings\n"
@@ -51,7 +52,7 @@ def list_runs(
             found = load_config(config, keys)
         check_run(found, world_size)  # files may be made by an earlier job of the chain
         arguments = (config, *(["--set", *keys] if keys else []))
-        runs.append(Run(found.run.name, Path(found.run.folder).expanduser(), arguments))
+        runs.append(Run(found.run.name, expanded(found.run.folder), arguments))
     names = [run.name for run in runs]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"run.name: {', '.join(twice)} twice: each run needs a name of its own")

@@ -20,7 +20,7 @@ from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config
 from megatron_amrlhf.doctor.options import run_folder as doctor_folder
 from megatron_amrlhf.errors import UserError, tells_user_errors
-from megatron_amrlhf.files import writable_folder, write_atomic
+from megatron_amrlhf.files import expanded, writable_folder, write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
 from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(hosts) > 1 and options.node_rank is None:
         refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
     key = "--out" if arguments.command == "score" else "run.folder"
+    if options.logs and options.node_rank is None and any(options.logs.glob("*_rank*.log")):
+        raise UserError(f"--logs {options.logs}: has an earlier start's logs: give a new folder")
     if not is_doctor:  # which looks at the folder of a run that may be going on
         writable_folder(logs, "--logs" if options.logs else key)
     if node_rank == 0 and not (is_doctor and options.hostfile is None):
@@ -114,7 +116,7 @@ def check(arguments: argparse.Namespace, world_size: int) -> Path:
     is_scoring = arguments.command == "score"
     check_files(config, world_size, arguments.answers if is_scoring else None)
     if is_scoring:
-        return Path(arguments.out).expanduser()
+        return expanded(arguments.out)
     refuse_other_run(config.run.path, config)
     return config.run.path
 

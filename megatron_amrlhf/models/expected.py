@@ -25,10 +25,17 @@ def expected_shapes(
         hf_config: the parsed config.json.
         head_outputs: None for a language model, else outputs of a linear head in the LM head's
             place.
+
+    Raises:
+        UserError: transformers does not take the config; says why.
     """
-    config = AutoConfig.for_model(**hf_config)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        config = AutoConfig.for_model(**hf_config)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # of many kinds: each check of theirs has its own
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"config.json: transformers refuses it ({why})") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings or head_outputs:
         shapes.pop(LM_HEAD, None)
@@ -50,7 +57,11 @@ def check_weights(folder: str | Path, head_outputs: int | None) -> None:
         UserError: a tensor is missing, or its shape is not that of the config.
     """
     found = ShardedWeights(folder).shapes()
-    for name, shape in expected_shapes(read_hf_config(folder), head_outputs).items():
+    try:
+        expected = expected_shapes(read_hf_config(folder), head_outputs)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    for name, shape in expected.items():
         if name not in found and name in HEAD_NAMES:
             continue
         if name not in found:

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import hash_ends
+from megatron_amrlhf.files import expanded, hash_ends
 
 DIGEST_BYTES = 32 * 1024 * 1024
 GGUF_FAMILIES = ("llama", "qwen2")
@@ -86,7 +86,7 @@ def convert_gguf(file: Path, cache_folder: str) -> Path:
     Raises:
         UserError: the file is no such model, or ``cache_folder`` cannot be written.
     """
-    cache = Path(cache_folder).expanduser()
+    cache = expanded(cache_folder)
     target = cache / f"{file.stem}-{file.stat().st_size}-{_digest(file)}"
     try:
         if target.is_dir():

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import convert_gguf, gguf_of_package
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def resolve_model_folder(path: str, cache_folder: str) -> Path:
     """
     if path.startswith("pip:"):
         return convert_gguf(gguf_of_package(path.removeprefix("pip:")), cache_folder)
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_dir():
         return _checked(local)
     if path.endswith(".gguf"):

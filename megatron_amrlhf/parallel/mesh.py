@@ -94,6 +94,8 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
     device = compat.compute_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        # DeepSpeed takes it for the device's number, also where a task sees one device alone.
+        os.environ["LOCAL_RANK"] = str(device.index)
     if not dist.is_initialized():
         dist.init_process_group(compat.backend(), timeout=timedelta(seconds=timeout_seconds))
 

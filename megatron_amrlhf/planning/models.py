@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.source import HUB_ID, read_hf_config, resolve_model_folder
 from megatron_amrlhf.planning.passes import reward_roles
 
@@ -27,7 +28,7 @@ def model_config(path: str, cache_folder: str) -> dict[str, Any]:
     Raises:
         UserError: there is none, or the hub does not give it.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path)
     if (folder / "config.json").is_file():
         return read_hf_config(folder)
     if folder.exists() or path.startswith("pip:") or not HUB_ID.fullmatch(path):
@@ -51,7 +52,7 @@ def reward_configs(
     """
     found, notes = {}, []
     for role, path in reward_roles(config).items():
-        folder = Path(path).expanduser()
+        folder = expanded(path)
         if (folder / "config.json").is_file():
             found[role] = read_hf_config(folder), _head_outputs(folder)
         else:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import expanded
 
 SCORES_NAME, STATISTICS_NAME = "scores.safetensors", "statistics.json"
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -125,7 +126,7 @@ def load_offline(
     Raises:
         UserError: the file is missing, malformed, or from another PRM or other weights.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     found = _read(file)
     if found.prm != prm:
         raise UserError(

@@ -15,13 +15,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.config.cut import PipelineCut
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.engine import role
 from megatron_amrlhf.engine.role import RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import build_mesh
+from megatron_amrlhf.rewards.kinds import KEYS
 from tests import reference
 from tests.distributed.contexts import make_config
 from tests.distributed.processes import run_on
@@ -34,6 +36,16 @@ pytestmark = pytest.mark.distributed
 
 tool = load_tool("convert_checkpoint")
 HEAD_OUTPUTS, TOLERANCE = 3, 1e-4
+PRM_RUN = {
+    "algorithm": {"kind": "prm", "loss": "mse"},
+    "data": {"train": "unused", "step_marker": "<extra_0>"},
+}
+MEANING = {
+    "reward_kind": "process",
+    "reward_output": "score",
+    "step_marker": "<extra_0>",
+    "step_separator": "\n",
+}
 KIND = {"vocab_size": 131, "layers": 5, "head_dim": 10}
 
 
@@ -66,7 +78,9 @@ def save_run(folder: str, tensor: int, cut: PipelineCut, zero_stage: int) -> Non
     engine.add_role(RoleSpec("prm", root / "prm", torch.bfloat16, HEAD_OUTPUTS, **training))
     for name in ("actor", "prm"):
         export_role(engine, name, root / f"{name}-export", load_tokenizer(root / "model"))
-    save_checkpoint(engine, root / "run" / "checkpoints", 3, {}, keep=1)
+    trained = Config.model_validate(config.model_dump() | PRM_RUN)
+    state = {"config": trained.model_dump(mode="json")}
+    save_checkpoint(engine, root / "run" / "checkpoints", 3, state, keep=1)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +96,8 @@ def test_a_runs_checkpoint_converts_to_what_it_exports(tmp_path, tensor, cut, da
     make_tiny_model(tmp_path / "model", "qwen3", tied=True, **KIND)
     make_tiny_model(tmp_path / "prm", "qwen3", tied=True, **KIND)
     reference.add_head(tmp_path / "prm", 48, HEAD_OUTPUTS, seed=1)
+    stale = tmp_path / "model" / "config.json"  # as where the run began from an export
+    stale.write_text(json.dumps(json.loads(stale.read_text()) | {"reward_kind": "outcome"}))
     run_on(tensor * cut.stages * data, save_run, str(tmp_path), tensor, cut, zero_stage)
     settings = {"model": {"path": str(tmp_path / "model")}}
     (tmp_path / "run" / "config.resolved.yaml").write_text(json.dumps(settings))
@@ -92,6 +108,9 @@ def test_a_runs_checkpoint_converts_to_what_it_exports(tmp_path, tensor, cut, da
     step = source / "checkpoints" / "step-3"
     assert run(step, tmp_path / "prm-hf", "--to", "hf", "--role", "prm") == 0
     assert_same_weights(tmp_path / "prm-export", tmp_path / "prm-hf")
+    told = read_hf_config(tmp_path / "prm-hf")
+    assert {key: told.get(key) for key in KEYS} == MEANING
+    assert not read_hf_config(tmp_path / "actor").keys() & set(KEYS)
     classifier = tmp_path / "classifier"
     options = ["--to", "hf", "--role", "prm", "--as", "token-classification", "--verify"]
     assert run(step, classifier, *options) == 0

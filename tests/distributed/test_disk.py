@@ -44,6 +44,8 @@ def kept_on_disk(engine: Zero3Engine) -> Iterator[tuple[str, Tensor]]:
             yield f"{name}.master", flat
             yield f"{name}.exp_avg", state["exp_avg"]
             yield f"{name}.exp_avg_sq", state["exp_avg_sq"]
+    zero = engine.roles["actor"].weights.engine.optimizer
+    assert not zero.param_groups_fp16_flat_cpu_memory, "the weights are in memory too"
     for name in ("actor", "reference"):
         for key, parameter in engine.roles[name].weights.module.named_parameters():
             yield f"{name}.{key}", parameter.ds_tensor
@@ -68,10 +70,11 @@ def train(folder: str, root: str, place: str, dtype: str) -> tuple:
     mesh, disk, checkpoints = build_mesh(1, 1), f"{root}/disk", Path(root) / place
     keys = offloaded(place, disk) if place != "none" else {}
     engine = build_engine(folder, mesh, dtype, **keys)
+    early = not_in_files(engine, disk) if place == "nvme" else []  # moments too
     steps = take_steps(engine, range(2))
     save_checkpoint(engine, checkpoints, 2, {}, keep=1)
     steps += take_steps(engine, range(2, 3))
-    strays = not_in_files(engine, disk) if place == "nvme" else []
+    strays = early + not_in_files(engine, disk) if place == "nvme" else []
 
     resumed = build_engine(folder, mesh, dtype, **keys)
     load_checkpoint(resumed, find_latest(checkpoints))

@@ -177,6 +177,12 @@ def test_a_run_resumes_at_another_layout(reference, kind):
     assert_same_line(numbers(runs[kind])[1], numbers(moved)[1])
 
 
+def run_requeued(path: str, overrides: list[str]) -> None:
+    """As Slurm runs the same command again, in a process of its own."""
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+    run_config(path, overrides)
+
+
 def test_a_run_from_the_start_sets_earlier_checkpoints_aside(reference):
     folder, configs, _ = reference
     name = ["run.name=prm-anew"]
@@ -186,6 +192,8 @@ def test_a_run_from_the_start_sets_earlier_checkpoints_aside(reference):
     assert find_latest(run / "checkpoints").name == "step-1"
     assert find_latest(run / "checkpoints-before-attempt-2").name == "step-2"
     assert len(numbers(run)) == 1
+    run_on(1, run_requeued, str(configs["prm"]), [*name, "checkpoint.resume=false"])
+    assert len(numbers(run)) == 2 and not (run / "checkpoints-before-attempt-3").exists()
 
 
 def test_a_run_does_not_resume_on_other_data(reference):

@@ -241,6 +241,22 @@ def test_a_pickle_payload_is_never_unpickled(models, tmp_path, capsys, form, fil
     assert trace.exists()
 
 
+def test_a_pickle_payload_beside_deepspeeds_states_is_never_unpickled(models, tmp_path, capsys):
+    source, trace = tmp_path / "ds", tmp_path / "trace"
+    shutil.copytree(models["qwen2", True], source)
+    (source / "latest").write_text("step1")
+    (source / "step1").mkdir()
+    for name in (
+        "zero_pp_rank_0_mp_rank_00_model_states",
+        "zero_pp_rank_0_mp_rank_00_optim_states",
+    ):
+        torch.save({}, source / "step1" / f"{name}.pt")
+    extra = source / "step1" / "a_model_states.pt"
+    extra.write_bytes(pickle.dumps(Touches(trace)))
+    line = refusal(capsys, source, tmp_path / "back", "--to", "hf")
+    assert str(extra) in line and "never loaded" in line and not trace.exists()
+
+
 def test_bad_input_is_told_before_any_work(models, tmp_path, capsys):
     source, x = models["qwen2", True], tmp_path / "x"
     assert "--tensor 4 does not divide the model's 6 attention heads" in refusal(

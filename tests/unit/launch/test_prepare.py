@@ -78,6 +78,14 @@ def test_missing_answers_are_told_before_any_folder_is_made(config, tmp_path, ca
     assert not out.exists()
 
 
+def test_logs_of_an_earlier_start_are_not_mixed_with_new_ones(config, tmp_path, capsys):
+    given = ["--logs", str(tmp_path / "logs"), "--", "train", str(config)]
+    assert prepare.main(given) == 0
+    (tmp_path / "logs" / "20260101_rank0.log").touch()
+    assert prepare.main(given) == 2
+    assert "has an earlier start's logs: give a new folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["--logs", "run.folder"])
 def test_a_folder_that_cannot_be_written_is_blamed_on_its_option(config, tmp_path, capsys, key):
     (tmp_path / "file").touch()

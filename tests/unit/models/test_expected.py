@@ -49,6 +49,13 @@ def test_sizes_of_another_model_are_named(folder, key, factor):
     assert "\n" not in str(told.value)
 
 
+def test_a_config_that_transformers_refuses_is_one_line(folder):
+    change(folder, pad_token_id=10**6)
+    with pytest.raises(UserError, match="tiny: config.json: transformers refuses it") as told:
+        check_weights(folder, None)
+    assert "\n" not in str(told.value)
+
+
 def test_a_head_must_have_the_outputs_that_are_asked_for(folder):
     weights = load_file(folder / "model.safetensors")
     norm = weights["model.norm.weight"]
