@@ -133,11 +133,13 @@ class MaskedBatch:
         rollout: the samples.
         mask: ``[B, R]`` bool, the tokens that the loss reads (eq. 13).
         chosen: ``[B]`` bool, the preferred answers (Y_c of eq. 13).
+        judged: ``[B]`` bool, the answers whose reward did not fail; the others are in no mask.
     """
 
     rollout: RolloutBatch
     mask: Tensor
     chosen: Tensor
+    judged: Tensor
 
     def __post_init__(self):
         assert self.mask.dtype == torch.bool and self.mask.shape[0] == len(self.rollout.rows)
@@ -167,11 +169,15 @@ class TrainBatch:
 
     @classmethod
     def of(cls, batch: MaskedBatch, targets: dict[str, Tensor]) -> TrainBatch:
-        """All answers of a masked rollout."""
-        mask, rollout = batch.mask.cpu(), batch.rollout
+        """All answers of a masked rollout; the rows of failed ones are empty.
+
+        No loss reads these, and what is not finite in a row would be so in its gradient, 0 or not.
+        """
+        mask, rollout, judged = batch.mask.cpu(), batch.rollout, batch.judged.cpu()
+        kept = zip(rollout.rows, judged.tolist(), strict=True)
         return cls(
-            rows=rollout.rows,
-            prompt_lengths=rollout.prompt_lengths,
+            rows=tuple(row if is_judged else row[:0] for row, is_judged in kept),
+            prompt_lengths=torch.where(judged, rollout.prompt_lengths, 0),
             targets=targets,
             ids=rollout.sample_ids,
             kept_lengths=last_true(mask) + 1,

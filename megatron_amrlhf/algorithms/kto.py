@@ -58,13 +58,12 @@ class Kto(PolicyAlgorithm):
     ) -> tuple[Metrics, dict]:
         config = self.context.config
         samples = config.rollout.samples_per_prompt
-        has_reward, has_label, metrics = torch.ones_like(batch.chosen), None, {}
+        has_label, metrics = None, {}
         if judged.scored is not None:
-            has_reward = judged.scored.judged
             flat = is_flat(rewards_by_prompt(judged))
-            has_label = labelled(has_reward, flat, config.mask.label)
+            has_label = labelled(batch.judged, flat, config.mask.label)
             metrics = {"kto/flat_groups": count_metric(flat.sum(), flat.numel())}
-        mismatched, kept, counted = mismatched_pairs(batch, has_reward, samples, self.context.mesh)
+        mismatched, kept, counted = mismatched_pairs(batch, samples, self.context.mesh)
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
         targets = {}
@@ -142,7 +141,7 @@ def labelled(has_reward: Tensor, flat: Tensor, label: str) -> Tensor:
 
 
 def mismatched_pairs(
-    batch: MaskedBatch, has_reward: Tensor, samples: int, mesh: Mesh
+    batch: MaskedBatch, samples: int, mesh: Mesh
 ) -> tuple[RolloutBatch, Tensor, Tensor]:
     """Each prompt with the answer of the same number to the step's next prompt.
 
@@ -152,7 +151,6 @@ def mismatched_pairs(
 
     Args:
         batch: this replica's answers, ``samples`` to a prompt one after the other.
-        has_reward: ``[B]`` bool, not those whose reward failed; read on last stages.
         samples: answers a prompt.
         mesh: the mesh.
 
@@ -164,7 +162,7 @@ def mismatched_pairs(
     lengths, counts = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     answers = [row[length:] for row, length in zip(rollout.rows, lengths, strict=True)]
     kept = [mask[:count] for mask, count in zip(batch.mask.cpu(), counts, strict=True)]
-    counted = has_reward.tolist()
+    counted = batch.judged.tolist()
     firsts = gather_objects((answers[:samples], kept[:samples], counted[:samples]), mesh.dp_group)
     next_answers, next_kept, next_counted = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
     answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept

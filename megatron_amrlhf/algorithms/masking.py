@@ -12,7 +12,11 @@ from megatron_amrlhf.types import MaskedBatch, RolloutBatch
 
 
 def share_mask(
-    context: Context, rollout: RolloutBatch, mask: Tensor | None, chosen: Tensor | None
+    context: Context,
+    rollout: RolloutBatch,
+    mask: Tensor | None,
+    chosen: Tensor | None,
+    judged: Tensor | None,
 ) -> MaskedBatch:
     """Broadcasts the last stage's mask and labels to the replica. Entered by every rank.
 
@@ -22,18 +26,22 @@ def share_mask(
         mask: ``[B, R']`` bool on the last stage, None elsewhere; R' is R or more, for answers
             that were selected from longer ones.
         chosen: ``[B]`` bool on the last stage, None elsewhere.
+        judged: ``[B]`` bool on the last stage, None elsewhere: not the failed ones.
 
     Returns:
         The answers with mask and labels, on the compute device.
     """
     device, (rows, width) = context.mesh.device, rollout.response_mask.shape
-    packed = torch.zeros(rows, -(-width // 8) + 1, dtype=torch.uint8, device=device)
-    if mask is not None and chosen is not None:
-        packed[:, 0] = chosen
-        packed[:, 1:] = pack_bits(mask[:, :width])
+    packed = torch.zeros(rows, -(-width // 8) + 2, dtype=torch.uint8, device=device)
+    if mask is not None and chosen is not None and judged is not None:
+        packed[:, 0], packed[:, 1] = chosen, judged
+        packed[:, 2:] = pack_bits(mask[:, :width])
     broadcast_from_last_stage(packed, context.mesh)
     return MaskedBatch(
-        rollout=rollout, mask=unpack_bits(packed[:, 1:], width), chosen=packed[:, 0].bool()
+        rollout=rollout,
+        mask=unpack_bits(packed[:, 2:], width),
+        chosen=packed[:, 0].bool(),
+        judged=packed[:, 1].bool(),
     )
 
 

@@ -146,13 +146,15 @@ class PolicyAlgorithm(ABC):
         judged, metrics = maker.judge(prompts, step)
         start = time.perf_counter()
         self.context.console.progress.enter("mask")
-        index = mask = labels = None
+        index = mask = labels = has_reward = None
         if self.context.mesh.is_last_stage:
             index, labels = self.choose(judged, step)
             mask, mask_metrics = maker.mask(judged, index, labels)
+            has_reward = judged.scored.judged[index]
             metrics |= mask_metrics
         rows = share_index(self.context, index)
-        batch = share_mask(self.context, judged.rollout.select(rows), mask, labels)
+        answers = judged.rollout.select(rows)
+        batch = share_mask(self.context, answers, mask, labels, has_reward)
         maker.seconds["mask"] += time.perf_counter() - start
         log_samples(self.context, step, prompts, judged, rows, batch)
         start = time.perf_counter()

@@ -46,17 +46,18 @@ def share() -> tuple[int, dict]:
         lengths = [(3, 1 + (width - 1) * row // (ROWS - 1)) for row in range(ROWS)]
         rollout = random_rollout(lengths, vocab_size=9, seed=width)
         for kind in KINDS:
-            mask = chosen = index = None
+            mask = chosen = judged = index = None
             if mesh.is_last_stage:
                 mask, chosen = last_stage_mask(kind, width, mesh.dp_rank)
                 index = picked(kind, width, mesh.dp_rank)
                 if mesh.tp_rank > 0:  # as if its sums had been rounded otherwise
                     mask, chosen, index = ~mask, ~chosen, index + 1
+                judged = ~chosen
                 # as if these rows had been selected from longer ones
                 mask = F.pad(mask, (0, LONGER))
-            batch = share_mask(context, rollout, mask, chosen)
+            batch = share_mask(context, rollout, mask, chosen, judged)
             rows = share_index(context, index)
-            assert batch.rollout is rollout
+            assert batch.rollout is rollout and torch.equal(batch.judged, ~batch.chosen)
             found[width, kind] = (batch.mask, batch.chosen, rows)
     return mesh.dp_rank, found
 

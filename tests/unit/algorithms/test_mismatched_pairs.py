@@ -12,6 +12,7 @@ from megatron_amrlhf.algorithms.kto import KtoBatch, mismatched_pairs
 from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
 
 NUM_PROMPTS, SAMPLES = 4, 3
+FAILED = 5  # every fifth answer
 
 
 def answer(prompt: int, sample: int) -> list[int]:
@@ -21,7 +22,7 @@ def answer(prompt: int, sample: int) -> list[int]:
 
 
 def whole_batch() -> MaskedBatch:
-    """All answers of a step; a token is kept where its id is even."""
+    """All answers of a step; a token is kept where its id is even, every fifth one has failed."""
     cells = [(p, s) for p in range(NUM_PROMPTS) for s in range(SAMPLES)]
     rows = tuple(torch.tensor([p] * (p + 2) + answer(p, s)) for p, s in cells)
     flags = torch.zeros(len(rows), dtype=torch.bool)
@@ -37,12 +38,7 @@ def whole_batch() -> MaskedBatch:
     for i, (p, s) in enumerate(cells):
         for j, token in enumerate(answer(p, s)):
             mask[i, j] = token % 2 == 0
-    return MaskedBatch(rollout, mask, flags)
-
-
-def has_reward(batch: MaskedBatch) -> torch.Tensor:
-    """Every fifth answer's reward has failed."""
-    return batch.rollout.sample_ids % 5 != 0
+    return MaskedBatch(rollout, mask, flags, judged=rollout.sample_ids % FAILED != 0)
 
 
 def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool]]:
@@ -53,7 +49,8 @@ def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool
     for index in shares:
         rollout = whole.rollout.select(index)
         width = rollout.response_mask.shape[1]
-        batches.append(MaskedBatch(rollout, whole.mask[index][:, :width], whole.chosen[index]))
+        parts = (whole.mask[index][:, :width], whole.chosen[index], whole.judged[index])
+        batches.append(MaskedBatch(rollout, *parts))
     sent: list = []
 
     def record(value, group):
@@ -63,12 +60,12 @@ def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool
     monkeypatch.setattr(kto, "gather_objects", record)
     meshes = [SimpleNamespace(dp_rank=r, dp_size=dp_size, dp_group=None) for r in range(dp_size)]
     for batch, mesh in zip(batches, meshes, strict=True):
-        mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
+        mismatched_pairs(batch, SAMPLES, mesh)
     firsts = list(sent)
     monkeypatch.setattr(kto, "gather_objects", lambda value, group: firsts)
     found = []
     for batch, mesh in zip(batches, meshes, strict=True):
-        rollout, kept, counted = mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
+        rollout, kept, counted = mismatched_pairs(batch, SAMPLES, mesh)
         assert kept.shape == rollout.response_mask.shape
         columns = [row.nonzero().flatten().tolist() for row in kept]
         rows = [row.tolist() for row in rollout.rows]
@@ -82,7 +79,7 @@ def test_each_prompt_gets_the_next_ones_answer_of_the_same_number(dp_size, monke
     for prompt in range(NUM_PROMPTS):
         for sample in range(SAMPLES):
             other = (prompt + 1) % NUM_PROMPTS
-            tokens, counts = answer(other, sample), (other * SAMPLES + sample) % 5 != 0
+            tokens, counts = answer(other, sample), (other * SAMPLES + sample) % FAILED != 0
             kept = [j for j, token in enumerate(tokens) if token % 2 == 0]
             expected.append(([prompt] * (prompt + 2) + tokens, kept, counts))
     assert pairs_on(dp_size, monkeypatch) == expected
@@ -92,7 +89,7 @@ def test_minibatches_take_their_pairs_along(monkeypatch):
     batch = whole_batch()
     monkeypatch.setattr(kto, "gather_objects", lambda value, group: [value])
     mesh = SimpleNamespace(dp_rank=0, dp_size=1, dp_group=None)
-    mismatched, kept, _ = mismatched_pairs(batch, has_reward(batch), SAMPLES, mesh)
+    mismatched, kept, _ = mismatched_pairs(batch, SAMPLES, mesh)
     rollout = batch.rollout
     of_rows = TrainBatch.of(batch, {"mismatched_mask": kept})
     train = KtoBatch(**vars(of_rows), mismatched=mismatched)
@@ -102,3 +99,14 @@ def test_minibatches_take_their_pairs_along(monkeypatch):
         assert torch.equal(part.rows[place], rollout.rows[index])
         assert torch.equal(part.mismatched.rows[place], mismatched.rows[index])
         assert torch.equal(part.targets["mismatched_mask"][place], kept[index])
+
+
+def test_nothing_of_a_failed_answer_is_computed_in_an_update():
+    batch = whole_batch()
+    train = TrainBatch.of(batch, {})
+    failed = (batch.rollout.sample_ids % FAILED == 0).tolist()
+    assert any(failed) and not all(failed)
+    for row, whole, length, has_failed in zip(
+        train.rows, batch.rollout.rows, train.prompt_lengths.tolist(), failed, strict=True
+    ):
+        assert (row.numel(), length) == (0, 0) if has_failed else torch.equal(row, whole)
