@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megatron_amrlhf.checkpoint.folders import (
     MANIFEST_FILE,
     STATE_FILE,
@@ -35,10 +37,17 @@ def saved_config(folder: Path) -> Config | None:
     """The configuration of the run that saved a checkpoint; None where it did not say.
 
     Raises:
-        UserError: it is no checkpoint of ours, or ``state.json`` is damaged.
+        UserError: it is no checkpoint of ours, or ``state.json`` is damaged or has other keys.
     """
     config = _header(folder)["state"].get("config")
-    return None if config is None else Config.model_validate(config)
+    try:
+        return None if config is None else Config.model_validate(config)
+    except ValidationError as error:
+        keys = [".".join(map(str, each["loc"])) for each in error.errors(include_url=False)]
+        raise UserError(
+            f"{folder / STATE_FILE}: this version does not know its configuration "
+            f"({', '.join(keys[:3])}): use the version that saved it"
+        ) from None
 
 
 def open_role(folder: Path, role: str, hf_config: Mapping[str, Any]) -> MergedShards:
