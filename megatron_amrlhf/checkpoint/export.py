@@ -30,7 +30,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
 from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh
-from megatron_amrlhf.rewards.kinds import KEYS, export_keys
+from megatron_amrlhf.rewards.kinds import with_meaning
 
 HEAD_FILE = "head.safetensors"
 GENERATION_FILE = "generation_config.json"
@@ -152,8 +152,7 @@ def _write_config(folder: Path, role: Role, run: Config) -> None:
     config = read_hf_config(role.spec.folder)
     config.pop("torch_dtype", None)
     config["dtype"] = role.spec.dtype_name
-    config = {key: value for key, value in config.items() if key not in KEYS}
-    config |= export_keys(role.spec.name, run)
+    config = with_meaning(config, role.spec.name, run)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     source = role.spec.folder / GENERATION_FILE
     if source.is_file():

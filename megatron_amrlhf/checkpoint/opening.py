@@ -17,6 +17,7 @@ from megatron_amrlhf.checkpoint.folders import (
     read_manifest,
 )
 from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
+from megatron_amrlhf.config.problems import describe_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.weights import MASTER
 from megatron_amrlhf.errors import UserError
@@ -43,10 +44,10 @@ def saved_config(folder: Path) -> Config | None:
     try:
         return None if config is None else Config.model_validate(config)
     except ValidationError as error:
-        keys = [".".join(map(str, each["loc"])) for each in error.errors(include_url=False)]
+        problems = "; ".join(describe_problems(error, config, set()))
         raise UserError(
-            f"{folder / STATE_FILE}: this version does not know its configuration "
-            f"({', '.join(keys[:3])}): use the version that saved it"
+            f"{folder / STATE_FILE}: this version does not know its configuration ({problems}): "
+            "use the version that saved it"
         ) from None
 
 

@@ -20,10 +20,6 @@ def reward_problems(config: Config) -> Iterator[str]:
         )
     if weights.orm_weight and paths.orm_path is None:
         yield "reward_model.orm_path: is required by reward.orm_weight"
-    if paths.orm_path is not None and not weights.orm_weight:
-        yield "reward_model.orm_path: is read by reward.orm_weight only, set that or leave it out"
-    if paths.path is not None and not weights.prm_weight:
-        yield "reward_model.path: is read by reward.prm_weight only, set that or leave it out"
     if weights.verifiable_weight and is_given:
         yield (
             "reward.verifiable_weight: the answers of data.format: pairs are not compared with "

@@ -58,6 +58,8 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
         "reward.granularity: step and reward.outcome",
         has_steps or reward.outcome != "tokens",
     )
+    yield "reward_model.path", "reward.prm_weight", reward.prm_weight > 0
+    yield "reward_model.orm_path", "reward.orm_weight", reward.orm_weight > 0
     yield "reward.outcome", "a reward.prm_weight above 0", reward.prm_weight > 0
     yield "reward_model.attribute_weights", "a reward.prm_weight above 0", reward.prm_weight > 0
     yield "optimizer.critic_lr", "algorithm.kind: ppo", algorithm.has_critic

@@ -25,7 +25,7 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.shards import NamedWeights
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
-from megatron_amrlhf.rewards.kinds import KEYS, export_keys
+from megatron_amrlhf.rewards.kinds import with_meaning
 
 Form = Literal["ours", "megatron", "torch_dist", "deepspeed", "hf"]
 RUN_CONFIG = "config.resolved.yaml"  # of report/run_folder.py
@@ -108,9 +108,7 @@ def open_source(path: str, role: str | None, model: str | None) -> Source:
         role = role or next(iter(roles))
         weights: NamedWeights = open_role(place, role, hf_config)
         dtype = roles[role]
-        hf_config = {key: value for key, value in hf_config.items() if key not in KEYS}
-        if config := saved_config(place):
-            hf_config |= export_keys(role, config)
+        hf_config = with_meaning(hf_config, role, saved_config(place))
     elif form == "deepspeed":
         weights = DeepSpeedWeights(place)
     elif form == "hf":

@@ -40,6 +40,18 @@ def export_keys(role: str, config: Config) -> dict[str, str | None]:
     return found
 
 
+def with_meaning(hf_config: Mapping[str, Any], role: str, config: Config | None) -> dict[str, Any]:
+    """A role's ``config.json``: that of the model it began from, with what its own numbers mean.
+
+    Args:
+        hf_config: the parsed config.json that the run began from, itself maybe of an export.
+        role: that was trained.
+        config: of the run; None: not known, and nothing is said.
+    """
+    kept = {key: value for key, value in hf_config.items() if key not in KEYS}
+    return kept if config is None else kept | export_keys(role, config)
+
+
 def reward_kind(hf_config: Mapping[str, Any]) -> str:
     """``process``: each token's number is a reward (also where a folder does not say).
 

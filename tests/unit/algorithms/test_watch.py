@@ -7,24 +7,17 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_amrlhf.algorithms import watch
-from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.report.watchdog import EXIT_STALLED
+from tests.unit.config.samples import PRM, make_config
 
 LOST, OWN = RuntimeError("gloo: Connection closed by peer"), ArithmeticError("own")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    sections = {
-        "run": {"name": "demo", "folder": str(tmp_path)},
-        "model": {"path": "m"},
-        "algorithm": {"kind": "prm"},
-        "data": {"train": "t.jsonl", "format": "steps"},
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(sections))
-    return RunFolder.create(load_config(tmp_path / "run.yaml", []), 0)
+    return RunFolder.create(make_config(PRM, run={"folder": str(tmp_path)}), 0)
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.report.heartbeat import Beat
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog, find_laggard
+from tests.unit.config.samples import PRM, make_config
 
 LIMIT = 8.0
 WAITING = Beat(
@@ -19,14 +19,7 @@ WORKING = replace(WAITING, rank=1, waiting=False, stack=("b:1 stuck: loop()",))
 
 @pytest.fixture
 def folder(tmp_path):
-    sections = {
-        "run": {"name": "demo", "folder": str(tmp_path)},
-        "model": {"path": "m"},
-        "algorithm": {"kind": "prm"},
-        "data": {"train": "t.jsonl", "format": "steps"},
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(sections))
-    folder = RunFolder.create(load_config(tmp_path / "run.yaml", []), 0)
+    folder = RunFolder.create(make_config(PRM, run={"folder": str(tmp_path)}), 0)
     (folder.path / "heartbeat").mkdir()
     return folder
 
