@@ -148,7 +148,8 @@ class RunFolder:
         """Removes the stop file of an earlier attempt.
 
         Where a launch script has done so, a file that is there now is a request, even if older
-        than this process. Two times of one file system are compared.
+        than this process. Two times of one file system are compared; a process takes itself for
+        up to 10 ms older than it is, so that in doubt a file is a request.
         """
         if not self.stop.exists() or PREPARED_VARIABLE in os.environ:
             return
