@@ -174,9 +174,11 @@ set +m
 if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
     (
         trap '' INT # Ctrl-C reaches it too, and the run goes on for a while
+        GONE=0
         until compgen -G "$LOGS/*_rank0.log" >/dev/null; do
-            kill -0 -- "-$GROUP" 2>/dev/null || exit 0
-            sleep 0.2
+            [[ "$GONE" == 0 ]] || exit 0
+            kill -0 -- "-$GROUP" 2>/dev/null || GONE=1 # the log is looked for once more
+            [[ "$GONE" == 1 ]] || sleep 0.2
         done
         exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
     ) &

@@ -36,8 +36,8 @@ TRAINER = "megatron_amrlhf.algorithms.train"
 SCORER = "megatron_amrlhf.algorithms.score_file"
 PLANNER = "megatron_amrlhf.algorithms.planner"
 DOCTOR = "megatron_amrlhf.doctor.command"
-# A mistake met while running may be seen by every rank or by one. Rank 0 speaks at once; the
-# others wait this long, in which the launcher ends them if rank 0 has already failed.
+# Rank 0 speaks at once. The others wait this long, in which the launcher ends them if rank 0 has
+# failed too; it would end rank 0 before it speaks, were another one first.
 OTHER_RANK_DELAY_SECONDS = 10.0
 
 
@@ -68,16 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_run(config, world_size)
                 answers = arguments.answers if arguments.command == "score" else None
                 check_files(config, world_size, answers)
-        except UserError as error:  # the same on every rank
-            if _rank() == 0:
-                _print_error(error)
-            return EXIT_USER_ERROR
+        except UserError as error:
+            return _refuse(error, same_on_all_ranks=True)
         return COMMANDS[arguments.command](config, arguments)
     except UserError as error:
-        if _rank() != 0:
-            time.sleep(OTHER_RANK_DELAY_SECONDS)
-        _print_error(error)
-        return EXIT_USER_ERROR
+        return _refuse(error, same_on_all_ranks=False)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
 
@@ -152,5 +147,10 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0  # which `check_ranks` refuses
 
 
-def _print_error(error: UserError) -> None:
-    print(error_line(error, _rank()), file=sys.stderr, flush=True)
+def _refuse(error: UserError, same_on_all_ranks: bool) -> int:
+    """Tells the mistake once: the exit code for it."""
+    if _rank() != 0:
+        time.sleep(OTHER_RANK_DELAY_SECONDS)
+    if _rank() == 0 or not same_on_all_ranks:
+        print(error_line(error, _rank()), file=sys.stderr, flush=True)
+    return EXIT_USER_ERROR

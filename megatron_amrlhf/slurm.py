@@ -6,9 +6,9 @@ import subprocess
 from collections.abc import Mapping, MutableMapping
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.ports import job_port
 
 BY_A_LAUNCHER = "start the ranks by launch/train.sh, srun or torchrun"
-FIRST_PORT, NUM_PORTS = 20000, 20000
 
 
 def set_ranks(environment: MutableMapping[str, str]) -> None:
@@ -51,12 +51,6 @@ def check_ranks(environment: Mapping[str, str]) -> None:
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if world_size > 1 and name not in environment:
             raise UserError(f"WORLD_SIZE is {world_size}, but {name} is not set: {BY_A_LAUNCHER}")
-
-
-def job_port(environment: Mapping[str, str]) -> int:
-    """A port that jobs of one node do not share, nor a requeued job with what it left behind."""
-    job, restart = environment["SLURM_JOB_ID"], environment.get("SLURM_RESTART_COUNT", "0")
-    return FIRST_PORT + (int(job) + 1009 * int(restart)) % NUM_PORTS
 
 
 def host_names(nodes: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.report.heartbeat import Beat, Heartbeat, interval_seconds, read_beats
@@ -14,8 +13,9 @@ from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog
 
 EXIT_ENDED = 130  # as after Ctrl-C
 # The launcher looks at its ranks each second, in any order, and gives the run the exit code of the
-# first that it finds ended. One that only lost its partner stays until the partner has been seen.
-LOST_PARTNER_DELAY_SECONDS = 3.0
+# first that it finds ended; of several hosts, the first to end gives the job its code. A rank that
+# only lost its partner stays until the launcher, which has seen the partner, signals, or this long.
+LOST_PARTNER_DELAY_SECONDS = 10.0
 
 
 def watch(context: Context) -> Heartbeat:
@@ -41,7 +41,7 @@ def watch(context: Context) -> Heartbeat:
         cause = first_failure(read_beats(folder.path, mesh.world_size)) or beat.error
         folder.status("failed", max(0, beat.step - 1), cause)
         if lost_partner(beat):
-            time.sleep(LOST_PARTNER_DELAY_SECONDS)
+            context.stop.wait_for_signal(LOST_PARTNER_DELAY_SECONDS)
             _leave_with_the_watchdog(folder)
 
     return Heartbeat(

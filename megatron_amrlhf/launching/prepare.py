@@ -10,7 +10,6 @@ import argparse
 import os
 import re
 import shlex
-import socket
 import sys
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import expanded, writable_folder, write_atomic
 from megatron_amrlhf.launching.environment import forwarded
 from megatron_amrlhf.launching.hostfile import read_hostfile
+from megatron_amrlhf.ports import free_port, job_port
 from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
 from megatron_amrlhf.report.stop_request import STOP_NAME
-from megatron_amrlhf.slurm import job_port
 
 LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
 PLAIN = re.compile(r"[\w@+=:,./~\[\]-]+")  # what a shell, and pdsh, leave as it is
@@ -157,13 +156,6 @@ def write_environment(path: Path) -> None:
         print(f"not forwarded to other nodes: {', '.join(left_out)}", file=sys.stderr)
     write_atomic(path, text)
     path.chmod(0o600)
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

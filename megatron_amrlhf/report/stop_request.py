@@ -66,6 +66,12 @@ class StopRequest:
         needed = self._save_seconds() + (self._longest_step if before_step else 0.0)
         return Reason.CLOCK if process_age() + needed > self._limit else Reason.NONE
 
+    def wait_for_signal(self, seconds: float) -> None:
+        """Returns once a signal has been caught, after so long at the latest."""
+        end = time.monotonic() + seconds
+        while self._seen is not Reason.SIGNAL and time.monotonic() < end:
+            time.sleep(0.1)
+
     def note_step(self, seconds: float) -> None:
         """A step has taken so long."""
         self._longest_step = max(self._longest_step, seconds)

@@ -6,7 +6,6 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import traceback
@@ -14,15 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
 # The fork server imports this once; every rank is then forked from it in milliseconds.
 PRELOAD = ["tests.distributed.preload"]
 TIMEOUT_SECONDS = 600
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) -> None:
@@ -32,6 +27,7 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) 
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the parent's
     )
     log = open(Path(folder) / f"rank{rank}.log", "w", buffering=1)
     os.dup2(log.fileno(), 1)
@@ -56,8 +52,9 @@ def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) 
 @contextmanager
 def launch(world_size: int, function: Callable, *arguments) -> Iterator[list]:
     """The processes of all ranks, running; those that still do at the end are killed."""
+    store = _meeting_place()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = _start(world_size, folder, function, arguments)
+        ranks = _start(world_size, store.port, folder, function, arguments)
         try:
             yield ranks
         finally:
@@ -69,19 +66,24 @@ def run_on(world_size: int, function: Callable, *arguments) -> list:
 
     A failing rank ends all of them and its log is raised.
     """
+    store = _meeting_place()
     with tempfile.TemporaryDirectory() as folder:
-        _wait(_start(world_size, folder, function, arguments), folder)
+        _wait(_start(world_size, store.port, folder, function, arguments), folder)
         return [
             pickle.loads((Path(folder) / f"rank{r}.pkl").read_bytes()) for r in range(world_size)
         ]
 
 
-def _start(world_size: int, folder: str, function: Callable, arguments: tuple) -> list:
+def _meeting_place() -> TCPStore:
+    """This process listens, on a port that no one else can take before the ranks come."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
+def _start(world_size: int, port: int, folder: str, function: Callable, arguments: tuple) -> list:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     # Plain pickle: multiprocessing's own sends a file descriptor a tensor and runs out of them.
     call = pickle.dumps((function, arguments))
-    port = free_port()
     ranks = [
         context.Process(target=_rank_main, args=(rank, world_size, port, folder, call))
         for rank in range(world_size)

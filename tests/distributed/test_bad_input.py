@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf.cli import main
+from megatron_amrlhf.ports import free_port
 from megatron_amrlhf.report.heartbeat import Heartbeat, RankProgress
-from tests.distributed.processes import free_port, run_on
+from tests.distributed.processes import run_on
 from tests.distributed.runs import make_models, write_config
 
 pytestmark = pytest.mark.distributed

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.processes import free_port
+from megatron_amrlhf.ports import free_port
 
 pytestmark = pytest.mark.distributed
 
@@ -75,7 +76,7 @@ def test_a_slow_link_and_a_skewed_clock_are_named(tmp_path):
     inside, between = (x["message"] for x in found if x["check"] == "network")
     assert "1 of 2 links within hosts" in inside and "node2 rank 2 - node2 rank 3" in inside
     assert "1 of 2 links between hosts" in between and "node1 rank 0 - node2 rank 2" in between
-    assert "node2 is 5.0" in only(found, "clocks") and "ahead of" in only(found, "clocks")
+    assert re.search(r"node2 is (5.0|4.999)\d* s ahead of", only(found, "clocks")), found
     assert {(x["low"], x["high"]) for x in record["links"]} == {(0, 1), (2, 3), (0, 2), (1, 3)}
     assert len(found) == 3
     assert list((tmp_path / "here").iterdir()) == []

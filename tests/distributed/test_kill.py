@@ -105,7 +105,7 @@ def kill_while_saving(processes: list, root: Path, chance: random.Random) -> Non
 
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_a_killed_save_never_costs_more_than_itself(model, tmp_path, asynchronous):
-    chance, most = random.Random(7 + asynchronous), 2 * KILLS + 3
+    chance, most = random.Random(7 + asynchronous), 2 * KILLS + 20
     expected = run_on(RANKS, undisturbed, model, most)
     confirmed = unfinished = 0
     for _ in range(KILLS):

@@ -160,9 +160,9 @@ def run_by_the_clock(path: str, overrides: list[str], limit_after: int) -> str:
 def test_a_run_stops_by_the_clock(undisturbed):
     folder, config = undisturbed
     keys = [*KEYS, "parallel.pipeline=1", "evaluation.prompts=0", "run.steps=5"]
-    late = ["run.name=late", *keys, "run.max_minutes=0.01"]
+    late = ["run.name=late", *keys, "run.max_minutes=0.001"]
     outcome = run_on(1, run_by_the_clock, str(config), late, 0)
-    assert outcome[0].startswith("run.max_minutes = 0.01 leaves no time for a step")
+    assert outcome[0].startswith("run.max_minutes = 0.001 leaves no time for a step")
     clock = ["run.name=clock", *keys, "run.max_minutes=1000"]
     assert run_on(1, run_by_the_clock, str(config), clock, 3) == ["False"]
     status = status_of(folder, "clock")

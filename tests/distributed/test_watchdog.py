@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.report.stop_request import EXIT_AGAIN
+from megatron_amrlhf.report.stop_request import EXIT_AGAIN, POLL_SECONDS
 from megatron_amrlhf.report.watchdog import EXIT_STALLED
 from tests.distributed.runs import make_models, numbers, start, write_config
 
@@ -73,6 +73,11 @@ class Launched:
     def wait_for_fault(self) -> None:
         """Until the faulty rank has said that it is where it goes wrong."""
         self._wait(lambda: (self.beat(FAULTY)["step"], self.beat(FAULTY)["phase"]) == (2, "update"))
+
+    def wait_for_standstill(self) -> None:
+        """Until the faulty rank has stopped itself."""
+        stat = Path(f"/proc/{self.beat(FAULTY)['pid']}/stat")
+        self._wait(lambda: stat.read_text().rpartition(")")[2].split()[0] == "T")
 
     def wait_for(self, words: str) -> None:
         """Until the output has the words."""
@@ -159,6 +164,8 @@ def test_a_first_signal_asks_and_a_second_one_ends(folder):
         run.wait_for_fault()
         run.process.send_signal(signal.SIGTERM)
         run.wait_for("the run saves and stops")
+        run.wait_for_standstill()
+        time.sleep(2 * POLL_SECONDS)  # so that the next look for a stop file is due
         os.kill(run.beat(FAULTY)["pid"], signal.SIGCONT)
         assert run.wait(START_SECONDS) == EXIT_AGAIN, run.text()
         assert (run.status()["state"], run.status()["step"]) == ("preempted", 2)

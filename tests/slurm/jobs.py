@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "tests" / "distributed" / "planted"
 WAIT_SECONDS = 300.0
-LEAD_SECONDS = 90  # of the early signal
+LEAD_SECONDS = 120  # of the early signal
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
@@ -110,9 +110,9 @@ class Job:
     def shorten(self) -> None:
         """Moves the time limit so near that the early signal comes when Slurm looks next.
 
-        It looks every 30 seconds; between 30 and 90 are left, and the lead is longer.
+        It looks every 30 seconds; between 45 and 105 are left, and the lead is longer.
         """
-        limit = int((time.time() - self.submitted + 30) // 60) + 1
+        limit = int((time.time() - self.submitted + 45) // 60) + 1
         self.cluster.run("scontrol", "update", f"JobId={self.id}", f"TimeLimit={limit}")
 
     def wait(self) -> dict[str, str]:

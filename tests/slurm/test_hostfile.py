@@ -107,7 +107,8 @@ def test_the_doctor_examines_the_machines_of_a_hostfile(machines, tmp_path):
     text = healthy.log.read_text()
     assert "4 ranks on node1, node2" in text and "2 links between hosts" in text
     assert sorted(path.name for path in folder.iterdir()) == [".deepspeed_env", "stop"]
-    private = f"/dev/shm/{folder.name}"  # each node's own; the head makes its own there too
+    # Each node has its own; the head's is the machine's.
+    private = f"/dev/shm/{folder.name}-{os.getpid()}"
     blind = Launch(machines, ["doctor", "--folder", private], tmp_path, "blind")
     try:
         assert blind.wait() == 1, blind.log.read_text()

@@ -21,51 +21,55 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def beating(folder):
+def waited(monkeypatch):
+    """Seconds that the main thread waited for, at most, until a signal came."""
+    monkeypatch.setattr(os, "_exit", _raise_exit)
+    return []
+
+
+@pytest.fixture
+def stop(waited):
+    return SimpleNamespace(wait_for_signal=waited.append)
+
+
+@pytest.fixture
+def beating(folder, stop):
     context = SimpleNamespace(
         config=SimpleNamespace(engine=SimpleNamespace(watchdog_seconds=0.0)),
         mesh=SimpleNamespace(rank=0, world_size=1),
         folder=folder,
         console=SimpleNamespace(progress=RankProgress()),
+        stop=stop,
     )
     beating = watch.watch(context)
     yield beating
     beating.__exit__(None, None, None)  # after an error its thread goes on
 
 
-@pytest.fixture
-def slept(monkeypatch):
-    """Seconds that the main thread waited for."""
-    seconds = []
-    monkeypatch.setattr(watch.time, "sleep", seconds.append)
-    monkeypatch.setattr(os, "_exit", _raise_exit)
-    return seconds
-
-
 def _raise_exit(code):
     raise SystemExit(code)
 
 
-def test_who_lost_a_partner_waits_until_that_one_is_seen(folder, beating, slept):
+def test_who_lost_a_partner_waits_until_that_one_is_seen(folder, beating, waited):
     with pytest.raises(RuntimeError, match="gloo"), beating:
         raise LOST
-    assert slept == [watch.LOST_PARTNER_DELAY_SECONDS]
+    assert waited == [watch.LOST_PARTNER_DELAY_SECONDS]
     assert "gloo" in json.loads((folder.path / "status.json").read_text())["message"]
 
 
-def test_an_error_of_its_own_ends_it_at_once(beating, slept):
+def test_an_error_of_its_own_ends_it_at_once(beating, waited):
     with pytest.raises(ArithmeticError), beating:
         raise OWN
-    assert slept == []
+    assert waited == []
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_after_a_watchdog_all_leave_alike(folder, beating, slept, monkeypatch, is_late):
+def test_after_a_watchdog_all_leave_alike(folder, beating, stop, is_late):
     def report(*_):
         folder.watchdog.write_text("no progress\n")
 
     if is_late:  # while this rank waits
-        monkeypatch.setattr(watch.time, "sleep", report)
+        stop.wait_for_signal = report
     with pytest.raises(SystemExit) as end, beating:
         if not is_late:
             report()

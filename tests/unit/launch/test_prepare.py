@@ -1,6 +1,8 @@
 """What is done before any process of a run is started: refusals, folders of logs."""
 
 import json
+import os
+from unittest import mock
 
 import pytest
 import yaml
@@ -10,6 +12,13 @@ from megatron_amrlhf.launching import prepare
 from megatron_amrlhf.launching.prepare import new_attempt, refuse_for_shells
 from megatron_amrlhf.report.run_folder import RunFolder
 from tests.unit.config.samples import PPO, make_config
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What `prepare.main` sets for the ranks is gone after the test."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture
