@@ -78,9 +78,13 @@ def test_a_config_error_is_one_line_and_exit_code_2(config_path, trainer, capsys
 
 
 def test_only_rank_0_prints_a_config_error(config_path, trainer, capsys, monkeypatch):
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", slept.append)
     monkeypatch.setenv("RANK", "3")
     assert cli.main(["train", config_path, "--set", "run.sed=1"]) == 2
     assert capsys.readouterr().err == ""
+    # The launcher ends all ranks after the first that leaves: that has to be rank 0.
+    assert slept == [cli.OTHER_RANK_DELAY_SECONDS]
 
 
 def test_the_world_size_is_checked_before_training(config_path, trainer, capsys, monkeypatch):
