@@ -34,8 +34,9 @@ Files named here are looked for where you are, then in the repository; paths ins
 folder of --logs. Ctrl-C or SIGTERM: the run saves at the end of its last completed step and leaves;
 again: it ends at once. Started again, it goes on from its newest checkpoint. The exit code is the
 run's: 0 done, 2 a mistake in the input, 3 stopped by the watchdog (no progress for
-engine.watchdog_seconds), 75 asked to stop, start it again, 247 a process was killed, 1 another
-error; the last line then names the rank that failed first. Variables: VENV (default .venv),
+engine.watchdog_seconds), 75 asked to stop, start it again, 130 and 143 ended at once by
+Ctrl-C and SIGTERM, 247 a process was killed, 1 another error; the last line then names the rank that
+failed first. Variables: VENV (default .venv),
 MASTER_PORT (default: a free one), OMP_NUM_THREADS (default: cores / processes); what other nodes get
 of the environment is in runs/NAME/.deepspeed_env.
 TEXT

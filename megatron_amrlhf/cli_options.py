@@ -13,10 +13,10 @@ from megatron_amrlhf.planning import options as plan_options
 
 MAIN_EPILOG = """\
 examples:
-  amrlhf train configs/prm_demo.yaml                       one process
-  amrlhf train configs/ppo_demo.yaml --set optimizer.lr=1e-6 rollout.top_k=50
-  deepspeed --num_gpus 8 --module megatron_amrlhf train configs/ppo_demo.yaml \\
-      --set parallel.tensor=2 parallel.pipeline=2          8 processes: TP 2, PP 2, DP 2
+  amrlhf train configs/prm_demo.yaml --set parallel.pipeline=1 optimizer.lr=2e-5
+                                                           one process
+  deepspeed --num_gpus 6 --module megatron_amrlhf train configs/ppo_demo.yaml \\
+      --set parallel.tensor=3 parallel.pipeline=1          6 processes: TP 3, PP 1, DP 2
   amrlhf plan configs/ppo_qwen2_7b.yaml --gpus 8           memory of each GPU, layouts that fit
   amrlhf config configs/ppo_demo.yaml                      every key with its value
   amrlhf show-masks runs/ppo-demo --html masks.html        answers, their messages and masks
@@ -52,7 +52,7 @@ The reward model, the tokenizer, the limits and the layout are CONFIG.yaml's. St
 goes on where it was stopped.
 
 examples:
-  amrlhf score configs/ppo_demo.yaml --answers answers.jsonl --out runs/scores
+  amrlhf score configs/ppo_demo.yaml --answers A.jsonl --out scores --set parallel.pipeline=1
   bash launch/train.sh --processes 4 score configs/ppo_demo.yaml --answers A.jsonl --out scores
 """
 

@@ -40,7 +40,8 @@ TARGET is a Hugging Face folder or a Megatron-LM folder. A run's checkpoint is n
 an optimizer, which nothing else has, and a run starts from a Hugging Face folder as it is
 (model.path). Tokenizer files, chat template and generation settings go along.
 
-Files with pickled objects other than tensors, plain values and argparse.Namespace are never loaded.
+Files with pickled objects other than tensors, plain values and the few classes that megatron-core
+and DeepSpeed write are refused, not loaded.
 """
 
 EXAMPLES = """\

@@ -6,8 +6,8 @@ policies that it scores; they start when it has ended well.
 
 examples (from the repository's root):
   .venv/bin/python launch/slurm/submit.py --site site.yaml configs/ppo_qwen2_7b.yaml --dry-run
-  .venv/bin/python launch/slurm/submit.py --site site.yaml --first configs/prm_demo.yaml \\
-      configs/ppo_demo.yaml configs/dpo_demo.yaml --sweep run.seed=0,1,2
+  .venv/bin/python launch/slurm/submit.py --site site.yaml --first configs/prm_qwen2_7b.yaml \\
+      configs/ppo_qwen2_7b.yaml --sweep run.seed=0,1,2 mask.kind=adaptive,none
 """
 
 from __future__ import annotations

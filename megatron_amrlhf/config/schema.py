@@ -28,7 +28,8 @@ class RunSection(Section):
     seed: NonNegative = Field(0, description="seed of data order, sampling and head initialisation")
     steps: Positive | None = Field(
         None,
-        description="optimizer (prm, orm) or rollout (others) steps; null: all epochs of the data",
+        description="optimizer (prm, orm) or rollout (others) steps; null: all of the data, by prm "
+        "and orm algorithm.epochs times",
     )
     max_minutes: PositiveFloat | None = Field(
         None,
@@ -37,7 +38,7 @@ class RunSection(Section):
         "measured; null: no limit",
     )
     log_samples: NonNegative = Field(
-        8, description="samples a step written to samples.jsonl (count a data-parallel rank)"
+        8, description="samples a step written to samples.jsonl, of the first replica's answers"
     )
 
     @property
@@ -61,8 +62,8 @@ class ModelSection(Section):
 class RewardModelSection(Section):
     path: Name | None = Field(
         None,
-        description="folder that a prm or orm run exported (runs/NAME/export); required for "
-        "rollouts; null with data.format pairs: the scores in the file, if any",
+        description="folder that a prm or orm run exported (runs/NAME/export); read by "
+        "reward.prm_weight; null with data.format pairs: the scores in the file, if any",
     )
     orm_path: Name | None = Field(
         None, description="folder that an orm run exported; read by reward.orm_weight"
@@ -162,7 +163,9 @@ class DataSection(Section):
 
 class EvaluationSection(Section):
     prompts: NonNegative = Field(
-        32, description="held-out prompts answered before and after the run (0: none)"
+        32,
+        description="held-out prompts answered before and after the run (0: none); prm and orm are "
+        "evaluated on all held-out rows, after the run",
     )
     every: NonNegative = Field(0, description="also evaluate each N steps (0: start and end only)")
 

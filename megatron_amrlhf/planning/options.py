@@ -27,7 +27,7 @@ tenth is left for them, --share).
 examples:
   amrlhf plan configs/ppo_qwen2_7b.yaml --model configs/models/qwen2-7b --gpus 8
   amrlhf plan configs/ppo_llama3_70b.yaml --model configs/models/llama-3.1-70b --gpus 64
-  amrlhf plan configs/ppo_demo.yaml --gpus 4 --memory 16 --set parallel.tensor=2
+  amrlhf plan configs/ppo_demo.yaml --gpus 4 --memory 16 --set parallel.pipeline=1
 
 exit codes: 0 the run fits, 1 it does not, 2 a mistake in the input
 """
