@@ -35,6 +35,6 @@ def sequence_rewards(
         return unit_rewards(token_rewards, whole, valid, kind)[:, 0]
     assert cut_steps is not None, config.reward.outcome
     steps, ended = cut_steps(rollout).to(valid.device), rollout.ended.to(valid.device)
-    ends = step_ends(steps, valid, ended) & valid
+    ends = step_ends(steps, valid, ended, cut_steps.blanks(rollout).to(valid.device)) & valid
     scores = step_probabilities(token_rewards, config.reward_model.output)
     return aggregate_steps(scores, ends, config.reward.outcome).to(token_rewards.dtype)

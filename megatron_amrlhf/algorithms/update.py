@@ -131,7 +131,8 @@ def split_units(count: int, parts: int, seed: int | None, mesh: Mesh) -> list[Te
     if seed is None:
         split = [torch.arange(part, total, parts) for part in range(min(parts, total))]
     else:
-        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed % 2**63)  # what it takes
+        shuffled = torch.randperm(total, generator=generator)
         split = shuffled.tensor_split(min(parts, total)) if total else []
     return [part[(part >= start) & (part < start + count)] - start for part in split]
 

@@ -38,6 +38,12 @@ def reward_problems(config: Config) -> Iterator[str]:
             "mask.threshold: running follows nothing where each batch of rewards is whitened to "
             "mean 0: use reward.normalise: none or offline"
         )
+    is_flat = weights.granularity == "sequence" or not weights.prm_weight
+    if (mask.kind, mask.threshold, mask.signal) == ("adaptive", "sequence", "reward") and is_flat:
+        yield (
+            "mask.threshold: sequence cuts nothing where all tokens of an answer have the same "
+            "reward (reward.granularity: sequence, or no PRM): use batch, group, running or fixed"
+        )
 
 
 def _offline_problems(config: Config) -> Iterator[str]:

@@ -16,6 +16,9 @@ from megatron_amrlhf.errors import UserError
 # Words, runs of blanks, digits, a line break, letters that many vocabularies lack.
 PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
 
+# Texts after which another one goes on; a step's predecessor ends with the first.
+BEFORE = ("\n", ".")
+
 Message = dict[str, str]
 """``{"role": "system" | "user" | "assistant", "content": str}``"""
 
@@ -166,6 +169,21 @@ def check_vocabulary(
         )
 
 
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text that stands after another one.
+
+    Tokenizers of the SentencePiece kind put a space before the first word of what they are given,
+    which the text does not have there. Where a tokenizer would join it with what stands before,
+    the ids are those of the text alone.
+    """
+    for before in BEFORE:
+        head = tokenizer.encode(before, add_special_tokens=False)
+        ids = tokenizer.encode(before + text, add_special_tokens=False)
+        if ids[: len(head)] == head:
+            return ids[len(head) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
 def encode_solution(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
@@ -176,8 +194,8 @@ def encode_solution(
 ) -> tuple[list[int], list[int]]:
     """Token ids of a prompt with a solution, and the position at which each step is judged.
 
-    Each step is tokenized on its own, with the separator after it, and the ids are put one after
-    the other, so that a step's end is known by counting tokens; no separator is ever searched for
+    Each step is tokenized on its own (the later ones as `encode_continuation` does), with the
+    separator after it, and the ids are put one after the other, so that a step's end is known by counting tokens; no separator is ever searched for
     in text or ids. A step is judged at its last token, separator included, or at its marker. The
     last step of a whole solution has no separator and is followed by the end-of-turn token (the
     tokenizer's EOS), which has no label.
@@ -203,11 +221,14 @@ def encode_solution(
         between = separator if number < len(steps) or end == "after step" else ""
         if marker_id is None:
             text, between = text + between, ""
-        piece = tokenizer.encode(text, add_special_tokens=False)
+        if number == 1:  # after the prompt's last token, whose text is the template's
+            piece = tokenizer.encode(text, add_special_tokens=False)
+        else:
+            piece = encode_continuation(tokenizer, text)
         assert piece, f"step {number} has no tokens: {step!r}"
         ids.extend(piece if marker_id is None else [*piece, marker_id])
         step_end_positions.append(len(ids) - 1)
-        ids.extend(tokenizer.encode(between, add_special_tokens=False) if between else [])
+        ids.extend(encode_continuation(tokenizer, between) if between else [])
     if end == "whole":
         ids.append(tokenizer.eos_token_id)
     assert len(step_end_positions) == len(steps)

@@ -79,7 +79,7 @@ def fingerprint(path: str | Path) -> str:
         UserError: the file cannot be read.
     """
     try:
-        return sha256_of(Path(path))
+        return sha256_of(expanded(path))
     except OSError as error:
         raise UserError(f"{path}: cannot read the data file: {error.strerror}") from error
 

@@ -45,6 +45,8 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[i
     ends = [min(end, length) for end in ends]
     for place in range(1, len(ends)):
         ends[place] = max(ends[place], ends[place - 1])
+    if ends:
+        ends[-1] = length  # also of a character that was cut off
     return ends
 
 

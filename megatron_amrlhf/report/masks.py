@@ -134,9 +134,10 @@ def describe_answer(record: SampleRecord) -> str:
     keeps = "+" if record.chosen else "-"
     if kept == tokens and signs != {1 if record.chosen else -1}:
         keeps = "all"  # mask.kind: none
+    label = f"{'chosen' if record.chosen else 'rejected'} (keeps {keeps})"
     parts = [
         f"step {record.step}",
-        f"{'chosen' if record.chosen else 'rejected'} (keeps {keeps})",
+        "its reward failed" if record.failed else label,
         f"reward {record.sequence_reward:.4g}",
         f"{tokens} tokens, {len(record.messages)} messages, {kept} kept",
         "ended" if record.ended else "cut at the length limit",

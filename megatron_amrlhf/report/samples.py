@@ -49,7 +49,7 @@ class SampleRecord:
         delta: Schmitt offset of eq. 17, signal units.
         mask: 1 where the loss reads the token.
         messages: the messages, in order.
-        sequence_reward: reward of the whole answer.
+        sequence_reward: reward of the whole answer; NaN where it failed, and with it all others.
         chosen: whether it is a preferred answer.
         ended: it ends on an end token; else it was cut at the length limit.
         from_reference: sampled by the reference instead of the policy.
@@ -70,6 +70,11 @@ class SampleRecord:
     chosen: bool
     ended: bool
     from_reference: bool
+
+    @property
+    def failed(self) -> bool:
+        """Its reward failed: nothing is learned from it, and its token rewards mean nothing."""
+        return math.isnan(self.sequence_reward)
 
     def __post_init__(self):
         count = len(self.tokens)

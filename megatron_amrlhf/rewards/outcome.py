@@ -53,16 +53,18 @@ def aggregate_steps(scores_BS: Tensor, present_BS: Tensor, kind: str) -> Tensor:
     return torch.where(counts_B > 0, found, 0.0)
 
 
-def step_ends(steps_BR: Tensor, valid_BR: Tensor, ended_B: Tensor) -> Tensor:
+def step_ends(steps_BR: Tensor, valid_BR: Tensor, ended_B: Tensor, blank_BR: Tensor) -> Tensor:
     """``[B, R]`` bool: the tokens at which a PRM has learned to judge a step.
 
     These are the last token of each step and the answer's last token before its end token (which
-    belongs to no step); the end token only of an answer that is nothing else.
+    belongs to no step); the end token only of an answer that is nothing else. White space alone is
+    no step where the answer has others.
 
     Args:
         steps_BR: ``[B, R]`` int64 number of the step that each token is in.
         valid_BR: ``[B, R]`` bool, response tokens, left-aligned.
         ended_B: ``[B]`` bool, the last token is an end token.
+        blank_BR: ``[B, R]`` bool, the token is white space.
     """
     lengths_B = valid_BR.sum(dim=1)
     text_B = torch.where(ended_B & (lengths_B > 1), lengths_B - 1, lengths_B)
@@ -70,7 +72,12 @@ def step_ends(steps_BR: Tensor, valid_BR: Tensor, ended_B: Tensor) -> Tensor:
     places = torch.arange(valid_BR.shape[1], device=valid_BR.device)
     ends = places == last_B1
     ends[:, :-1] |= (steps_BR[:, :-1] != steps_BR[:, 1:]) & (places[:-1] < last_B1)
-    return ends
+    is_text = valid_BR & ~blank_BR & (places <= last_B1)
+    written = (
+        torch.zeros_like(steps_BR).scatter_add(1, steps_BR, is_text.long()).gather(1, steps_BR)
+    )
+    with_text = ends & (written > 0)
+    return torch.where(with_text.any(dim=1, keepdim=True), with_text, ends)
 
 
 def step_probabilities(outputs: Tensor, kind: str) -> Tensor:

@@ -1,13 +1,15 @@
-"""Where the steps of an answer end, for ``reward.granularity: step``."""
+"""Where the steps of an answer end, for ``reward.granularity: step`` and ``reward.outcome``."""
 
 from __future__ import annotations
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.data.sentences import token_sentences
-from megatron_amrlhf.rewards.units import newline_token_ids, step_ids
+from megatron_amrlhf.rewards.units import blank_token_ids, newline_token_ids, step_ids
 from megatron_amrlhf.types import RolloutBatch
 
 
@@ -39,6 +41,14 @@ class StepCutter:
             found = torch.tensor(numbers, dtype=torch.int64)
             ids[row, 1 : len(numbers)] = (found[1:] != found[:-1]).cumsum(dim=0)
         return ids
+
+    def blanks(self, rollout: RolloutBatch) -> Tensor:
+        """``[B, R]`` bool on the CPU: the token is white space."""
+        return torch.isin(response_tokens(rollout), self._blank_ids)
+
+    @cached_property
+    def _blank_ids(self) -> Tensor:
+        return blank_token_ids(self.tokenizer)
 
 
 def response_tokens(rollout: RolloutBatch) -> Tensor:

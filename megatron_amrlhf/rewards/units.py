@@ -13,6 +13,12 @@ def newline_token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     return torch.tensor(sorted(ids), dtype=torch.int64)
 
 
+def blank_token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Sorted 1-D int64 ids of all tokens that are white space, or no text at all."""
+    ids = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).strip()]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
 def step_ids(tokens_BR: Tensor, newline_ids: Tensor, valid_BR: Tensor) -> Tensor:
     """``[B, R]`` int64 step that each token is in; it ends with the last newline of a run.
 

@@ -8,6 +8,7 @@ import queue
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 
 from megatron_amrlhf.errors import UserError
@@ -61,11 +62,12 @@ class Verifier:
 
     def close(self) -> None:
         """Ends the worker; the next answer starts a new one."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process.stdin.close()
-            self._process = None
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+            with suppress(OSError):  # of what it has not read
+                process.stdin.close()
 
     def _start(self) -> str | None:
         """Starts the worker; what went wrong, or None. It is tried once."""

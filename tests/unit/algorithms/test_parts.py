@@ -40,4 +40,5 @@ def test_parts_are_those_of_one_replica(counts, parts, seed):
 def test_rows_are_shuffled_by_the_seed():
     splits = [split_everywhere([12], 3, seed) for seed in (None, 1, 2)]
     assert splits[0] == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert split_everywhere([12], 3, 10**30) not in splits  # of a run.seed such as 202601011200
     assert splits[1] != splits[2] and torch.tensor(splits[1]).shape == (3, 4)

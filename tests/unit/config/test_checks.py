@@ -19,6 +19,7 @@ SMOLLM2 = {
 }
 
 
+FLAT = {"mask": {"threshold": "sequence"}}
 BY_FILE = {"mask": {"threshold": "offline", "offline_file": "statistics.json"}}
 
 
@@ -314,6 +315,13 @@ def test_right_runs_pass():
         (PPO, {"mask": {"threshold": "offline"}}, 1, "mask.threshold: offline needs mask.offline"),
         (PPO, {"mask": {"threshold": "running"}}, 1, "mask.threshold: running follows nothing"),
         (PPO, {"reward": {"normalise": "offline"}}, 1, "reward.normalise: offline needs mask.off"),
+        (PPO, FLAT | {"reward": {"granularity": "sequence"}}, 1, "mask.threshold: sequence cuts"),
+        (
+            PPO,
+            FLAT | {"reward": {"prm_weight": 0, "verifiable_weight": 1}},
+            1,
+            "mask.threshold: sequence cuts nothing",
+        ),
         (PPO, BY_FILE, 1, "does not fit rewards that are whitened by batch"),
         (
             PPO,

@@ -67,6 +67,13 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
         fingerprint(tmp_path / "none.jsonl")
 
 
+def test_a_file_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_jsonl(tmp_path / "data.jsonl", [{"a": 1}])
+    assert read_jsonl("~/data.jsonl", {}) == [{"a": 1}]
+    assert fingerprint("~/data.jsonl") == fingerprint(tmp_path / "data.jsonl")
+
+
 def test_fingerprint_depends_on_each_byte(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 3_000_000)
     (tmp_path / "b").write_bytes(b"x" * 2_999_999 + b"y")

@@ -1,12 +1,13 @@
 """A tokenizer that is a SentencePiece file alone, trained here."""
 
 import json
+from itertools import pairwise
 
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from megatron_amrlhf.data.chat import PROBE, encode_prompt, load_tokenizer
+from megatron_amrlhf.data.chat import PROBE, encode_prompt, encode_solution, load_tokenizer
 from megatron_amrlhf.errors import UserError
 from tests.helpers import CHATML_TEMPLATE, SENTENCES
 
@@ -55,6 +56,31 @@ def test_a_sentencepiece_file_alone_gives_its_own_ids_and_the_chat_template(fold
     text = "Ann buys 3 apples.\n\u7b2c"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.chat_template == CHATML_TEMPLATE
+
+
+STEPS = ["Ann buys 3 apples.", "Ben drives 12 km.", "\u7b2c\u4e00"]
+
+
+def test_steps_are_tokenized_as_within_the_whole_answer(folder):
+    """The mark before a text's first word is at the beginning of an answer alone."""
+    tokenizer = load_tokenizer(folder)
+    ids, ends = encode_solution(tokenizer, [], STEPS)
+    assert ids[:-1] == tokenizer.encode("\n".join(STEPS), add_special_tokens=False)
+    newline = tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert [ids[end] for end in ends[:-1]] == [newline, newline]
+    sentences, _ = encode_solution(tokenizer, [], ["Ann buys.", " Ben drives."], "")
+    assert sentences[:-1] == tokenizer.encode("Ann buys. Ben drives.", add_special_tokens=False)
+
+
+def test_a_separator_behind_a_marker_is_one_token(folder):
+    tokenizer = load_tokenizer(folder)
+    marker = tokenizer.unk_token_id
+    ids, ends = encode_solution(tokenizer, [], STEPS, marker_id=marker)
+    newline = tokenizer.convert_tokens_to_ids("<0x0A>")
+    assert [ids[end] for end in ends] == [marker] * 3
+    assert [ids[end + 1] for end in ends] == [newline, newline, tokenizer.eos_token_id]
+    texts = [tokenizer.decode(ids[end + 2 : last]) for end, last in pairwise(ends)]
+    assert texts == STEPS[1:]
 
 
 def set_class(folder, name):

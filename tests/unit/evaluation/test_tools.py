@@ -65,6 +65,15 @@ def test_a_runs_rewards_are_cut_at_its_newlines(tmp_path):
     assert totals == pytest.approx(expected)
 
 
+def test_answers_whose_reward_failed_are_left_out(tmp_path, capsys):
+    right = sample([1.0, 1.0, -1.0, -1.0], ["a", "b\n", "c", "d"])
+    failed = sample([0.0, 0.0, 0.0]) | {"sequence_reward": None}
+    run = write_run(tmp_path, right, failed)
+    assert reward_error.main([run, "--noise", "0.5", "--out", run]) == 0
+    assert "1 of 2 answers are left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "reward_error.json").read_text())["answers"] == 1
+
+
 @pytest.mark.parametrize(
     ("samples", "expected"),
     [

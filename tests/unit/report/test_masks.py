@@ -67,6 +67,12 @@ def printed(*records):
     return console.file.getvalue()
 
 
+def test_an_answer_whose_reward_failed_is_neither_chosen_nor_rejected():
+    failed = printed(dataclasses.replace(RECORD, sequence_reward=float("nan")))
+    assert "chosen (keeps +)" in printed(RECORD)
+    assert "its reward failed" in failed and "keeps" not in failed
+
+
 def test_what_steers_a_terminal_is_shown_instead():
     assert printable("a\x1b[2Jb\u202ec\x00\x9b\ud800\n\t") == (
         "a\\x1b[2Jb\\u202ec\\x00\\x9b\\ud800\n\t"

@@ -19,7 +19,7 @@ from megatron_amrlhf.rewards.units import step_ids
 from megatron_amrlhf.types import RolloutBatch
 from tests.unit.config.samples import make_config
 
-NEWLINE, DOT, END = 7, 8, 2
+NEWLINE, DOT, BLANK, END = 7, 8, 9, 2
 PERMUTED = ((0.13, 0.85, 0.76, 0.26), (0.13, 0.76, 0.26, 0.85))  # products differ by rounding
 
 
@@ -72,6 +72,12 @@ ROWS = (
     ([5, DOT, NEWLINE, 6, END], True, [2, 3]),  # the end token belongs to no step
     ([5, NEWLINE, NEWLINE, 6, 6], False, [2, 4]),  # empty lines are no steps
     ([5, 6, NEWLINE, END], True, [2]),
+    (
+        [NEWLINE, 5, NEWLINE, BLANK, NEWLINE, 6, NEWLINE, BLANK],
+        False,
+        [2, 6],
+    ),  # nor lines of blanks
+    ([BLANK, NEWLINE, BLANK, END], True, [1, 2]),  # where there are others
     ([END], True, [0]),
     ([5, 6], True, [0]),  # the last token is an end token, whatever its id
 )
@@ -85,7 +91,8 @@ def test_steps_end_where_the_prm_has_learned_to_judge():
         tokens[row, : len(ids)], valid[row, : len(ids)] = torch.tensor(ids), True
     ended = torch.tensor([ended for _, ended, _ in ROWS])
     steps = step_ids(tokens, torch.tensor([NEWLINE]), valid)
-    found = step_ends(steps, valid, ended)
+    blank = torch.isin(tokens, torch.tensor([NEWLINE, BLANK]))
+    found = step_ends(steps, valid, ended, blank)
     for row, (_, _, expected) in enumerate(ROWS):
         assert found[row].nonzero().flatten().tolist() == expected, row
 
@@ -104,6 +111,16 @@ class Run:
 
     def __init__(self, config: Config):
         self.config = config
+
+
+class Cutter:
+    """Of two steps."""
+
+    def __call__(self, rollout):
+        return torch.tensor([[0, 0, 1, 1, 1]])
+
+    def blanks(self, rollout):
+        return torch.tensor([[False, True, False, False, False]])
 
 
 def test_sequence_rewards_follow_the_configuration():
@@ -126,10 +143,7 @@ def test_sequence_rewards_follow_the_configuration():
         )
         valid = rollout.response_mask
 
-        def cut_steps(rollout):
-            return torch.tensor([[0, 0, 1, 1, 1]])
-
-        return float(sequence_rewards(Run(config), rollout, rewards, valid, cut_steps))
+        return float(sequence_rewards(Run(config), rollout, rewards, valid, Cutter()))
 
     def sigmoid(x):
         return 1 / (1 + math.exp(-x))

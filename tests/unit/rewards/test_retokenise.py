@@ -118,6 +118,15 @@ def test_ends_equal_those_of_counting_bytes(request, name, text):
 
 @pytest.mark.parametrize("name", ["policy", "coarse", "fallback"])
 @pytest.mark.parametrize("text", TEXTS)
+def test_an_answer_cut_off_within_a_character_keeps_its_text(request, name, text):
+    tokenizer = every(request, name)
+    ids, _ = encode_with_ends(tokenizer, text)
+    for count in range(len(ids) + 1):
+        assert "".join(token_texts(tokenizer, ids[:count])) == decode(tokenizer, ids[:count])
+
+
+@pytest.mark.parametrize("name", ["policy", "coarse", "fallback"])
+@pytest.mark.parametrize("text", TEXTS)
 def test_equal_tokens_meet_each_other(request, name, text):
     """The same tokenizer: each token reads itself, also the bytes of one character."""
     ids, ends = encode_with_ends(every(request, name), text)

@@ -57,6 +57,13 @@ def test_numbers_have_no_gaps_where_a_sentence_has_no_token_of_its_own():
     assert StepCutter(tokenizer, "sentence")(rollout).tolist() == [[0, 1, 2, 2, 2]]
 
 
+def test_white_space_is_known_by_its_text(tokenizer):
+    rollout = rollout_of(tokenizer, ["a \n b."])
+    assert StepCutter(tokenizer, "newline").blanks(rollout).tolist() == [
+        [False, True, True, True, False, False, False]
+    ]
+
+
 def test_an_unknown_boundary_is_refused(tokenizer):
     with pytest.raises(ValueError, match="paragraph"):
         StepCutter(tokenizer, "paragraph")

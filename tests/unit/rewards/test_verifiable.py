@@ -110,5 +110,13 @@ def test_a_worker_that_dies_is_a_failure():
     verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", code])
     verdict = verifier.judge("1", "1")
     assert verdict.reward is None and "has died" in verdict.problem
+    # One that has died between two answers has not read the second: that is lost, no more.
+    verifier = Verifier(SLOW_SECONDS)
+    assert verifier.judge("1", "1").reward == 1.0
+    verifier._process.kill()
+    verifier._process.wait()
+    assert "has ended" in verifier.judge("1", "1").problem
+    assert verifier.judge("1", "1").reward == 1.0
+    verifier.close()
     dead = Verifier(SLOW_SECONDS, [sys.executable, "-c", "pass"])
     assert "does not start" in dead.judge("1", "1").problem
