@@ -77,7 +77,7 @@ ROWS = (
         False,
         [2, 6],
     ),  # nor lines of blanks
-    ([BLANK, NEWLINE, BLANK, END], True, [1, 2]),  # where there are others
+    ([BLANK, NEWLINE, BLANK, END], True, [1, 2]),
     ([END], True, [0]),
     ([5, 6], True, [0]),  # the last token is an end token, whatever its id
 )
