@@ -195,10 +195,10 @@ def encode_solution(
     """Token ids of a prompt with a solution, and the position at which each step is judged.
 
     Each step is tokenized on its own (the later ones as `encode_continuation` does), with the
-    separator after it, and the ids are put one after the other, so that a step's end is known by counting tokens; no separator is ever searched for
-    in text or ids. A step is judged at its last token, separator included, or at its marker. The
-    last step of a whole solution has no separator and is followed by the end-of-turn token (the
-    tokenizer's EOS), which has no label.
+    separator after it, and the ids are put one after the other, so that a step's end is known by
+    counting tokens; no separator is ever searched for in text or ids. A step is judged at its last
+    token, separator included, or at its marker. The last step of a whole solution has no separator
+    and is followed by the end-of-turn token (the tokenizer's EOS), which has no label.
 
     Args:
         tokenizer: any tokenizer with an EOS.
