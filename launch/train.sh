@@ -176,7 +176,7 @@ if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
     (
         trap '' INT # Ctrl-C reaches it too, and the run goes on for a while
         GONE=0
-        until compgen -G "$LOGS/*_rank0.log" >/dev/null; do
+        until (cd "$LOGS" 2>/dev/null && compgen -G "*_rank0.log") >/dev/null; do # $LOGS is no pattern
             [[ "$GONE" == 0 ]] || exit 0
             kill -0 -- "-$GROUP" 2>/dev/null || GONE=1 # the log is looked for once more
             [[ "$GONE" == 1 ]] || sleep 0.2

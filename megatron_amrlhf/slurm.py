@@ -8,6 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.ports import job_port
 
+JOB_VARIABLE = "SLURM_JOB_ID"
 BY_A_LAUNCHER = "start the ranks by launch/train.sh, srun or torchrun"
 
 

@@ -27,12 +27,13 @@ from megatron_amrlhf.checkpoint.parts import SavedLayout
 from megatron_amrlhf.checkpoint.store import CheckpointWriter
 from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN, Reason, process_age
-from megatron_amrlhf.slurm import is_requeued
+from megatron_amrlhf.slurm import JOB_VARIABLE, is_requeued
 
 PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
@@ -93,7 +94,8 @@ class Loop:
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
         on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
-        if section.resume or is_requeued(os.environ):
+        went_anew = on_all_ranks(lambda: context.mesh.is_main and self._went_anew(), doing)[0]
+        if section.resume or went_anew:
             # As rank 0 sees it: a shared file system may show other nodes less.
             found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
             latest = found[0]
@@ -121,6 +123,16 @@ class Loop:
         """Earlier attempts' checkpoints: they would be newer than those of a run from the start."""
         if step_folders(checkpoints):
             checkpoints.rename(f"{checkpoints}-before-attempt-{self.context.folder.attempt}")
+        write_atomic(self.context.folder.from_start, os.environ.get(JOB_VARIABLE, ""))
+
+    def _went_anew(self) -> bool:
+        """Whether this job, which Slurm has started again, has begun the run from the start."""
+        note = self.context.folder.from_start
+        return (
+            is_requeued(os.environ)
+            and note.is_file()
+            and note.read_text(encoding="utf-8") == os.environ[JOB_VARIABLE]
+        )
 
     def run(self) -> None:
         """All steps that are left.

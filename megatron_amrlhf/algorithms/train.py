@@ -17,6 +17,7 @@ from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.files import on_all_ranks
+from megatron_amrlhf.config.checks import check_total_steps
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_tokenizer
@@ -65,6 +66,7 @@ def run(config: Config) -> bool:
     end_ids = end_token_ids(tokenizer, model_folder)
     check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
+    check_total_steps(config, algorithm.total_steps)
     outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
     check_weights(model_folder, outputs)
     start_processes(_timeout_seconds(config))

@@ -27,6 +27,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import remove
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
 from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
 from megatron_amrlhf.parallel.mesh import Mesh
@@ -55,6 +56,7 @@ def export_role(
         UserError: a rank cannot write (the same message on every rank); an earlier export stays.
     """
     role, mesh = engine.roles[role_name], engine.mesh
+    folder = folder.resolve()  # a link may lead to a larger disk
     temporary = folder.with_name(f".{folder.name}.tmp")
     doing = f"cannot write the export {folder}"
 
@@ -165,11 +167,9 @@ def _replace(folder: Path, temporary: Path) -> None:
         fsync(file)
     fsync(temporary)
     old = folder.with_name(f".{folder.name}.old")
-    if old.exists():
-        shutil.rmtree(old)
+    remove(old)
     if folder.exists():
         folder.rename(old)
     temporary.rename(folder)
     fsync(folder.parent)
-    if old.exists():
-        shutil.rmtree(old)
+    remove(old)

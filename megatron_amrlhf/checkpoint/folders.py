@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_amrlhf.checkpoint.files import fsync, write_text
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import sha256_of
+from megatron_amrlhf.files import remove, sha256_of
 from megatron_amrlhf.sizes import GIB, in_units
 
 FORMAT = 2
@@ -138,7 +139,7 @@ def clear_leftovers(checkpoints: Path) -> None:
         if is_complete(folder) and not place.exists():
             folder.rename(place)
     for folder in checkpoints.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(folder)
+        remove(folder)
 
 
 def publish(temporary: Path, folder: Path) -> None:
@@ -146,7 +147,7 @@ def publish(temporary: Path, folder: Path) -> None:
     if folder.exists():
         aside = _set_aside(folder)
         temporary.rename(folder)
-        shutil.rmtree(aside)
+        remove(aside)
     else:
         temporary.rename(folder)
     fsync(folder.parent)
@@ -164,7 +165,10 @@ def delete_old(checkpoints: Path, newest: Path, retention: Retention) -> None:
         if kept < retention.count and (left is None or size <= left):
             kept, left = kept + 1, None if left is None else left - size
         else:
-            shutil.rmtree(_set_aside(folder))  # so that no half-deleted one is ever found
+            try:
+                remove(_set_aside(folder))  # so that no half-deleted one is ever found
+            except OSError as error:  # the new one is there
+                print(f"warning: {folder} is not deleted: {error}", file=sys.stderr, flush=True)
             left = left and 0  # what is older goes as well
 
 

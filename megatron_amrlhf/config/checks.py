@@ -112,6 +112,15 @@ def _missing_reward_models(config: Config) -> Iterator[str]:
             yield f"{key}: {folder}: no such folder, train a {kind} first"
 
 
+def check_total_steps(config: Config, steps: int) -> None:
+    """Checks what depends on the number of the run's steps, once the data have told it.
+
+    Raises:
+        UserError: nothing of the run is left after the warm-up.
+    """
+    _raise_if(_warmup_problems(config, steps))
+
+
 def check_model(config: Config, hf_config: Mapping[str, Any]) -> None:
     """Checks the parallel sizes against a model.
 
@@ -151,17 +160,22 @@ def _run_problems(config: Config) -> Iterator[str]:
         yield f"run.name: must be a plain folder name (got '{name}'), use run.folder for the place"
     if max(optimizer.betas) >= 1:
         yield f"optimizer.betas: both must be < 1 (got {list(optimizer.betas)})"
-    steps = _optimizer_steps(config)
-    if steps is not None and optimizer.warmup_steps >= steps:
-        yield (
-            f"optimizer.warmup_steps = {optimizer.warmup_steps} leaves nothing of the run's "
-            f"{steps} optimizer steps: use at most {steps - 1}"
-        )
+    if config.run.steps is not None:
+        yield from _warmup_problems(config, config.run.steps)
     kind = config.algorithm.kind
     wanted = config.algorithm.data_formats
     if config.data.format not in wanted:
         choice = " or ".join(wanted)
         yield f"data.format: algorithm.kind {kind} needs {choice} (got {config.data.format})"
+
+
+def _warmup_problems(config: Config, steps: int) -> Iterator[str]:
+    warmup, updates = config.optimizer.warmup_steps, _optimizer_steps(config, steps)
+    if warmup >= updates:
+        yield (
+            f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {updates} optimizer "
+            f"steps: use at most {updates - 1}"
+        )
 
 
 def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
@@ -278,10 +292,10 @@ def _implicit_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _optimizer_steps(config: Config) -> int | None:
-    """Optimizer steps of the run, or None where the data decide."""
-    algorithm, steps = config.algorithm, config.run.steps
-    if steps is None or algorithm.trains_reward_model:
+def _optimizer_steps(config: Config, steps: int) -> int:
+    """Optimizer steps of a run of so many steps."""
+    algorithm = config.algorithm
+    if algorithm.trains_reward_model:
         return steps
     epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm | GrpoAlgorithm) else 1
     return steps * epochs * algorithm.minibatches

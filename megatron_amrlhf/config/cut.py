@@ -77,8 +77,8 @@ class PipelineCut:
 
     def _why_not(self, num_layers: int) -> str:
         if self.first_layers is None and self.last_layers is None:
-            sizes = [str(n) for n in range(1, num_layers + 1) if num_layers % n == 0]
-            choice = f"{', '.join(sizes[:-1])} or {sizes[-1]}"
+            *sizes, largest = [str(n) for n in range(1, num_layers + 1) if num_layers % n == 0]
+            choice = f"{', '.join(sizes)} or {largest}" if sizes else largest
             return (
                 f"parallel.pipeline = {self.stages} does not divide the model's {num_layers} "
                 f"layers: use {choice}, or set parallel.first_stage_layers and .last_stage_layers"

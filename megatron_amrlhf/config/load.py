@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from pydantic import ValidationError
@@ -13,9 +13,31 @@ from megatron_amrlhf.config.problems import describe_problems, shortened
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 
+INT, FLOAT = "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"
+NUMBERS = {
+    INT: re.compile(r"^([-+]?[0-9][0-9_]*|0o[0-7_]+|0x[0-9a-fA-F_]+)$"),
+    FLOAT: re.compile(
+        r"^[-+]?([0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9][0-9_]*([eE][-+]?[0-9]+)?"
+        r"|\.(inf|Inf|INF))$|^\.(nan|NaN|NAN)$"
+    ),
+}
+
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2 floats (``1e-6``) and duplicate keys refused."""
+    """PyYAML's safe loader with the numbers of YAML 1.2 and duplicate keys refused.
+
+    So ``1e-6`` is a number, ``010`` is ten and not eight, and ``12:00:00`` is a text.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in NUMBERS]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = node.value.replace("_", "")
+        base = {"0x": 16, "0o": 8}.get(text[:2].lower(), 10)
+        return int(text[2:] if base != 10 else text, base)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
@@ -39,11 +61,14 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts a text in quotes where either version of YAML would take it for a number."""
+
+
+for _tag, _pattern in NUMBERS.items():
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
+_Loader.add_constructor(INT, _Loader.construct_yaml_int)
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -70,7 +95,17 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
 def dump_config(config: Config) -> str:
     """Writes a configuration, defaults included, as YAML that ``load_config`` reads back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a text says, by the same rules as a run's configuration.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_yaml(path: Path, kind: str = "run", examples: str = "configs/") -> dict[str, Any]:
@@ -89,7 +124,7 @@ def read_yaml(path: Path, kind: str = "run", examples: str = "configs/") -> dict
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the YAML file itself")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{path}: is not UTF-8 text") from None
     except OSError as error:
@@ -117,7 +152,7 @@ def _apply_override(data: dict[str, Any], text: str) -> str:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {text}: must look like section.key=value")
     try:
-        value = yaml.load(raw, Loader=_Loader)
+        value = parse_yaml(raw)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}{_yaml_problem(error)}") from None
     *parents, leaf = key.split(".")

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_amrlhf.checkpoint.files import fsync, make_empty, write_text
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import remove
 from megatron_amrlhf.sizes import in_units
 
 TRAVELLING = (  # tokenizer files of all kinds, the chat template, how to generate
@@ -59,6 +60,7 @@ def check_free_space(target: Path, needed: int) -> None:
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
     """A temporary folder that gets the name ``target`` at the end; on any failure it is deleted."""
+    target = target.resolve()  # a link may lead to a larger disk
     temporary = target.with_name(f".{target.name}.tmp")
     old = target.with_name(f".{target.name}.old")
     try:
@@ -66,12 +68,11 @@ def new_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in temporary.rglob("*"):
             fsync(path)
-        if old.exists():
-            shutil.rmtree(old)
+        remove(old)
         if target.exists():
             target.rename(old)
         temporary.rename(target)
-        fsync(target.absolute().parent)
+        fsync(target.parent)
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}") from None
     finally:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from megatron_amrlhf.checkpoint.folders import STATE_FILE, find_latest
 from megatron_amrlhf.checkpoint.opening import open_role, roles_in, saved_config
+from megatron_amrlhf.config.load import parse_yaml
 from megatron_amrlhf.config.schema import ModelSection
 from megatron_amrlhf.conversion.deepspeed_folder import DeepSpeedWeights, tag_folder
 from megatron_amrlhf.conversion.megatron_folder import (
@@ -124,8 +123,8 @@ def _model_of(form: Form, folder: Path, cache: str) -> Path:
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
-    run_config = folder.parent.parent / RUN_CONFIG
+    run_config = folder.resolve().parent.parent / RUN_CONFIG
     if form == "ours" and run_config.is_file():
-        section = yaml.safe_load(run_config.read_text(encoding="utf-8"))["model"]
+        section = parse_yaml(run_config.read_text(encoding="utf-8"))["model"]
         return resolve_model_folder(section["path"], section.get("cache_folder", cache))
     raise UserError(f"{folder} has no config.json: give the model that it was made from by --model")

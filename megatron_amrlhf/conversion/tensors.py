@@ -92,7 +92,8 @@ def checked(
     has_head = HEAD_NAMES[0] in weights
     head_outputs = int(weights.get(HEAD_NAMES[0]).shape[0]) if has_head else None
     shapes = expected_shapes(hf_config, head_outputs)
-    found = set(weights.names())
+    # Old Llama folders have what is computed from the configuration.
+    found = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if hf_config.get("tie_word_embeddings") or has_head:
         found.discard(LM_HEAD)  # a copy of the embedding, or not used
     if has_head and HEAD_NAMES[1] not in found:

@@ -108,6 +108,13 @@ def _parse_line(line: str, where: str) -> dict:
         raise UserError(message) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: not valid JSON ({error}); correct this line") from error
+    if "\\u" in line:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            problem = f"{half} is half a character (a cut emoji), which no tokenizer takes"
+            raise UserError(f"{where}: {problem}; correct this line") from None
     if not isinstance(record, dict):
         found = _JSON_NAMES[type(record)]
         raise UserError(f"{where}: expected a JSON object, found {found}; write {{...}} a line")

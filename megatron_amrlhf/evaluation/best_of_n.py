@@ -148,7 +148,10 @@ def _logits(value: Any) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # an integer that is no float
+        return False
 
 
 def _sigmoid(x: float) -> float:

@@ -17,7 +17,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         UserError: the file is missing, empty or has a wrong line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--hostfile {path}: cannot be read ({error})") from None
     hosts: dict[str, int] = {}

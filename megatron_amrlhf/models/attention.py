@@ -100,7 +100,7 @@ class RotarySdpaAttention(SelfAttention):
         cos, sin = rotary
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         bias, causal = None, True
-        if isinstance(rows, KVCache) and query.shape[2] > 1:
+        if isinstance(rows, KVCache) and self.cache_index == len(rows.keys):
             rows.prefill(self.cache_index, key, value)
         elif isinstance(rows, KVCache):
             key, value = rows.append(self.cache_index, key, value)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import torch
@@ -31,7 +32,9 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, hash_ends
 
 DIGEST_BYTES = 32 * 1024 * 1024
+VERSION = 2  # of what is written: folders of another one are not taken from the cache
 GGUF_FAMILIES = ("llama", "qwen2")
+ROPE_SCALINGS = ("linear", "yarn")
 GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -87,7 +90,7 @@ def convert_gguf(file: Path, cache_folder: str) -> Path:
         UserError: the file is no such model, or ``cache_folder`` cannot be written.
     """
     cache = expanded(cache_folder)
-    target = cache / f"{file.stem}-{file.stat().st_size}-{_digest(file)}"
+    target = cache / f"{file.stem}-{file.stat().st_size}-{_digest(file)}-{VERSION}"
     try:
         if target.is_dir():
             return target
@@ -160,6 +163,7 @@ def _write_hf_folder(file: Path, folder: Path) -> None:
     config.__dict__.pop("_model_name_or_path", None)
     config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF holds a rounded float32
     config.dtype = "float32"
+    config.rope_parameters = config.rope_parameters | _rope_scaling(reader, family, file)
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -179,6 +183,26 @@ def _write_hf_folder(file: Path, folder: Path) -> None:
     config.save_pretrained(folder)
     _generation_config(config, tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _rope_scaling(reader: gguf.GGUFReader, family: str, file: Path) -> dict[str, Any]:
+    """The part of ``rope_parameters`` that transformers does not read from a file."""
+
+    def scaling(key: str) -> Any:
+        return _gguf_field(reader, f"{family}.rope.scaling.{key}")
+
+    kind = scaling("type") or "none"
+    if kind == "none":
+        return {}
+    if kind not in ROPE_SCALINGS or scaling("factor") is None:
+        raise UserError(
+            f"{file}: rope scaling {kind!r} is not supported here (known: "
+            f"{', '.join(ROPE_SCALINGS)}, with a factor): use the model's Hugging Face folder"
+        )
+    found = {"rope_type": kind, "factor": float(f"{scaling('factor'):.6g}")}
+    if kind == "yarn" and (length := scaling("original_context_length")):
+        found["original_max_position_embeddings"] = int(length)
+    return found
 
 
 def _gguf_field(reader: gguf.GGUFReader, key: str):

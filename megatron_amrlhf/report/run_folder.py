@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
-from megatron_amrlhf.config.load import dump_config
+from megatron_amrlhf.config.load import dump_config, parse_yaml
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
@@ -103,6 +103,14 @@ class RunFolder:
     def stop(self) -> Path:
         """Its existence asks the run to save a checkpoint and leave."""
         return self.path / STOP_NAME
+
+    @property
+    def from_start(self) -> Path:
+        """The Slurm job that has last begun the run from the start (``checkpoint.resume: false``).
+
+        It is empty outside of Slurm.
+        """
+        return self.path / "from-start"
 
     @property
     def watchdog(self) -> Path:
@@ -206,7 +214,7 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        earlier = yaml.safe_load(text)
+        earlier = parse_yaml(text)
     except yaml.YAMLError:
         earlier = None
     if not isinstance(earlier, dict):

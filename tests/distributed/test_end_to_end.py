@@ -177,23 +177,26 @@ def test_a_run_resumes_at_another_layout(reference, kind):
     assert_same_line(numbers(runs[kind])[1], numbers(moved)[1])
 
 
-def run_requeued(path: str, overrides: list[str]) -> None:
+def run_in_job(path: str, overrides: list[str], job: str, restarts: int) -> None:
     """As Slurm runs the same command again, in a process of its own."""
-    os.environ["SLURM_RESTART_COUNT"] = "1"
-    run_config(path, overrides)
+    os.environ |= {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(restarts)}
+    run_config(path, [*overrides, "checkpoint.resume=false"])
 
 
 def test_a_run_from_the_start_sets_earlier_checkpoints_aside(reference):
     folder, configs, _ = reference
-    name = ["run.name=prm-anew"]
-    run_on(1, run_config, str(configs["prm"]), [*name, "checkpoint.every=1"])
-    run_on(1, run_config, str(configs["prm"]), [*name, "checkpoint.resume=false", "run.steps=1"])
+    name, config = ["run.name=prm-anew"], str(configs["prm"])
+    run_on(1, run_config, config, [*name, "checkpoint.every=1"])
+    # A job whose node failed before it had begun has not made the checkpoints that are there.
+    run_on(1, run_in_job, config, [*name, "run.steps=1"], "7", 1)
     run = folder / "runs" / "prm-anew"
     assert find_latest(run / "checkpoints").name == "step-1"
     assert find_latest(run / "checkpoints-before-attempt-2").name == "step-2"
     assert len(numbers(run)) == 1
-    run_on(1, run_requeued, str(configs["prm"]), [*name, "checkpoint.resume=false"])
+    run_on(1, run_in_job, config, name, "7", 2)
     assert len(numbers(run)) == 2 and not (run / "checkpoints-before-attempt-3").exists()
+    run_on(1, run_in_job, config, [*name, "run.steps=1"], "8", 1)
+    assert len(numbers(run)) == 1 and (run / "checkpoints-before-attempt-4").exists()
 
 
 def test_a_run_does_not_resume_on_other_data(reference):

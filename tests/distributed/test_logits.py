@@ -217,3 +217,11 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_full_forward(tiny, name
         for row, prompt, wanted in zip(found, prompts, expected, strict=True):
             before_answer = wanted[prompt.numel() - 1 : -1]
             torch.testing.assert_close(row, before_answer, rtol=0, atol=TOLERANCE)
+
+
+def test_prompts_of_one_token_are_decoded_too(tiny):
+    name, prompts, answers = "llama-tied", [torch.tensor([3]), torch.tensor([8])], [[5, 6], [7, 9]]
+    ((found, *_),) = run_on(1, decoded_logits, tiny[0][name], answers, prompts, 1)
+    whole = tuple(torch.cat([p, torch.tensor(a)]) for p, a in zip(prompts, answers, strict=True))
+    for row, wanted in zip(found, hugging_face_logits(tiny[0][name], whole), strict=True):
+        torch.testing.assert_close(row, wanted[:-1], rtol=0, atol=TOLERANCE)

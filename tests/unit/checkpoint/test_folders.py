@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amrlhf.checkpoint import folders
 from megatron_amrlhf.checkpoint.folders import (
     Retention,
     clear_leftovers,
@@ -41,9 +42,9 @@ def names(folder: Path) -> list[str]:
     ],
 )
 def test_the_newest_always_stays(tmp_path, retention, left):
-    folders = [make(tmp_path / f"step-{step}") for step in (1, 2, 3, 4)]
+    made = [make(tmp_path / f"step-{step}") for step in (1, 2, 3, 4)]
     (tmp_path / "step-0").mkdir()  # not complete: not ours to delete
-    delete_old(tmp_path, folders[-1], retention)
+    delete_old(tmp_path, made[-1], retention)
     assert names(tmp_path) == ["step-0", *(f"step-{step}" for step in left)]
 
 
@@ -52,6 +53,22 @@ def test_a_gap_in_size_ends_what_is_kept(tmp_path):
         make(tmp_path / f"step-{step}", size)
     delete_old(tmp_path, tmp_path / "step-3", Retention(9, 200 / 2**30))
     assert names(tmp_path) == ["step-3"]
+
+
+def test_a_link_goes_alone_and_what_cannot_be_deleted_is_told(tmp_path, monkeypatch, capsys):
+    archive = make(tmp_path / "archive" / "step-1")
+    checkpoints = make(tmp_path / "c" / "step-2").parent
+    (checkpoints / "step-1").symlink_to(archive)
+    delete_old(checkpoints, checkpoints / "step-2", Retention(1))
+    assert names(checkpoints) == ["step-2"] and names(archive) == ["manifest.json", "part"]
+
+    def refuse(path):
+        raise OSError("in use")
+
+    monkeypatch.setattr(folders, "remove", refuse)
+    delete_old(checkpoints, make(checkpoints / "step-3"), Retention(1))
+    assert "step-2 is not deleted: in use" in capsys.readouterr().err
+    assert find_latest(checkpoints) == checkpoints / "step-3"
 
 
 def test_a_save_killed_while_it_replaced_a_checkpoint_loses_nothing(tmp_path):

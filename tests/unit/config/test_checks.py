@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from megatron_amrlhf.config.checks import check_files, check_model, check_run
+from megatron_amrlhf.config.checks import check_files, check_model, check_run, check_total_steps
 from megatron_amrlhf.config.deepspeed import REPOSITORY
 from megatron_amrlhf.errors import UserError
 from tests.unit.config.samples import OFFLINE, ORM, PPO, PRM, make_config
@@ -353,6 +353,13 @@ def test_warm_up_counts_optimizer_steps_not_rollouts():
     sections["algorithm"]["kind"] = "grpo"
     config = make_config(PPO, **sections, optimizer={"warmup_steps": 20})
     assert "use at most 19" in message_of(check_run, config, 1)
+
+
+def test_warm_up_is_checked_again_once_the_data_have_told_the_steps():
+    config = make_config(PRM, run={"steps": None}, optimizer={"warmup_steps": 50})
+    check_run(config, 1)
+    check_total_steps(config, 51)
+    assert "use at most 49" in message_of(check_total_steps, config, 50)
 
 
 def test_an_unmasked_run_may_leave_mask_keys_as_they_are():

@@ -48,3 +48,8 @@ def test_layers_that_do_not_divide_are_refused(cut, expected):
     with pytest.raises(ValueError, match="12 layers") as caught:
         cut.chunks(12, 0)
     assert expected in str(caught.value)
+
+
+def test_one_layer_is_one_stage():
+    with pytest.raises(ValueError, match="1 layers: use 1, or set"):
+        PipelineCut(2).chunks(1, 0)

@@ -48,6 +48,24 @@ def test_floats_without_a_dot_are_floats(write, text, value):
     assert config.optimizer.lr == value
 
 
+@pytest.mark.parametrize(
+    ("text", "value"), [("0100", 100), ("010", 10), ("008", 8), ("1_000", 1000), ("0x1F", 31)]
+)
+def test_integers_are_decimal_also_behind_a_zero(write, text, value):
+    assert load_config(write(VALID), [f"run.seed={text}"]).run.seed == value
+
+
+def test_a_time_is_no_number_of_base_60(write):
+    with pytest.raises(UserError, match=r"run.max_minutes: .*12:00:00"):
+        load_config(write(VALID), ["run.max_minutes=12:00:00"])
+
+
+@pytest.mark.parametrize("name", ["08", "1e-6", "0o17", "12:00:00", "0x1F", ".5", "null", "yes"])
+def test_a_text_that_looks_like_a_number_comes_back(write, name):
+    config = load_config(write(VALID.replace("demo", f'"{name}"')))
+    assert config.run.name == name and load_config(write(dump_config(config))) == config
+
+
 def test_a_name_that_looks_like_hexadecimal_stays_text(write):
     assert load_config(write(VALID.replace("demo", "e6"))).run.name == "e6"
 

@@ -336,6 +336,26 @@ def test_damaged_and_missing_files_are_named(models, tmp_path, capsys):
     assert not x.exists()
 
 
+def test_a_link_as_target_stays_and_its_folder_is_replaced(models, tmp_path):
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "old")
+    for _ in range(2):
+        command = (models["llama", True], tmp_path / "out", "--to", "hf", "--overwrite")
+        assert run(*command) == 0
+        assert (tmp_path / "out").is_symlink() and (tmp_path / "out" / "config.json").is_file()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["old"]
+
+
+def test_computed_frequencies_of_old_llama_folders_are_left_out(models, tmp_path):
+    old = tmp_path / "old"
+    shutil.copytree(models["llama", False], old)
+    tensors = load_file(old / "model.safetensors")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
+    assert run(old, tmp_path / "new", "--to", "hf") == 0
+    assert_same(models["llama", False], tmp_path / "new")
+
+
 def test_a_dry_run_tells_what_is_then_written(models, tmp_path, capsys):
     arguments = (models["qwen3", False], tmp_path / "x", "--to", "megatron", "--tensor", "2")
     capsys.readouterr()

@@ -50,6 +50,15 @@ def test_a_check_function_says_what_is_wrong(tmp_path):
         read_jsonl(path, {"a": lambda value: "must be even" if value % 2 else None})
 
 
+def test_half_a_character_is_refused_and_a_whole_one_is_not(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}\n')
+    assert read_jsonl(path, {"a": str}) == [{"a": "\U0001f600"}]
+    path.write_text('{"a": "x"}\n{"a": ["\\ud83d b"]}\n')
+    with pytest.raises(UserError, match=r"x\.jsonl:2: \\ud83d is half a character"):
+        read_jsonl(path, {})
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "x.jsonl"

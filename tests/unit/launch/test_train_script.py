@@ -60,6 +60,12 @@ def launch(tmp_path, config):
     return Launch(tmp_path)
 
 
+def test_a_folders_name_is_no_pattern(launch):
+    more = ["run.yaml", "--set", "run.name=x[1]"]
+    answer = launch('echo "error: told" >"$LOGS/x_rank0.log"; exit 2', *more)
+    assert (answer.returncode, answer.stdout) == (2, "error: told\n")
+
+
 def test_a_launcher_that_dies_before_any_rank_has_a_log_ends_the_script(launch):
     answer = launch("exit 3")
     assert answer.returncode == 3

@@ -43,6 +43,16 @@ def _interleave_rotary_halves(weight: np.ndarray, num_heads: int) -> np.ndarray:
     return out
 
 
+def _add_rope_scaling(writer: gguf.GGUFWriter, rope: dict) -> None:
+    if rope["rope_type"] == "default":
+        return
+    kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    writer.add_rope_scaling_type(kinds.get(rope["rope_type"], gguf.RopeScalingType.LONGROPE))
+    writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
 def _write_gguf(folder: Path, file: Path) -> None:
     """Writes the model of a Hugging Face folder as an unquantized GGUF file."""
     config = read_hf_config(folder)
@@ -55,6 +65,7 @@ def _write_gguf(folder: Path, file: Path) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    _add_rope_scaling(writer, config["rope_parameters"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
@@ -85,9 +96,11 @@ def _write_gguf(folder: Path, file: Path) -> None:
     writer.close()
 
 
-def _tiny_gguf(tmp_path: Path, family: str, tied: bool) -> tuple[Path, torch.nn.Module]:
+def _tiny_gguf(
+    tmp_path: Path, family: str, tied: bool, rope: dict | None = None
+) -> tuple[Path, torch.nn.Module]:
     hf = tmp_path / "hf"
-    model = make_tiny_model(hf, family, tied, vocab_size=NUM_GGUF_TOKENS)
+    model = make_tiny_model(hf, family, tied, vocab_size=NUM_GGUF_TOKENS, rope=rope)
     _write_gguf(hf, tmp_path / "tiny.gguf")
     return tmp_path / "tiny.gguf", model
 
@@ -102,6 +115,38 @@ def test_a_converted_gguf_computes_the_same(tmp_path, family, tied):
     assert "quantization_config" not in read_hf_config(folder)
     ids = torch.arange(1, NUM_GGUF_TOKENS)[None]
     torch.testing.assert_close(converted(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.5,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize("rope", [LINEAR, YARN], ids=["linear", "yarn"])
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_a_converted_gguf_keeps_its_rope_scaling(tmp_path, family, rope):
+    file, model = _tiny_gguf(tmp_path, family, True, rope)
+    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
+    converted = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(1, NUM_GGUF_TOKENS)[None]
+    torch.testing.assert_close(converted(ids).logits, model(ids).logits, rtol=0, atol=0)
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    _, unscaled = _tiny_gguf(tmp_path / "plain", family, True, plain)
+    unscaled.load_state_dict(model.state_dict())
+    assert (unscaled(ids).logits - model(ids).logits).abs().max() > 1e-4
+
+
+def test_a_rope_scaling_that_is_not_known_here_is_refused(tmp_path):
+    file, _ = _tiny_gguf(tmp_path, "llama", True, LINEAR)
+    data = file.read_bytes()
+    assert data.count(b"linear") == 1
+    file.write_bytes(data.replace(b"linear", b"dynamo"))
+    with pytest.raises(UserError, match=r"rope scaling 'dynamo' is not supported here"):
+        resolve_model_folder(str(file), str(tmp_path / "cache"))
 
 
 def test_a_converted_gguf_ends_on_the_chat_templates_token_too(tmp_path):
@@ -151,7 +196,7 @@ def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "_convert_into", lambda file, target: target.mkdir())
     file = tmp_path / "b.gguf"
     file.write_bytes(b"GGUF" + bytes(range(100)))
-    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60"
+    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60-2"
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/cache"])
