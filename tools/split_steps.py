@@ -16,6 +16,7 @@ from megatron_amrlhf.data.prm_data import step_reader
 from megatron_amrlhf.data.rows import select_rows
 from megatron_amrlhf.data.step_record import StepRecord
 from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.files import expanded
 from megatron_amrlhf.rewards.outcome import RIGHT_STEP
 
 DESCRIPTION = """\
@@ -54,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not 0 < options.heldout < 1:
         raise UserError(f"--heldout {options.heldout}: must be between 0 and 1")
     train, heldout = _split(_read(options.source, options.format), options.heldout)
-    _write(Path(options.out), train, heldout, options.pairs)
+    _write(expanded(options.out), options.source, train, heldout, options.pairs)
     return 0
 
 
@@ -117,11 +118,13 @@ def _split(
     return tuple({text: problems[text] for text in side} for side in sides)
 
 
-def _write(folder: Path, train: dict, heldout: dict, limit: int) -> None:
+def _write(folder: Path, source: str, train: dict, heldout: dict, limit: int) -> None:
     sides = {"train": train, "heldout": heldout}
     files = {f"{name}.jsonl": _lines(side) for name, side in sides.items()}
     files |= {f"pairs_{name}.jsonl": _pairs(side, limit) for name, side in sides.items()}
     files["answers.jsonl"] = _answers(heldout)
+    if expanded(source).resolve() in [(folder / name).resolve() for name in files]:
+        raise UserError(f"--out {folder}: {source} itself would be replaced: give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, lines in files.items():

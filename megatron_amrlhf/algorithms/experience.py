@@ -211,15 +211,17 @@ class ExperienceMaker:
             mask = adaptive_mask(judged.dense.signs[rows], chosen, valid)
         rewards = judged.dense.sequence_rewards[rows]
         judged_rows = judged.scored.judged[rows]
-        rejected = judged_rows & ~chosen
-        return mask, {
+        metrics = {
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
             "mask/empty_answers": count_metric(
                 (judged_rows & ~mask.any(dim=1)).sum(), judged_rows.sum()
             ),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
-            "reward/rejected": count_metric(rewards[rejected].sum(), rejected.sum()),
         }
+        if self.context.config.algorithm.kind != "rejection_sampling":  # whose are all chosen
+            rejected = judged_rows & ~chosen
+            metrics["reward/rejected"] = count_metric(rewards[rejected].sum(), rejected.sum())
+        return mask, metrics
 
     def timings(self, rollout: RolloutBatch, update_seconds: float, updated: int) -> dict:
         """The time and throughput metrics of a step: this rank's clock, all replicas' tokens.

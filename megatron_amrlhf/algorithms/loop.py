@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable
@@ -88,7 +89,11 @@ class Loop:
         self.after: dict[str, float] = {}
 
     def resume(self) -> None:
-        """Loads the newest complete checkpoint, if any, and forgets what was logged after it."""
+        """Loads the newest checkpoint, if any, and forgets what was logged after it.
+
+        Raises:
+            UserError: it is damaged, does not fit, or has more steps than the run.
+        """
         self._check_copies()
         context, section, latest = self.context, self.context.config.checkpoint, None
         checkpoints = context.folder.checkpoints
@@ -111,6 +116,11 @@ class Loop:
                 data, state["step"], section.accept_changed_data, context.config.run.steps is None
             )
             self.first = self.done = self.saved = state["step"]
+            if self.done > self.total:
+                raise UserError(
+                    f"{latest} has more steps than the run's {self.total}: raise run.steps, or "
+                    "choose another run.name"
+                )
             self.pending = state.get("pending")
             self.before, self.after = state.get("before", {}), state.get("after", {})
             context.console.line(_resumed_line(context, latest, loaded.layout, data))
@@ -120,9 +130,14 @@ class Loop:
         self.writer.truncate_after(self.done - (self.pending is not None))
 
     def _set_aside(self, checkpoints: Path) -> None:
-        """Earlier attempts' checkpoints: they would be newer than those of a run from the start."""
+        """What earlier attempts have left: a run from the start would mix with it."""
+        folder = self.context.folder
+        name = f"before-attempt-{folder.attempt}"
         if step_folders(checkpoints):
-            checkpoints.rename(f"{checkpoints}-before-attempt-{self.context.folder.attempt}")
+            checkpoints.rename(f"{checkpoints}-{name}")
+        for file in (folder.metrics, folder.samples):
+            if file.is_file() and file.stat().st_size:
+                file.rename(file.with_name(f"{file.stem}-{name}{file.suffix}"))
         write_atomic(self.context.folder.from_start, os.environ.get(JOB_VARIABLE, ""))
 
     def _went_anew(self) -> bool:
@@ -218,6 +233,10 @@ class Loop:
         self.writer.write(step, metrics)
         self.pending = None
         context.console.step_table(step, self.total, metrics)
+        kept = metrics.get("mask/kept_fraction", 1.0)
+        if not kept > 0:  # NaN: there was no answer
+            what = "no answer was learned from" if math.isnan(kept) else "the mask kept no token"
+            context.console.line(f"warning: {what} in step {step}")
 
     def _save(self) -> None:
         context = self.context

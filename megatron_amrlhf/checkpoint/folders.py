@@ -37,9 +37,34 @@ class Retention:
 
 
 def find_latest(checkpoints: Path) -> Path | None:
-    """The newest complete checkpoint: it has a manifest, and each file has the size it tells."""
-    complete = [folder for folder in step_folders(checkpoints) if is_complete(folder)]
-    return complete[-1] if complete else None
+    """The newest checkpoint: it has a manifest, and each file has the size it tells.
+
+    Waits where a shared file system lags behind. An older one is never taken without a word, as
+    all that was logged after it would be forgotten.
+
+    Raises:
+        UserError: it is not; names the file and the way out.
+    """
+    folders = [folder for folder in step_folders(checkpoints) if any(folder.iterdir())]
+    if not folders:
+        return None
+    wait_until_seen(newest := folders[-1])
+    if (manifest := read_manifest(newest)) is None:
+        raise damaged(newest, MANIFEST_FILE, "is missing or unreadable")
+    for name, entry in manifest.items():
+        if size_of(newest / name) != entry["size"]:
+            raise damaged(newest, name, size_problem(newest / name, entry["size"]))
+    return newest
+
+
+def damaged(folder: Path, name: str, what: str) -> UserError:
+    """The error, with the way out: the newest older checkpoint that is complete."""
+    older = [x for x in step_folders(folder.parent) if step_of(x) < step_of(folder)]
+    older = [x for x in older if is_complete(x)]
+    advice = "there is no older complete checkpoint: restore the file or start a new run"
+    if older:
+        advice = f"delete {folder} to go on from the older complete checkpoint {older[-1]}"
+    return UserError(f"{folder / name} {what}; {advice}")
 
 
 def wait_until_seen(folder: Path) -> None:
@@ -106,14 +131,20 @@ def is_complete(folder: Path) -> bool:
 def file_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
     """What is wrong with a file of a checkpoint, by its size and its content; None if nothing."""
     file = folder / name
-    if name not in manifest or not file.is_file():
+    if name not in manifest:
         return "is missing"
     wanted = manifest[name]
     if size_of(file) != wanted["size"]:
-        return f"has {size_of(file)} bytes instead of {wanted['size']}"
+        return size_problem(file, wanted["size"])
     if sha256_of(file) != wanted["sha256"]:
         return "is damaged: its SHA-256 is not the manifest's"
     return None
+
+
+def size_problem(file: Path, wanted: int) -> str:
+    """What is wrong with a file that has not ``wanted`` bytes."""
+    size = size_of(file)
+    return "is missing" if size is None else f"has {size} bytes instead of {wanted}"
 
 
 def size_of(file: Path) -> int | None:

@@ -9,11 +9,10 @@ from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.checkpoint.folders import (
     MANIFEST_FILE,
     STATE_FILE,
+    damaged,
     file_problem,
-    is_complete,
     read_header,
     read_manifest,
-    step_folders,
     step_of,
 )
 from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
@@ -84,7 +83,7 @@ class _Reader:
         step_of(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
-            raise self._damaged(MANIFEST_FILE, "is missing or unreadable")
+            raise damaged(self.path, MANIFEST_FILE, "is missing or unreadable")
         self._check_file(STATE_FILE, manifest)
         header = read_header(self.path)
         self._check_roles(header, engine)
@@ -102,17 +101,7 @@ class _Reader:
 
     def _check_file(self, name: str, manifest: dict[str, dict]) -> None:
         if problem := file_problem(self.path, name, manifest):
-            raise self._damaged(name, problem)
-
-    def _damaged(self, name: str, what: str) -> UserError:
-        """The error, with the way out: the newest older checkpoint that is complete."""
-        step = step_of(self.path)
-        folders = [x for x in step_folders(self.path.parent) if step_of(x) < step]
-        older = [folder for folder in folders if is_complete(folder)]
-        advice = "there is no older complete checkpoint: restore the file or start a new run"
-        if older:
-            advice = f"delete {self.path} to go on from the older complete checkpoint {older[-1]}"
-        return UserError(f"{self.path / name} {what}; {advice}")
+            raise damaged(self.path, name, problem)
 
     def _check_roles(self, header: dict, engine: Zero3Engine) -> None:
         def describe(roles: dict[str, str]) -> str:

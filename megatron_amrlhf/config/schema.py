@@ -130,7 +130,7 @@ class DataSection(Section):
     on_wrong_row: Literal["stop", "skip"] = Field(
         "stop",
         description="a row that is wrong or too long: stop with its file and line, or leave it "
-        "out, counted and logged",
+        "out, counted and logged; a line that is no JSON object stops the start anyway",
     )
     screening_rows: Literal["drop", "keep"] = Field(
         "drop", description="quality-control and initial-screening rows of prm800k; counted"
@@ -300,9 +300,9 @@ class CheckpointSection(Section):
     )
     resume: bool = Field(
         True,
-        description="go on from the newest complete checkpoint of the run; false: from the start, "
-        "earlier checkpoints are set aside in checkpoints-before-attempt-N (a job that Slurm has "
-        "requeued goes on from its own all the same)",
+        description="go on from the newest checkpoint of the run; false: from the start, "
+        "earlier checkpoints, metrics and samples are set aside, in *-before-attempt-N (a job that "
+        "Slurm has requeued goes on from its own all the same); the export is replaced",
     )
     export: bool = Field(
         True, description="write the trained model as a Hugging Face folder at the end"

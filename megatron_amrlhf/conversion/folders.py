@@ -24,6 +24,8 @@ TRAVELLING = (  # tokenizer files of all kinds, the chat template, how to genera
     "added_tokens.json",
     "generation_config.json",
 )
+# What a folder of a model has: Hugging Face's, Megatron-LM's.
+MODEL_SIGNS = ("config.json", "latest_checkpointed_iteration.txt")
 TEMPLATES = "additional_chat_templates"
 
 
@@ -31,7 +33,8 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Refuses a target that would destroy something.
 
     Raises:
-        UserError: it exists and ``overwrite`` is not given, or it holds or is the source.
+        UserError: it exists and ``overwrite`` is not given, or is no model; or it holds or is the
+            source.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give a folder")
@@ -39,6 +42,14 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{target} holds what is converted: give another folder")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise UserError(f"{target} exists: give another folder, or --overwrite")
+    if target.is_dir() and any(target.iterdir()) and not _is_model(target):
+        raise UserError(
+            f"{target} holds no model that --overwrite could replace: give another folder"
+        )
+
+
+def _is_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in MODEL_SIGNS)
 
 
 def check_free_space(target: Path, needed: int) -> None:

@@ -9,7 +9,8 @@ from typing import Literal
 
 from jinja2.exceptions import TemplateError
 from sentencepiece import SentencePieceProcessor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_amrlhf.errors import UserError
 
@@ -56,7 +57,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         )
     if not (Path(folder) / "tokenizer.json").is_file():
         _check_sentencepiece(tokenizer, Path(folder) / "tokenizer.model")
-    return tokenizer
+        return tokenizer
+    return _as_in_its_file(tokenizer, Path(folder))
+
+
+def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer, or transformers' general one where the model's class departs from the file.
+
+    Some classes of transformers 5 (that of qwen2) take no more than the vocabulary from
+    ``tokenizer.json`` and cut, or even lose, text by rules of their own.
+    """
+    expected = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if tokenizer.encode(PROBE, add_special_tokens=False) == (
+        expected.encode(PROBE, add_special_tokens=False).ids
+    ):
+        return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
 
 
 def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:

@@ -127,7 +127,9 @@ def test_run_leaves_all_it_promises(reference, kind):
     expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds"}
     expected |= {"memory/peak_gib", "throughput/update_tokens_per_second"}
     if kind not in REWARD_KINDS:
-        expected |= {"reward/mean", "reward/chosen", "reward/rejected", "loss/policy"}
+        expected |= {"reward/mean", "reward/chosen", "loss/policy"}
+        if kind != "rejection_sampling":
+            expected |= {"reward/rejected"}
         expected |= {"mask/kept_fraction", "mask/num_messages", "mask/mean_message_tokens"}
         expected |= {"kl/ref_nats", "policy/entropy_nats", "time/rollout_seconds"}
         expected |= {"time/score_seconds", "time/mask_seconds", "eval/reward_mean"}
@@ -197,6 +199,16 @@ def test_a_run_from_the_start_sets_earlier_checkpoints_aside(reference):
     assert len(numbers(run)) == 2 and not (run / "checkpoints-before-attempt-3").exists()
     run_on(1, run_in_job, config, [*name, "run.steps=1"], "8", 1)
     assert len(numbers(run)) == 1 and (run / "checkpoints-before-attempt-4").exists()
+    assert (run / "metrics-before-attempt-4.jsonl").read_text().count("\n") == 2
+
+
+def test_a_run_with_more_steps_than_it_should_have_is_refused(reference):
+    folder, configs, _ = reference
+    name = "run.name=prm-fewer"
+    run_on(1, run_config, str(configs["prm"]), [name])
+    with pytest.raises(AssertionError, match="step-2 has more steps than the run's 1: raise run"):
+        run_on(1, run_config, str(configs["prm"]), [name, "run.steps=1"])
+    assert len(numbers(folder / "runs" / "prm-fewer")) == 2
 
 
 def test_a_run_does_not_resume_on_other_data(reference):

@@ -15,6 +15,7 @@ from megatron_amrlhf.checkpoint.folders import (
     find_latest,
     publish,
 )
+from megatron_amrlhf.errors import UserError
 
 
 def make(folder: Path, size: int = 100) -> Path:
@@ -53,6 +54,17 @@ def test_a_gap_in_size_ends_what_is_kept(tmp_path):
         make(tmp_path / f"step-{step}", size)
     delete_old(tmp_path, tmp_path / "step-3", Retention(9, 200 / 2**30))
     assert names(tmp_path) == ["step-3"]
+
+
+@pytest.mark.parametrize("file", ["part", "manifest.json"])
+def test_a_damaged_newest_one_is_named_and_no_older_one_taken(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(folders, "LONGEST_LAG_SECONDS", 0.0)
+    for step in (1, 2):
+        make(tmp_path / f"step-{step}")
+    (tmp_path / "step-3").mkdir()  # of somebody else
+    (tmp_path / "step-2" / file).write_text("cut")
+    with pytest.raises(UserError, match=rf"step-2/{file} .*; delete .*step-2 .*step-1$"):
+        find_latest(tmp_path)
 
 
 def test_a_link_goes_alone_and_what_cannot_be_deleted_is_told(tmp_path, monkeypatch, capsys):

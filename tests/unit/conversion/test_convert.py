@@ -276,7 +276,9 @@ def test_bad_input_is_told_before_any_work(models, tmp_path, capsys):
     x.mkdir()
     (x / "mine").touch()
     assert "exists" in refusal(capsys, source, x, "--to", "hf")
+    assert "holds no model" in refusal(capsys, source, x, "--to", "hf", "--overwrite")
     assert [path.name for path in x.iterdir()] == ["mine"]
+    (x / "config.json").touch()
     assert run(source, x, "--to", "hf", "--overwrite") == 0
     assert_same(source, x)
 
@@ -337,7 +339,7 @@ def test_damaged_and_missing_files_are_named(models, tmp_path, capsys):
 
 
 def test_a_link_as_target_stays_and_its_folder_is_replaced(models, tmp_path):
-    (tmp_path / "disk" / "old").mkdir(parents=True)
+    assert run(models["llama", True], tmp_path / "disk" / "old", "--to", "hf") == 0
     (tmp_path / "out").symlink_to(tmp_path / "disk" / "old")
     for _ in range(2):
         command = (models["llama", True], tmp_path / "out", "--to", "hf", "--overwrite")

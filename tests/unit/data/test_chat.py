@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_amrlhf.data.chat import (
     PROBE,
@@ -16,6 +17,7 @@ from megatron_amrlhf.data.chat import (
 )
 from megatron_amrlhf.errors import UserError
 from tests.helpers import make_tiny_tokenizer
+from tests.helpers_models import make_tiny_model
 
 
 def test_a_prompt_ends_with_the_header_of_the_assistants_turn(tokenizer):
@@ -44,6 +46,18 @@ def test_a_saved_tokenizer_is_loaded_with_the_same_ids(tokenizer, tokenizer_fold
     loaded = load_tokenizer(tokenizer_folder)
     assert len(loaded) == 321 and loaded.eos_token == "<|im_end|>"
     assert encode_prompt(loaded, "Ann", None) == encode_prompt(tokenizer, "Ann", None)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
+def test_the_tokenizer_is_the_one_of_its_file_whatever_the_models_class(tmp_path, family):
+    """Of a qwen2 folder transformers takes the vocabulary alone and splits by Qwen's own rules."""
+    make_tiny_model(tmp_path, family)
+    tokenizer = load_tokenizer(tmp_path)
+    expected = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    text = "a step\nanother  one\n"
+    assert tokenizer.encode(text, add_special_tokens=False) == expected.encode(text).ids
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert tokenizer.chat_template and tokenizer.eos_token_id is not None
 
 
 def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):

@@ -94,3 +94,11 @@ def test_mistakes_are_one_line(source, tmp_path, capsys, arguments, words):
     assert split_steps.main([str(source), "--out", str(tmp_path / "x"), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and not (tmp_path / "x").exists()
+
+
+def test_the_source_is_never_replaced(source, tmp_path, capsys):
+    own = tmp_path / "train.jsonl"
+    own.write_bytes(source.read_bytes())
+    assert split_steps.main([str(own), "--out", str(tmp_path)]) == 2
+    assert "itself would be replaced" in capsys.readouterr().err
+    assert own.read_bytes() == source.read_bytes()
