@@ -127,7 +127,9 @@ class Loop:
         if context.mesh.is_main:
             truncate_jsonl(context.folder.samples, self.done)
         dist.barrier()
-        self.writer.truncate_after(self.done - (self.pending is not None))
+        logged = self.done - (self.pending is not None)
+        # Step 0 is the evaluation before training, which is done anew where no step was.
+        self.writer.truncate_after(logged if self.before else logged or -1)
 
     def _set_aside(self, checkpoints: Path) -> None:
         """What earlier attempts have left: a run from the start would mix with it."""
@@ -161,6 +163,8 @@ class Loop:
             self.before = self.after = algorithm.evaluate()
             if self.before:
                 context.console.step_table(self.done, self.total, self.before)
+                if not self.done:
+                    self.writer.write(0, self.before)
         if self.pending is not None:
             self._close_step()
         for step in range(self.done + 1, self.total + 1):

@@ -118,7 +118,9 @@ def _banner(context: Context, algorithm) -> str:
         if role.spec.trainable
     ]
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
-    return "\n".join([line, *attempt, *_long_rows(context), *describe_choices(trained)])
+    changed = context.folder.changed
+    changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
+    return "\n".join([line, *attempt, *changes, *_long_rows(context), *describe_choices(trained)])
 
 
 def _long_rows(context: Context) -> list[str]:

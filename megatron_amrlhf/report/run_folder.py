@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,11 +39,14 @@ class RunFolder:
         attempt: 1 for the first start of this run, one more for each start after it. Certain on
             rank 0 only: on other ranks it is 0.
         is_writer: whether this process writes (global rank 0).
+        changed: keys of the configuration that the last attempt had otherwise, with both values;
+            rank 0 only.
     """
 
     path: Path
     attempt: int
     is_writer: bool
+    changed: tuple[str, ...] = ()
 
     @classmethod
     def create(cls, config: Config, rank: int) -> RunFolder:
@@ -66,10 +71,10 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.folder: cannot make {path} ({error.strerror})") from None
         attempt = last_attempt(path) + 1
-        _write_config(path, config, attempt)
+        changed = _write_config(path, config, attempt)
         shutil.rmtree(path / HEARTBEAT_NAME, ignore_errors=True)  # an earlier attempt's
         (path / WATCHDOG_NAME).unlink(missing_ok=True)
-        folder = cls(path, attempt, True)
+        folder = cls(path, attempt, True, changed)
         folder.status("running", 0, "started")
         folder._clear_old_stop()
         return folder
@@ -261,11 +266,26 @@ def _read(path: Path) -> str | None:
         raise UserError(f"{path} cannot be read ({error.strerror})") from None
 
 
-def _write_config(path: Path, config: Config, attempt: int) -> None:
+def _write_config(path: Path, config: Config, attempt: int) -> tuple[str, ...]:
+    """Which keys the file before had otherwise."""
     target, text = path / CONFIG_NAME, dump_config(config)
-    if target.is_file():
-        earlier = target.read_text(encoding="utf-8")
-        if earlier == text:
-            return
+    earlier = _read(target)
+    if earlier == text:
+        return ()
+    changed = ()
+    if earlier is not None:
         write_atomic(path / f"config.resolved.{attempt - 1}.yaml", earlier)
+        with suppress(UserError):  # damaged, of a start that left no results
+            changed = tuple(_differences(_read_config(target), parse_yaml(text)))
     write_atomic(target, text)
+    return changed
+
+
+def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
+    """``key: before -> now`` of each value that is not the same in two configurations."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in before | now:
+            inner = f"{key}.{name}" if key else name
+            yield from _differences(before.get(name), now.get(name), inner)
+    elif before != now:
+        yield f"{key}: {before} -> {now}"

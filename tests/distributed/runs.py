@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from megatron_amrlhf.algorithms.train import run
 from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
 from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.processes import run_on
 from tests.helpers_models import make_tiny_model
 
@@ -129,8 +130,13 @@ def run_config(path: str, overrides: list[str]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The steps' lines of metrics.jsonl."""
+    return [line for line in read_jsonl(folder / "metrics.jsonl") if line["step"] > 0]
+
+
+def read_start(folder: Path) -> list[dict]:
+    """The lines of the evaluation before training; there should be one at most."""
+    return [line for line in read_jsonl(folder / "metrics.jsonl") if line["step"] == 0]
 
 
 def numbers(folder: Path) -> list[dict]:

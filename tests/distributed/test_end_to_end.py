@@ -19,6 +19,7 @@ from tests.distributed.runs import (
     make_models,
     numbers,
     read_metrics,
+    read_start,
     run_config,
     saved_parts,
     start,
@@ -167,6 +168,8 @@ def test_resumed_run_equals_an_uninterrupted_one(reference, kind):
     resumed = folder / "runs" / f"{kind}-resumed"
     assert numbers(resumed)[1] == numbers(runs[kind])[1]
     assert saved_parts(resumed) == saved_parts(runs[kind])
+    starts = [[x["eval/reward_mean"] for x in read_start(run)] for run in (resumed, runs[kind])]
+    assert starts[0] == starts[1] and len(starts[0]) == (kind not in REWARD_KINDS)
 
 
 @pytest.mark.parametrize("kind", ["ppo", "dpo", "rejection_sampling"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.processes import run_on
-from tests.distributed.runs import numbers, run_config
+from tests.distributed.runs import numbers, read_metrics, run_config
 from tests.slurm.jobs import ROOT, environment, living, wait_until
 from tests.slurm.nodes import HEAD, NODES, Nodes, why_not
 
@@ -86,7 +86,12 @@ def test_a_run_on_two_machines_stops_and_goes_on_with_the_same_numbers(machines,
     run = [str(work / "ppo.yaml"), "--set", "run.name=hostfile", *LAYOUT]
     first = Launch(machines, run, work, "hostfile")
     metrics = first.folder / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() or first.process.poll() is not None, first.log.read_text)
+
+    def has_begun() -> bool:
+        has_step = metrics.exists() and read_metrics(first.folder)
+        return bool(has_step) or first.process.poll() is not None
+
+    wait_until(has_begun, first.log.read_text)
     first.process.send_signal(signal.SIGINT)
     assert first.wait() == 75, first.log.read_text()
     assert "the run saves and stops" in first.log.read_text()

@@ -83,6 +83,16 @@ def test_another_runs_folder_is_refused(make, sections, expected):
         RunFolder.create(make(**sections), rank=0)
 
 
+def test_what_another_attempt_changes_is_told(make):
+    assert RunFolder.create(make(), rank=0).changed == ()
+    changed = make(optimizer={"lr": 5e-5}, mask={"kind": "none"})
+    assert RunFolder.create(changed, rank=0).changed == (
+        "optimizer.lr: 1e-06 -> 5e-05",
+        "mask.kind: adaptive -> none",
+    )
+    assert RunFolder.create(changed, rank=0).changed == ()
+
+
 def test_a_start_that_failed_before_its_first_step_takes_no_name(make):
     folder = RunFolder.create(make(model={"path": "wrong"}), rank=0)
     folder.metrics.touch()
