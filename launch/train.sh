@@ -34,11 +34,10 @@ Files named here are looked for where you are, then in the repository; paths ins
 folder of --logs. Ctrl-C or SIGTERM: the run saves at the end of its last completed step and leaves;
 again: it ends at once. Started again, it goes on from its newest checkpoint. The exit code is the
 run's: 0 done, 2 a mistake in the input, 3 stopped by the watchdog (no progress for
-engine.watchdog_seconds), 75 asked to stop, start it again, 130 and 143 ended at once by
-Ctrl-C and SIGTERM, 247 a process was killed, 1 another error; the last line then names the rank that
-failed first. Variables: VENV (default .venv),
-MASTER_PORT (default: a free one), OMP_NUM_THREADS (default: cores / processes); what other nodes get
-of the environment is in runs/NAME/.deepspeed_env.
+engine.watchdog_seconds), 75 asked to stop, start it again, 130 and 143 ended at once by Ctrl-C and
+SIGTERM, 247 a process was killed, 1 another error; the last line then names the rank that failed
+first. Variables: VENV (default .venv), MASTER_PORT (default: a free one), OMP_NUM_THREADS (default:
+cores / processes); what other nodes get of the environment is in runs/NAME/.deepspeed_env.
 TEXT
 }
 
@@ -178,8 +177,7 @@ if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
         GONE=0
         until (cd "$LOGS" 2>/dev/null && compgen -G "*_rank0.log") >/dev/null; do # $LOGS is no pattern
             [[ "$GONE" == 0 ]] || exit 0
-            kill -0 -- "-$GROUP" 2>/dev/null || GONE=1 # the log is looked for once more
-            [[ "$GONE" == 1 ]] || sleep 0.2
+            if kill -0 -- "-$GROUP" 2>/dev/null; then sleep 0.2; else GONE=1; fi # looks once more
         done
         exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
     ) &

@@ -8,7 +8,6 @@ from collections.abc import Mapping, MutableMapping
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.ports import job_port
 
-JOB_VARIABLE = "SLURM_JOB_ID"
 BY_A_LAUNCHER = "start the ranks by launch/train.sh, srun or torchrun"
 
 
@@ -31,6 +30,11 @@ def set_ranks(environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = host_names(environment["SLURM_STEP_NODELIST"])[0]
     environment.setdefault("MASTER_PORT", str(job_port(environment)))
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """The id of the Slurm job, the same after a requeue; empty outside of one."""
+    return environment.get("SLURM_JOB_ID", "")
 
 
 def is_requeued(environment: Mapping[str, str]) -> bool:

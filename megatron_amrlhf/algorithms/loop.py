@@ -34,7 +34,7 @@ from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN, Reason, process_age
-from megatron_amrlhf.slurm import JOB_VARIABLE, is_requeued
+from megatron_amrlhf.slurm import is_requeued, job_id
 
 PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
@@ -140,7 +140,7 @@ class Loop:
         for file in (folder.metrics, folder.samples):
             if file.is_file() and file.stat().st_size:
                 file.rename(file.with_name(f"{file.stem}-{name}{file.suffix}"))
-        write_atomic(self.context.folder.from_start, os.environ.get(JOB_VARIABLE, ""))
+        write_atomic(folder.from_start, job_id(os.environ))
 
     def _went_anew(self) -> bool:
         """Whether this job, which Slurm has started again, has begun the run from the start."""
@@ -148,7 +148,7 @@ class Loop:
         return (
             is_requeued(os.environ)
             and note.is_file()
-            and note.read_text(encoding="utf-8") == os.environ[JOB_VARIABLE]
+            and note.read_text(encoding="utf-8") == job_id(os.environ)
         )
 
     def run(self) -> None:

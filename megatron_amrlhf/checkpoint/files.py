@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import sha256_of, write_atomic
+from megatron_amrlhf.files import remove, sha256_of, write_atomic
 from megatron_amrlhf.parallel.collectives import gather_objects
 
 Result = TypeVar("Result")
@@ -72,8 +72,7 @@ def deleted_on_failure(folder: Path, is_main: bool) -> Iterator[None]:
 
 def make_empty(folder: Path) -> None:
     """Makes an empty folder, with its parents, in place of what is there."""
-    if folder.exists():
-        shutil.rmtree(folder)
+    remove(folder)
     folder.mkdir(parents=True)
 
 

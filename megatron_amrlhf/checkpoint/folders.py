@@ -51,9 +51,9 @@ def find_latest(checkpoints: Path) -> Path | None:
     wait_until_seen(newest := folders[-1])
     if (manifest := read_manifest(newest)) is None:
         raise damaged(newest, MANIFEST_FILE, "is missing or unreadable")
-    for name, entry in manifest.items():
-        if size_of(newest / name) != entry["size"]:
-            raise damaged(newest, name, size_problem(newest / name, entry["size"]))
+    for name in manifest:
+        if problem := size_problem(newest, name, manifest):
+            raise damaged(newest, name, problem)
     return newest
 
 
@@ -125,26 +125,25 @@ def is_complete(folder: Path) -> bool:
     manifest = read_manifest(folder)
     if manifest is None:
         return False
-    return all(size_of(folder / name) == entry["size"] for name, entry in manifest.items())
+    return not any(size_problem(folder, name, manifest) for name in manifest)
 
 
 def file_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
     """What is wrong with a file of a checkpoint, by its size and its content; None if nothing."""
-    file = folder / name
-    if name not in manifest:
-        return "is missing"
-    wanted = manifest[name]
-    if size_of(file) != wanted["size"]:
-        return size_problem(file, wanted["size"])
-    if sha256_of(file) != wanted["sha256"]:
+    if problem := size_problem(folder, name, manifest):
+        return problem
+    if sha256_of(folder / name) != manifest[name]["sha256"]:
         return "is damaged: its SHA-256 is not the manifest's"
     return None
 
 
-def size_problem(file: Path, wanted: int) -> str:
-    """What is wrong with a file that has not ``wanted`` bytes."""
-    size = size_of(file)
-    return "is missing" if size is None else f"has {size} bytes instead of {wanted}"
+def size_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
+    """What is wrong with a file of a checkpoint, by its size alone; None if nothing."""
+    size = size_of(folder / name)
+    if name not in manifest or size is None:
+        return "is missing"
+    wanted = manifest[name]["size"]
+    return None if size == wanted else f"has {size} bytes instead of {wanted}"
 
 
 def size_of(file: Path) -> int | None:

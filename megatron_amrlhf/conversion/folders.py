@@ -40,16 +40,14 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         raise UserError(f"{target} is a file: give a folder")
     if source.resolve().is_relative_to(target.resolve()):
         raise UserError(f"{target} holds what is converted: give another folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
         raise UserError(f"{target} exists: give another folder, or --overwrite")
-    if target.is_dir() and any(target.iterdir()) and not _is_model(target):
+    if not any((target / name).exists() for name in MODEL_SIGNS):
         raise UserError(
             f"{target} holds no model that --overwrite could replace: give another folder"
         )
-
-
-def _is_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in MODEL_SIGNS)
 
 
 def check_free_space(target: Path, needed: int) -> None:

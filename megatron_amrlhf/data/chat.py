@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -193,11 +194,17 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
     the ids are those of the text alone.
     """
     for before in BEFORE:
-        head = tokenizer.encode(before, add_special_tokens=False)
+        head = _ids_before(tokenizer, before)
         ids = tokenizer.encode(before + text, add_special_tokens=False)
         if ids[: len(head)] == head:
             return ids[len(head) :]
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+@lru_cache(maxsize=8)
+def _ids_before(tokenizer: PreTrainedTokenizerBase, before: str) -> list[int]:
+    """Kept, as data have millions of steps."""
+    return tokenizer.encode(before, add_special_tokens=False)
 
 
 def encode_solution(

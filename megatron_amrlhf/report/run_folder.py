@@ -216,8 +216,10 @@ def _has_results(path: Path) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any] | None:
     text = _read(path)
-    if text is None:
-        return None
+    return None if text is None else _parse_config(path, text)
+
+
+def _parse_config(path: Path, text: str) -> dict[str, Any]:
     try:
         earlier = parse_yaml(text)
     except yaml.YAMLError:
@@ -276,7 +278,8 @@ def _write_config(path: Path, config: Config, attempt: int) -> tuple[str, ...]:
     if earlier is not None:
         write_atomic(path / f"config.resolved.{attempt - 1}.yaml", earlier)
         with suppress(UserError):  # damaged, of a start that left no results
-            changed = tuple(_differences(_read_config(target), parse_yaml(text)))
+            now = config.model_dump(mode="json")
+            changed = tuple(_differences(_parse_config(target, earlier), now))
     write_atomic(target, text)
     return changed
 

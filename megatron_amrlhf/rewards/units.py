@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -9,13 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 def newline_token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Sorted 1-D int64 ids of all tokens whose text has a newline: they end a step."""
-    ids = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
-    return torch.tensor(sorted(ids), dtype=torch.int64)
+    return _token_ids(tokenizer, lambda text: "\n" in text)
 
 
 def blank_token_ids(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """Sorted 1-D int64 ids of all tokens that are white space, or no text at all."""
-    ids = [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).strip()]
+    return _token_ids(tokenizer, lambda text: not text.strip())
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, is_such: Callable[[str], bool]) -> Tensor:
+    ids = [i for i in range(len(tokenizer)) if is_such(tokenizer.decode([i]))]
     return torch.tensor(ids, dtype=torch.int64)
 
 

@@ -72,11 +72,8 @@ ROWS = (
     ([5, DOT, NEWLINE, 6, END], True, [2, 3]),  # the end token belongs to no step
     ([5, NEWLINE, NEWLINE, 6, 6], False, [2, 4]),  # empty lines are no steps
     ([5, 6, NEWLINE, END], True, [2]),
-    (
-        [NEWLINE, 5, NEWLINE, BLANK, NEWLINE, 6, NEWLINE, BLANK],
-        False,
-        [2, 6],
-    ),  # nor lines of blanks
+    # Nor are lines of blanks, where there are others.
+    ([NEWLINE, 5, NEWLINE, BLANK, NEWLINE, 6, NEWLINE, BLANK], False, [2, 6]),
     ([BLANK, NEWLINE, BLANK, END], True, [1, 2]),
     ([END], True, [0]),
     ([5, 6], True, [0]),  # the last token is an end token, whatever its id
