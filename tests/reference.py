@@ -63,9 +63,13 @@ class Hyper:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """Loss, gradient norm before clipping and gradients of one optimizer step."""
+    """Loss, gradient norm before clipping and gradients of one optimizer step.
+
+    ``size`` is the loss without its terms' signs, by which the rounding of a sum is judged.
+    """
 
     loss: float
+    size: float
     grad_norm: float
     gradients: dict[str, Tensor]
 
@@ -130,7 +134,7 @@ class ReferenceModel:
         hidden = self.model.model(row.tokens[None]).last_hidden_state[0]
         return self.head(hidden)[row.prompt_length - shift : row.tokens.numel() - shift]
 
-    def step(self, loss: Tensor) -> StepRecord:
+    def step(self, loss: Tensor, size: float) -> StepRecord:
         """Backward, clip by the global norm, AdamW."""
         self.optimizer.zero_grad()
         loss.backward()
@@ -140,7 +144,7 @@ class ReferenceModel:
             for parameter in self.parameters.values():
                 parameter.grad.mul_(self.hyper.max_grad_norm / (norm + 1e-6))
         self.optimizer.step()
-        return StepRecord(loss.item(), norm, gradients)
+        return StepRecord(loss.item(), size, norm, gradients)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -385,8 +389,17 @@ def train(
     """One optimizer step on each list of rows; records and final weights."""
     with_head = loss.startswith(("prm", "orm", "ppo_critic"))
     model = ReferenceModel(folder, with_head, hyper)
-    records = [model.step(LOSSES[loss](model, rows)) for rows in steps]
+    records = [
+        model.step(LOSSES[loss](model, rows), size_of_terms(model, loss, rows)) for rows in steps
+    ]
     return records, model.weights()
+
+
+def size_of_terms(model: ReferenceModel, loss: str, rows: list[Row]) -> float:
+    """The loss with all advantages negative, so that no terms cancel; no other loss has signs."""
+    rows = [replace(row, advantages=-row.advantages.abs()) for row in rows]
+    with torch.no_grad():
+        return float(LOSSES[loss](model, rows))
 
 
 def random_rows(
