@@ -58,7 +58,7 @@ class Context:
             RoleSpec(
                 name=name,
                 folder=folder,
-                dtype=DTYPES[self.config.model.dtype],
+                dtype=DTYPES[self.config.dtype_of(name)],
                 head_outputs=head,
                 trainable=bool(training),
                 **training,

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.planned_memory import memory_line, plan_of_run
+from megatron_amrlhf.algorithms.precision import goes_on
 from megatron_amrlhf.algorithms.preemption import StepAbandoned, check_stop
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.files import on_all_ranks
@@ -34,7 +35,7 @@ from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN, Reason, process_age
-from megatron_amrlhf.slurm import is_requeued, job_id
+from megatron_amrlhf.slurm import job_id
 
 PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
@@ -99,8 +100,7 @@ class Loop:
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
         on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
-        went_anew = on_all_ranks(lambda: context.mesh.is_main and self._went_anew(), doing)[0]
-        if section.resume or went_anew:
+        if on_all_ranks(lambda: context.mesh.is_main and goes_on(context.config), doing)[0]:
             # As rank 0 sees it: a shared file system may show other nodes less.
             found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
             latest = found[0]
@@ -141,15 +141,6 @@ class Loop:
             if file.is_file() and file.stat().st_size:
                 file.rename(file.with_name(f"{file.stem}-{name}{file.suffix}"))
         write_atomic(folder.from_start, job_id(os.environ))
-
-    def _went_anew(self) -> bool:
-        """Whether this job, which Slurm has started again, has begun the run from the start."""
-        note = self.context.folder.from_start
-        return (
-            is_requeued(os.environ)
-            and note.is_file()
-            and note.read_text(encoding="utf-8") == job_id(os.environ)
-        )
 
     def run(self) -> None:
         """All steps that are left.

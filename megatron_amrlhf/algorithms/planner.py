@@ -14,6 +14,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.models.families import complete_config
+from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
@@ -67,7 +68,7 @@ def _print(
     lengths = plan.lengths
     console.print(
         f"{plan.config.algorithm.kind} on TP x PP x DP = {sizes_of(plan)}, "
-        f"{plan.config.model.dtype}, rows of {lengths.prompt} + {lengths.response} tokens"
+        f"{_dtype_of(plan.config)}, rows of {lengths.prompt} + {lengths.response} tokens"
     )
     for note in notes:
         console.print(f"note: {note}")
@@ -86,6 +87,15 @@ def _print(
             f"no layout of {plan.world_size} GPUs fits: more GPUs, shorter rows, or "
             "engine.roles.*.offload_parameters and .offload_optimizer: cpu or nvme"
         )
+
+
+def _dtype_of(config: Config) -> str:
+    """The dtype that is planned for: that of GPUs, whatever this machine would take."""
+    if config.model.dtype != "auto":
+        return config.model.dtype
+    choice = own_choice()
+    here = "" if choice.dtype == "bfloat16" else f"; a run here would take float32: {choice.why}"
+    return f"bfloat16 (model.dtype: auto{here})"
 
 
 def _write(path: Path, plan: Plan, found: list[Suggestion]) -> None:

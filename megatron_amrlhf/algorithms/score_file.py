@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.precision import MODEL_KEY, REWARD_KEY, decide
 from megatron_amrlhf.algorithms.reward_models import RewardModel, load_reward_models
 from megatron_amrlhf.algorithms.rewarding import model_rewards
 from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_text
@@ -25,6 +26,7 @@ from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
 from megatron_amrlhf.data.jsonl import dump_jsonl
 from megatron_amrlhf.data.order import PADDING, fingerprint, shard
 from megatron_amrlhf.data.rows import Selection
+from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
@@ -86,6 +88,9 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
     try:
         parallel = config.parallel
         mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
+        kept = on_all_ranks(lambda: _kept_dtypes(job) if mesh.is_main else {}, f"--out {folder}")
+        config, notes = decide(config, kept[0])
+        job = replace(job, config=config, key=job.key | {"dtype": config.dtype_of("prm")})
         context = Context(
             config=config,
             mesh=mesh,
@@ -96,6 +101,8 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
             console=RunConsole(mesh.rank),
             folder=RunFolder(job.folder, 0, False),
         )
+        for note in notes:
+            context.console.line(note)
         score_answers(context, job)
     finally:
         stop_processes()
@@ -128,26 +135,39 @@ def prepare(
         "attribute_weights": None if weights is None else list(weights),
         "rows": hashlib.sha256(b"".join(x.row.numpy().tobytes() for x in answers)).hexdigest(),
         "part_size": part_size,
-        "dtype": config.model.dtype,
+        "dtype": config.dtype_of("prm"),
     }
     target = expanded(folder)
-    _check_key(target / KEY_NAME, key)
+    _check_key(target / KEY_NAME, {name: x for name, x in key.items() if x != "auto"})
     return Job(config, answers, selection, models, target, part_size, key)
 
 
-def _check_key(file: Path, key: dict) -> None:
+def _read_key(file: Path) -> dict | None:
+    """What the scores that are there depend on; None: there are none."""
     if not file.is_file():
-        return
+        return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"--out: {file} cannot be read ({error}); choose another folder") from None
+
+
+def _check_key(file: Path, key: dict) -> None:
+    found = _read_key(file)
+    if found is None:
+        return
     other = [name for name, value in key.items() if found.get(name) != value]
     if other:
         raise UserError(
             f"--out: {file.parent} holds scores with other {', '.join(other)}: choose another "
             "folder or delete it"
         )
+
+
+def _kept_dtypes(job: Job) -> dict[str, str]:
+    """The dtype of the scores that are there, as this goes on with them."""
+    dtype = (_read_key(job.folder / KEY_NAME) or {}).get("dtype")
+    return dict.fromkeys((MODEL_KEY, REWARD_KEY), dtype) if dtype in DTYPES else {}
 
 
 def score_answers(context: Context, job: Job) -> None:

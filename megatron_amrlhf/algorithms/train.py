@@ -13,6 +13,7 @@ from megatron_amrlhf.algorithms.kto import Kto
 from megatron_amrlhf.algorithms.loop import train
 from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.ppo import Ppo
+from megatron_amrlhf.algorithms.precision import decide, kept_dtypes
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.algorithms.watch import watch
@@ -71,7 +72,9 @@ def run(config: Config) -> bool:
     check_weights(model_folder, outputs)
     start_processes(_timeout_seconds(config))
     try:
-        context = _context(config, model_folder, tokenizer, end_ids)
+        context, notes = _context(config, model_folder, tokenizer, end_ids)
+        for note in notes:
+            context.console.line(note)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner)
@@ -81,15 +84,21 @@ def run(config: Config) -> bool:
 
 def _context(
     config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]
-) -> Context:
-    """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
+) -> tuple[Context, list[str]]:
+    """Mesh, engine and the run's folder, now that all that can be wrong has been checked.
+
+    Also what to say about the dtype.
+    """
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
+    doing, given = f"cannot use {config.run.path}", config
+    kept = on_all_ranks(lambda: kept_dtypes(given) if mesh.rank == 0 else None, doing)[0]
+    config, notes = decide(given, kept)
     doing = f"cannot make {config.run.path}"
     folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]
     limit = config.run.max_minutes
-    return Context(
+    context = Context(
         config=config,
         mesh=mesh,
         engine=Zero3Engine(config, mesh),
@@ -100,6 +109,7 @@ def _context(
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),
     )
+    return context, notes
 
 
 def _banner(context: Context, algorithm) -> str:

@@ -49,7 +49,7 @@ def resolve_deepspeed(
         UserError: the file is missing or malformed, or sets what the engine cannot honour.
     """
     path, template = read_deepspeed(config.engine.deepspeed)
-    problems = _problems(template, config, data_parallel_size)
+    problems = _problems(template, config, data_parallel_size, config.dtype_of(role))
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     resolved = copy.deepcopy(template)
@@ -60,7 +60,7 @@ def resolve_deepspeed(
         "gradient_clipping": 0.0,  # the engine clips, by a norm that counts right
     }
     bf16 = resolved.setdefault("bf16", {})
-    bf16["enabled"] = config.model.dtype == "bfloat16"
+    bf16["enabled"] = config.dtype_of(role) == "bfloat16"
     for key in _OURS:
         resolved.pop(key, None)  # only a disabled section gets here
     zero, section = resolved["zero_optimization"], config.engine.of_role(role)
@@ -106,7 +106,7 @@ def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
 
 
 def _problems(
-    template: dict[str, Any], config: Config, data_parallel_size: int | None
+    template: dict[str, Any], config: Config, data_parallel_size: int | None, dtype: str
 ) -> list[str]:
     problems = []
     for key in _ONE:
@@ -133,7 +133,6 @@ def _problems(
             f"zero_optimization.stage must be {ZERO_STAGE} (got {zero.get('stage')!r}): other "
             "stages are engine.zero_stage in the run's YAML and need no JSON"
         )
-    dtype = config.model.dtype
     return [*problems, *zero_problems(zero), *bf16_problems(template.get("bf16", {}), dtype)]
 
 

@@ -110,7 +110,7 @@ def bf16_problems(section: Any, dtype: str) -> Iterator[str]:
         yield f"bf16 must be an object (got {section!r})"
         return
     yield from _problems("bf16", section, BF16)
-    if section.get("enabled", "auto") is (dtype != "bfloat16"):
+    if dtype != "auto" and section.get("enabled", "auto") is (dtype != "bfloat16"):
         yield f'bf16.enabled contradicts model.dtype: {dtype}, set it to "auto"'
 
 

@@ -21,6 +21,9 @@ from megatron_amrlhf.config.section import (
 )
 from megatron_amrlhf.files import expanded
 
+Dtype = Literal["auto", "float32", "bfloat16"]
+REWARD_ROLES = ("prm", "orm")
+
 
 class RunSection(Section):
     name: Name = Field(description="name of the run; its folder is runs/NAME")
@@ -51,8 +54,11 @@ class ModelSection(Section):
     path: Name = Field(
         description="Hugging Face folder, hub id, .gguf file, or pip:PACKAGE that ships a .gguf"
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="dtype of weights and activations; masters and moments are float32"
+    dtype: Dtype = Field(
+        "auto",
+        description="dtype of weights and activations; masters and moments are float32; auto: "
+        "bfloat16 on GPUs that have it and on CPUs with AVX512-BF16 or AMX, else float32; a "
+        "resumed run keeps what it began with",
     )
     cache_folder: Name = Field(
         "~/.cache/megatron_amrlhf", description="where converted GGUF models are kept"
@@ -67,6 +73,9 @@ class RewardModelSection(Section):
     )
     orm_path: Name | None = Field(
         None, description="folder that an orm run exported; read by reward.orm_weight"
+    )
+    dtype: Dtype | None = Field(
+        None, description="dtype of the PRM and the ORM; null: as model.dtype"
     )
     output: Literal["logit", "score"] = Field(
         "logit",
@@ -326,3 +335,17 @@ class Config(Section):
     loss: LossSection = LossSection()
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
+
+    def dtype_of(self, role: str) -> str:
+        """The dtype of a role's weights, ``auto`` where it is not decided yet."""
+        is_frozen_reward = role in REWARD_ROLES and not self.algorithm.trains_reward_model
+        return (is_frozen_reward and self.reward_model.dtype) or self.model.dtype
+
+    def with_dtypes(self, model: str, reward_model: str | None) -> Config:
+        """A copy with these dtypes of the policy's roles and of the reward models."""
+        return self.model_copy(
+            update={
+                "model": self.model.model_copy(update={"dtype": model}),
+                "reward_model": self.reward_model.model_copy(update={"dtype": reward_model}),
+            }
+        )

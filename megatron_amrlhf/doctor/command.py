@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor import machine, software
 from megatron_amrlhf.doctor.clocks import compare_clocks
+from megatron_amrlhf.doctor.judge_dtypes import judge_dtypes
 from megatron_amrlhf.doctor.judge_job import (
     judge_absent,
     judge_clocks,
@@ -45,6 +46,7 @@ from megatron_amrlhf.doctor.report import EXIT_FOUND_ERROR, Report
 from megatron_amrlhf.doctor.shared_files import look_from_everywhere
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
 from megatron_amrlhf.files import expanded
+from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
 ROOM = "megatron_amrlhf.doctor.checkpoint_room"  # loads transformers; only for a CONFIG.yaml
@@ -155,6 +157,7 @@ class Examination:
             report.findings.append(Finding("arrival", "ok", hosts))
         report.findings += judge_versions(report.facts, pins)
         report.findings += judge_devices(report.facts)
+        report.findings += judge_dtypes(report.facts, self._config)
         report.findings += judge_limits(report.facts)
         room = self._room() if self._config else None
         report.findings += judge_disks(report.facts, room)
@@ -197,6 +200,7 @@ def measure_facts(
         model_cache: folder of converted models; None: not looked at.
     """
     memory, free_memory = machine.memory_gib()
+    choice = own_choice()
     return RankFacts(
         rank=meeting.rank,
         host=meeting.host,
@@ -209,6 +213,9 @@ def measure_facts(
         hidden_gpu=machine.has_hidden_gpu(os.environ),
         cores=sorted(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
+        dtype=choice.dtype,
+        dtype_why=choice.why,
+        bfloat16_factor=None if torch.cuda.is_available() else bfloat16_factor(),
         memory_gib=memory,
         free_memory_gib=free_memory,
         limits=machine.soft_limits(),

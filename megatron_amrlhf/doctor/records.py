@@ -89,6 +89,8 @@ class RankFacts:
         hidden_gpu: an NVIDIA driver is there, but torch finds no device and was not told so.
         cores: numbers of the CPU cores that it may use.
         threads: CPU threads of torch's operations.
+        dtype, dtype_why: what ``model.dtype: auto`` is on this rank's device, and why.
+        bfloat16_factor: time of a product in bfloat16 over that in float32; of CPUs only.
         memory_gib, free_memory_gib: of the host, GiB.
         limits: soft ``ulimit`` by name (``open files``, ``locked memory`` in bytes, ``processes``,
             ``core size`` in bytes); None: unlimited.
@@ -109,6 +111,9 @@ class RankFacts:
     hidden_gpu: bool
     cores: list[int]
     threads: int
+    dtype: str
+    dtype_why: str
+    bfloat16_factor: float | None
     memory_gib: float
     free_memory_gib: float
     limits: dict[str, int | None]

@@ -24,7 +24,7 @@ from megatron_amrlhf.models.shape import ModelShape
 
 FLOAT32_BYTES = 4
 NUM_MOMENTS = 2
-WEIGHT_BYTES = {"float32": 4, "bfloat16": 2}
+WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "auto": 2}  # auto: as on most GPUs
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def stage_spec(
         tensor=parallel.tensor,
         data=data,
         sequence=parallel.sequence and parallel.tensor > 1,
-        weight_bytes=WEIGHT_BYTES[config.model.dtype],
+        weight_bytes=WEIGHT_BYTES[config.dtype_of(name)],
         head_outputs=head_outputs,
         trainable=trainable,
         role=config.engine.of_role(name),

@@ -104,7 +104,7 @@ class Bench:
     def __init__(self, config: Config, folder: Path, work: Workload, mesh: Mesh):
         self.config, self.work, self.mesh = config, work, mesh
         self.engine = Zero3Engine(config, mesh)
-        dtype, steps = DTYPES[config.model.dtype], work.repeats + 2
+        dtype, steps = DTYPES[config.dtype_of("actor")], work.repeats + 2
         self.engine.add_role(
             RoleSpec("actor", folder, dtype, None, True, config.optimizer.lr, steps)
         )

@@ -25,7 +25,7 @@ from megatron_amrlhf.report.stop_request import STOP_NAME, process_age
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
 CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
 METRICS_NAME, CHECKPOINTS_NAME = "metrics.jsonl", "checkpoints"
-WATCHDOG_NAME = "watchdog.txt"
+WATCHDOG_NAME, FROM_START_NAME = "watchdog.txt", "from-start"
 PREPARED_VARIABLE = "AMRLHF_PREPARED"  # of ranks whose launch script has removed an old stop file
 STATUS_KEYS = {"state", "step", "message", "time", "attempt"}
 
@@ -115,7 +115,7 @@ class RunFolder:
 
         It is empty outside of Slurm.
         """
-        return self.path / "from-start"
+        return self.path / FROM_START_NAME
 
     @property
     def watchdog(self) -> Path:

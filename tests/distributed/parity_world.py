@@ -13,9 +13,9 @@ from tests.distributed.processes import run_on
 from tests.helpers_models import make_tiny_model
 from tests.reference import Hyper, Row
 
-# float32 against float64, relative to the largest entry of a tensor. A loss is a mean of N terms: if
-# each is rounded by at most a share e of itself, the mean is by at most e times the mean of their
-# sizes, whatever N; the surrogates' terms have both signs, and what is left of them may be far
+# float32 against float64, relative to the largest entry of a tensor. A loss is a mean of N terms:
+# if each is rounded by at most a share e of itself, the mean is by at most e times the mean of
+# their sizes, whatever N; a surrogate's terms have both signs, and what is left of them may be far
 # smaller. A weight also relative to how far it moved in the three steps, but for the rounding of a
 # stored float32 at each step.
 TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradient": 1e-5, "weight": 1e-5, "change": 1e-4}

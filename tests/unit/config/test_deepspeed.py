@@ -28,7 +28,8 @@ def resolve_json(tmp_path, content, dtype="bfloat16", trainable=True):
 
 def test_the_shipped_file_resolves_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = make_config(PPO, optimizer={"max_grad_norm": 0.5})
+    model = {"dtype": "bfloat16"}
+    config = make_config(PPO, model=model, optimizer={"max_grad_norm": 0.5})
     resolved = resolve_deepspeed(config, 4, "actor", trainable=True)
     assert resolved["train_batch_size"] == 4
     assert resolved["train_micro_batch_size_per_gpu"] == 1
@@ -39,7 +40,8 @@ def test_the_shipped_file_resolves_from_any_folder(tmp_path, monkeypatch):
 
 
 def test_deepspeed_accepts_the_shipped_file_without_unknown_zero_keys():
-    resolved = resolve_deepspeed(make_config(PPO), 1, "actor", trainable=True)
+    config = make_config(PPO, model={"dtype": "bfloat16"})
+    resolved = resolve_deepspeed(config, 1, "actor", trainable=True)
     parsed = DeepSpeedConfig(resolved)
     assert parsed.zero_config.stage == 3
     assert parsed.zero_config.param_persistence_threshold == 0

@@ -13,7 +13,7 @@ def test_types_and_defaults_are_readable():
     assert (top_p.type, top_p.default) == ("float > 0, <= 1", "0.99")
     assert keys["run.steps", ""].type == "int > 0 or null"
     assert keys["run.name", ""].default == "required"
-    assert keys["model.dtype", ""].type == "float32 | bfloat16"
+    assert keys["model.dtype", ""].type == "auto | float32 | bfloat16"
     assert keys["optimizer.betas", ""].default == "[0.9, 0.95]"
     assert ("algorithm.beta", "dpo") in keys and ("algorithm.beta", "ppo") not in keys
 

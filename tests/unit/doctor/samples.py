@@ -32,6 +32,9 @@ def facts(rank: int = 0, host: str = "node1", **changes) -> RankFacts:
         hidden_gpu=False,
         cores=list(range(16)),
         threads=1,
+        dtype="float32",
+        dtype_why="this CPU has no bfloat16 instructions (AVX512-BF16 or AMX)",
+        bfloat16_factor=9.0,
         memory_gib=64.0,
         free_memory_gib=60.0,
         limits={
