@@ -66,8 +66,9 @@ class Context:
         )
 
     def log_selections(self, selections: Iterable[Selection]) -> None:
-        """Says which rows of the data files are not used, if any."""
+        """Says which keys of the data files' rows are read, and which rows are not used."""
         for selection in selections:
+            self.console.line(selection.keys())
             if summary := selection.summary():
                 self.console.line(summary)
 

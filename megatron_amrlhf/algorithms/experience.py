@@ -85,6 +85,7 @@ class ExperienceMaker:
             group_ids=places,
             texts=tuple(prompt.text for prompt in chosen),
             answers=tuple(prompt.answer for prompt in chosen),
+            earlier=tuple(prompt.turns[:-1] for prompt in chosen),
         )
 
     def settings(self) -> SamplingSettings:

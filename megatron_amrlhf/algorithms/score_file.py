@@ -256,6 +256,7 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
         group_ids=places,
         texts=tuple(answer.prompt for answer in answers),
         answers=(None,) * len(answers),
+        earlier=tuple(answer.turns[:-1] for answer in answers),
     )
     return rollout, prompts
 

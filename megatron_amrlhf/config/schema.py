@@ -132,6 +132,13 @@ class DataSection(Section):
         description="a row that is wrong or too long: stop with its file and line, or leave it "
         "out, counted and logged; a line that is no JSON object stops the start anyway",
     )
+    ignored_keys: tuple[Name, ...] = Field(
+        (),
+        strict=False,
+        description="keys of rows that are not to be read, such as system or history, or that "
+        "could change what a row means (tools, images, context, weight) and are refused unless "
+        "they stand here",
+    )
     screening_rows: Literal["drop", "keep"] = Field(
         "drop", description="quality-control and initial-screening rows of prm800k; counted"
     )
