@@ -98,6 +98,7 @@ class ExperienceMaker:
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             end_ids=self.context.end_ids,
+            usable=self.context.usable,
         )
 
     def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:

@@ -15,7 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.algorithms.reward_models import RewardModel, load_reward_models
+from megatron_amrlhf.algorithms.reward_models import (
+    RewardModel,
+    check_same_rows,
+    load_reward_models,
+)
 from megatron_amrlhf.algorithms.rewarding import model_rewards
 from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_text
 from megatron_amrlhf.config.cut import pipeline_cut
@@ -121,6 +125,7 @@ def prepare(
             f"{key}: tokens are scored by the PRM: give its folder (runs/NAME/export) in "
             "reward_model.path, and a weight above 0"
         )
+    check_same_rows(models, tokenizer, [answer.row for answer in answers], None)
     weights = config.reward_model.attribute_weights
     key = {
         "data": fingerprint(path),

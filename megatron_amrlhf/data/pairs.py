@@ -47,6 +47,11 @@ class EncodedPair:
     def __post_init__(self):
         assert 0 < self.prompt_length < min(self.chosen.numel(), self.rejected.numel())
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return self.chosen, self.rejected
+
 
 def load_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection

@@ -77,6 +77,11 @@ class PrmExample:
         assert self.prompt_length <= int(self.label_positions[0])
         assert int(self.label_positions[-1]) < self.row.numel()
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return (self.row,)
+
 
 def load_prm_examples(
     path: str | Path,

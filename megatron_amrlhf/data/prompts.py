@@ -37,6 +37,11 @@ class EncodedPrompt:
     where: str
 
     @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return (self.row,)
+
+    @property
     def text(self) -> str:
         """The question, without the template."""
         return self.turns[-1]["content"]

@@ -42,6 +42,11 @@ class ScoredPair:
     pair: EncodedPair
     rewards: tuple[Tensor, Tensor] | None
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return self.pair.rows
+
 
 def load_scored_pairs(
     path: str | Path,
