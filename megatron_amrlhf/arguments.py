@@ -8,6 +8,8 @@ from typing import NoReturn
 
 from megatron_amrlhf.errors import UserError
 
+LARGEST = 10**9  # of any number on a command line
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are user errors, and whose help keeps its line breaks."""
@@ -34,7 +36,7 @@ def above_zero(text: str) -> float:
     number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, found {text!r}")
-    return number
+    return float(_at_most(text, number))
 
 
 def not_negative(text: str) -> float:
@@ -42,15 +44,22 @@ def not_negative(text: str) -> float:
     number = _number(text)
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number of at least 0, found {text!r}")
-    return number
+    return float(_at_most(text, number))
 
 
 def _whole(text: str, least: int) -> int:
-    if not text.isdecimal() or int(text) < least:
+    if not text.isdecimal() or float(text) < least:
         raise argparse.ArgumentTypeError(
             f"must be a whole number of at least {least}, found {text!r}"
         )
-    return int(text)
+    return int(_at_most(text, float(text)))
+
+
+def _at_most(text: str, number: float) -> str:
+    """The text; a larger number is a slip, and what counts with it would fail far from here."""
+    if number > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, found {text[:40]!r}")
+    return text
 
 
 def _number(text: str) -> float:

@@ -26,15 +26,26 @@ class PromptBatch:
         group_ids: ``[B]`` int64, global id of each prompt in this step (same on every layout).
         texts: the users' texts, without the template.
         answers: the reference answers, None where there is none.
+        earlier: of each prompt what stands before the text: a system message of its own and
+            earlier turns, ``{"role", "content"}``; None: nothing before any.
     """
 
     rows: tuple[Tensor, ...]
     group_ids: Tensor
     texts: tuple[str, ...]
     answers: tuple[str | None, ...]
+    earlier: tuple[tuple[dict[str, str], ...], ...] | None = None
 
     def __post_init__(self):
         assert len(self.rows) == len(self.texts) == self.group_ids.shape[0] == len(self.answers)
+        assert self.earlier is None or len(self.earlier) == len(self.rows)
+
+    @property
+    def conversations(self) -> tuple[tuple[dict[str, str], ...], ...]:
+        """The turns of each prompt, the text last."""
+        before = self.earlier or ((),) * len(self.texts)
+        asked = ({"role": "user", "content": text} for text in self.texts)
+        return tuple((*turns, turn) for turns, turn in zip(before, asked, strict=True))
 
 
 @dataclass(frozen=True)

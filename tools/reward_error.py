@@ -9,7 +9,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from rich.table import Table
 
 from megatron_amrlhf.arguments import (
@@ -19,6 +18,7 @@ from megatron_amrlhf.arguments import (
     at_least_zero,
     not_negative,
 )
+from megatron_amrlhf.data.lines import line_numbers
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.evaluation.segmentation import (
     CUTS,
@@ -43,7 +43,6 @@ from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.comparisons import ErrorPicture, plot_errors
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.samples import SampleRecord, load_samples
-from megatron_amrlhf.rewards.units import step_ids
 
 DESCRIPTION = """\
 The total error of eq. 12, sum (r_t - r_k)^2 + c^2 K, of the four segmentations of figure 1 and of
@@ -213,17 +212,10 @@ def _logged_answers(records: list[SampleRecord], source: str) -> list[DenseAnswe
         rewards = np.array(record.token_rewards, dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise UserError(f"{source}: sample {number}: token_rewards are not all finite")
-        answers.append(DenseAnswer(rewards, rewards, _step_numbers(record.tokens)))
+        answers.append(DenseAnswer(rewards, rewards, np.array(line_numbers(record.tokens))))
     if not answers:
         raise UserError(f"{source}: all answers are empty, or their rewards failed")
     return answers
-
-
-def _step_numbers(tokens: list[str]) -> np.ndarray:
-    """``[T]`` step of each token; the last newline of a run ends one, as in training."""
-    is_newline = torch.tensor([["\n" in token for token in tokens]])
-    ids = step_ids(is_newline.long(), torch.tensor([1]), torch.ones_like(is_newline))
-    return ids[0].numpy()
 
 
 def _picture(answers, price, cut, kind, title, ratios) -> ErrorPicture:

@@ -87,7 +87,7 @@ def _read(path: str, kind: str) -> list[Solution]:
     def solutions(line: dict, where: str) -> Iterable[Solution]:
         return [_solution(line, record) for record in read(line, where)]
 
-    found, selection = select_rows(path, records, solutions, skip_wrong=False)
+    found, selection = select_rows(path, records, solutions, section)
     print(selection.summary() or f"{path}: {selection.num_rows} rows")
     return found
 

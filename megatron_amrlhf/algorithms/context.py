@@ -36,6 +36,7 @@ class Context:
         console: progress and tables (speaks on rank 0).
         folder: the run's folder.
         stop: whether this rank has seen a request to stop; by default there is none.
+        usable: ``[vocab_size]`` bool on this rank's device, ids that the policy may say; None: all.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class Context:
     console: RunConsole
     folder: RunFolder
     stop: StopRequest = field(default_factory=StopRequest)
+    usable: Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -66,8 +68,9 @@ class Context:
         )
 
     def log_selections(self, selections: Iterable[Selection]) -> None:
-        """Says which rows of the data files are not used, if any."""
+        """Says which keys of the data files' rows are read, and which rows are not used."""
         for selection in selections:
+            self.console.line(selection.keys())
             if summary := selection.summary():
                 self.console.line(summary)
 

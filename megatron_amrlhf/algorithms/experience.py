@@ -85,6 +85,7 @@ class ExperienceMaker:
             group_ids=places,
             texts=tuple(prompt.text for prompt in chosen),
             answers=tuple(prompt.answer for prompt in chosen),
+            earlier=tuple(prompt.turns[:-1] for prompt in chosen),
         )
 
     def settings(self) -> SamplingSettings:
@@ -97,6 +98,7 @@ class ExperienceMaker:
             top_k=rollout.top_k,
             top_p=rollout.top_p,
             end_ids=self.context.end_ids,
+            usable=self.context.usable,
         )
 
     def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:

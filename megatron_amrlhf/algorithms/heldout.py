@@ -37,6 +37,7 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
         group_ids=group_ids,
         texts=tuple(prompt.text for prompt in chosen),
         answers=tuple(prompt.answer for prompt in chosen),
+        earlier=tuple(prompt.turns[:-1] for prompt in chosen),
     )
     size, seed = config.rollout.micro_batch_size, config.run.seed
     with context.console.track("evaluate", len(mine)) as bar:

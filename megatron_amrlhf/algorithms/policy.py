@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -93,6 +94,11 @@ class PolicyAlgorithm(ABC):
         )
         weights = config.reward_model.attribute_weights
         return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores)
+
+    def rows(self) -> Iterator[Tensor]:
+        """Token ids of all prompts or pairs."""
+        for item in (*self.train_data, *self.heldout_data):
+            yield from item.rows
 
     @property
     def updates_per_step(self) -> int:

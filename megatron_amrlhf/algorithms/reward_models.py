@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import (
-    check_vocabulary,
     end_token_ids,
     load_tokenizer,
     marker_token_id,
 )
 from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.data.vocabulary import (
+    check_rows,
+    check_vocabulary,
+    check_whole_vocabulary,
+    refuse_beyond,
+)
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.expected import HEAD_NAMES, check_weights
 from megatron_amrlhf.models.fingerprint import model_fingerprint
-from megatron_amrlhf.models.shape import check_shape
+from megatron_amrlhf.models.shape import check_shape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 from megatron_amrlhf.rewards.kinds import (
     KIND,
@@ -84,6 +90,34 @@ def load_reward_models(
     return tuple(models)
 
 
+def check_same_rows(
+    models: Sequence[RewardModel],
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Iterable[Tensor],
+    usable: Tensor | None,
+) -> None:
+    """Checks that models with the policy's tokenizer have embeddings for the policy's ids.
+
+    Args:
+        models: of the run.
+        tokenizer: the policy's.
+        rows: 1-D int64 ids of the data.
+        usable: ``[V]`` bool, what the policy may sample; None: nothing is sampled.
+
+    Raises:
+        UserError: an id is too large.
+    """
+    rows = list(rows)
+    for model in models:
+        if model.tokenizer is not None:
+            continue
+        size = read_shape(read_hf_config(model.folder)).vocab_size
+        check_rows(rows, tokenizer, size, model.folder)
+        if usable is not None:
+            largest, advice = int(usable.nonzero()[-1]), "the policy has one and can sample it"
+            refuse_beyond(largest, tokenizer, size, model.folder, advice)
+
+
 def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> OfflineScores | None:
     """The scored data set that threshold or normalisation need, checked; None if neither does.
 
@@ -142,6 +176,8 @@ def _load(
     own = load_tokenizer(folder)
     check_vocabulary(own, end_token_ids(own, folder), shape.vocab_size, folder)
     is_same = _same(own, policy_tokenizer)
+    if not is_same:  # it cuts what the policy writes, which may be the text of any token
+        check_whole_vocabulary(own, shape.vocab_size, folder)
     if not is_same and config.data.format == "pairs":
         raise UserError(
             f"{key}: the tokenizer of {folder} is not that of {config.model.path}, which "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -27,6 +28,7 @@ class RewardTraining(ABC, Generic[Example]):
     """
 
     trained_role: ClassVar[str]
+    reward_models: ClassVar[tuple] = ()  # it reads none
     evaluates_at_start = False  # a new head is 0 everywhere: chance
 
     context: Context  # set by build()
@@ -55,6 +57,11 @@ class RewardTraining(ABC, Generic[Example]):
         Raises:
             UserError: the data are wrong.
         """
+
+    def rows(self) -> Iterator[Tensor]:
+        """Token ids of all examples."""
+        for example in (*self.examples, *self.heldout):
+            yield from example.rows
 
     @abstractmethod
     def num_outputs(self, config: Config) -> int:

@@ -16,7 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.precision import MODEL_KEY, REWARD_KEY, decide
-from megatron_amrlhf.algorithms.reward_models import RewardModel, load_reward_models
+from megatron_amrlhf.algorithms.reward_models import (
+    RewardModel,
+    check_same_rows,
+    load_reward_models,
+)
 from megatron_amrlhf.algorithms.rewarding import model_rewards
 from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_text
 from megatron_amrlhf.config.cut import pipeline_cut
@@ -128,6 +132,7 @@ def prepare(
             f"{key}: tokens are scored by the PRM: give its folder (runs/NAME/export) in "
             "reward_model.path, and a weight above 0"
         )
+    check_same_rows(models, tokenizer, [answer.row for answer in answers], None)
     weights = config.reward_model.attribute_weights
     key = {
         "data": fingerprint(path),
@@ -276,6 +281,7 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
         group_ids=places,
         texts=tuple(answer.prompt for answer in answers),
         answers=(None,) * len(answers),
+        earlier=tuple(answer.turns[:-1] for answer in answers),
     )
     return rollout, prompts
 

@@ -94,23 +94,23 @@ def score_outputs(
 
 
 def read_logprobs(context: Context, temperature: float) -> Reader:
-    """Log-prob of each token under the softmax at ``temperature``."""
-    mesh, vocab_size = context.mesh, context.vocab_size
+    """Log-prob of each token under the softmax at ``temperature``, over ids that are tokens."""
+    mesh, vocab_size, usable = context.mesh, context.vocab_size, context.usable
 
     def read(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_logprobs(logits, targets, vocab_size, mesh.tp_group, temperature)
+        return token_logprobs(logits, targets, vocab_size, mesh.tp_group, temperature, usable)
 
     return Reader(logits=read)
 
 
 def read_logprobs_and_entropy(context: Context, temperature: float) -> Reader:
     """``[n, 2]``: log-prob of each token, and entropy of the softmax it was drawn from."""
-    mesh, vocab_size = context.mesh, context.vocab_size
+    mesh, vocab_size, usable = context.mesh, context.vocab_size, context.usable
     logprobs = read_logprobs(context, temperature).logits
 
     def read(logits: Tensor, targets: Tensor) -> Tensor:
-        both = (logprobs(logits, targets), entropy(logits, vocab_size, mesh.tp_group))
-        return torch.stack(both, dim=-1)
+        spread = entropy(logits, vocab_size, mesh.tp_group, usable)
+        return torch.stack((logprobs(logits, targets), spread), dim=-1)
 
     return Reader(logits=read)
 

@@ -34,7 +34,8 @@ def sequence_rewards(
         kind = config.mask.message_reward
         return unit_rewards(token_rewards, whole, valid, kind)[:, 0]
     assert cut_steps is not None, config.reward.outcome
-    steps, ended = cut_steps(rollout).to(valid.device), rollout.ended.to(valid.device)
-    ends = step_ends(steps, valid, ended, cut_steps.blanks(rollout).to(valid.device)) & valid
+    parts = (cut_steps.blanks_apart(rollout), rollout.ended, cut_steps.blanks(rollout))
+    steps, ended, blanks = (part.to(valid.device) for part in parts)
+    ends = step_ends(steps, valid, ended, blanks) & valid
     scores = step_probabilities(token_rewards, config.reward_model.output)
     return aggregate_steps(scores, ends, config.reward.outcome).to(token_rewards.dtype)

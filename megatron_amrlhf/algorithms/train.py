@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.context import Context
@@ -16,12 +17,14 @@ from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.precision import decide, kept_dtypes
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.algorithms.reward_models import check_same_rows
 from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.checks import check_total_steps
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.vocabulary import check_rows, check_vocabulary, usable_ids
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
@@ -67,14 +70,18 @@ def run(config: Config) -> bool:
     end_ids = end_token_ids(tokenizer, model_folder)
     check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
+    usable = usable_ids(tokenizer, end_ids, shape.vocab_size)
+    check_rows(algorithm.rows(), tokenizer, shape.vocab_size, model_folder)
+    samples = config.data.format == "prompts"
+    check_same_rows(
+        algorithm.reward_models, tokenizer, algorithm.rows(), usable if samples else None
+    )
     check_total_steps(config, algorithm.total_steps)
     outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
     check_weights(model_folder, outputs)
     start_processes(_timeout_seconds(config))
     try:
-        context, notes = _context(config, model_folder, tokenizer, end_ids)
-        for note in notes:
-            context.console.line(note)
+        context = _context(config, model_folder, tokenizer, end_ids, usable)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner)
@@ -83,12 +90,13 @@ def run(config: Config) -> bool:
 
 
 def _context(
-    config: Config, model_folder: Path, tokenizer: PreTrainedTokenizerBase, end_ids: list[int]
-) -> tuple[Context, list[str]]:
-    """Mesh, engine and the run's folder, now that all that can be wrong has been checked.
-
-    Also what to say about the dtype.
-    """
+    config: Config,
+    model_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    end_ids: list[int],
+    usable: Tensor,
+) -> Context:
+    """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
@@ -108,8 +116,11 @@ def _context(
         console=RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None),
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),
+        usable=None if usable.all() else usable.to(mesh.device),
     )
-    return context, notes
+    for note in notes:
+        context.console.line(note)
+    return context
 
 
 def _banner(context: Context, algorithm) -> str:
@@ -130,7 +141,16 @@ def _banner(context: Context, algorithm) -> str:
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
     changed = context.folder.changed
     changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
-    return "\n".join([line, *attempt, *changes, *_long_rows(context), *describe_choices(trained)])
+    notes = [*_unused_ids(context), *_long_rows(context)]
+    return "\n".join([line, *attempt, *changes, *notes, *describe_choices(trained)])
+
+
+def _unused_ids(context: Context) -> list[str]:
+    """A line about the policy's ids that are no token, if it has any."""
+    if context.usable is None or "actor" not in context.engine.roles:
+        return []
+    count, size = int((~context.usable).sum()), context.usable.numel()
+    return [f"note: {count} of the model's {size} ids are no token: they have no probability"]
 
 
 def _long_rows(context: Context) -> list[str]:

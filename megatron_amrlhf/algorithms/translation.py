@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.data.chat import encode_prompt
+from megatron_amrlhf.data.chat import encode_turns
 from megatron_amrlhf.data.token_text import decode, token_ends
+from megatron_amrlhf.data.turns import split_system
 from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, mark_answer, newline_steps
 from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
@@ -51,13 +52,14 @@ def translate(
         prompts: their prompts.
         tokenizer: the policy's.
         other: the reward model's.
-        system_prompt: of the run, or None.
+        system_prompt: of the run, or None; for prompts without one of their own.
         marker: at which the reward model judges steps; None: it is read at every token.
         steps: of each answer, where they are known; None: newlines end them. For a marker.
     """
     first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
     is_own = other is tokenizer
-    heads = [] if is_own else [encode_prompt(other, x, system_prompt) for x in prompts.texts]
+    talks = () if is_own else prompts.conversations
+    heads = [encode_turns(other, *split_system(turns, system_prompt)) for turns in talks]
     rows, lengths, index = [], [], []
     for row, length, group, ended, known in zip(
         rollout.rows,

@@ -12,6 +12,7 @@ from megatron_amrlhf.config.section import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Rows,
     Section,
 )
 
@@ -47,7 +48,7 @@ class PrmAlgorithm(AlgorithmSection):
     data_formats = STEP_FORMATS
     kind: Literal["prm"] = "prm"
     epochs: Positive = Field(2, description="passes over the data (paper, app. A.1)")
-    batch_size: Positive = Field(16, description="solutions an optimizer step, over all DP ranks")
+    batch_size: Rows = Field(16, description="solutions an optimizer step, over all DP ranks")
     num_attributes: Literal[1, 5] = Field(
         1, description="outputs of the head: 1 (step correctness) or HelpSteer's 5"
     )
@@ -62,7 +63,7 @@ class OrmAlgorithm(AlgorithmSection):
     rows_together = 2
     kind: Literal["orm"] = "orm"
     epochs: Positive = Field(1, description="passes over the data")
-    batch_size: Positive = Field(16, description="pairs an optimizer step, over all DP ranks")
+    batch_size: Rows = Field(16, description="pairs an optimizer step, over all DP ranks")
 
 
 class PpoAlgorithm(AlgorithmSection):

@@ -22,6 +22,7 @@ from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, why_no_file
 
+LEAST_TEMPERATURE = 1e-4  # float32 logits divided by it stay finite
 CRITIC_SIGNALS = ("td_error", "advantage")
 
 
@@ -213,6 +214,11 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
 
 def _rollout_problems(config: Config) -> Iterator[str]:
     rollout, data = config.rollout, config.data
+    if 0 < rollout.temperature < LEAST_TEMPERATURE:
+        yield (
+            f"rollout.temperature = {rollout.temperature:g} is too small to divide by: use 0 for "
+            f"the likeliest token, or at least {LEAST_TEMPERATURE:g}"
+        )
     if rollout.reference_samples_per_prompt >= rollout.samples_per_prompt:
         yield (
             f"rollout.reference_samples_per_prompt = {rollout.reference_samples_per_prompt} leaves "

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.config.section import LARGEST_ROWS
 
 RANGE_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
@@ -127,6 +128,6 @@ def _with_range(text: str, metadata: list[Any]) -> str:
         f"{sign} {getattr(item, name):g}"
         for item in metadata
         for name, sign in RANGE_SIGNS
-        if hasattr(item, name)
+        if abs(getattr(item, name, LARGEST_ROWS)) < LARGEST_ROWS  # the largest are for slips
     ]
     return f"{text} {', '.join(limits)}" if limits else text

@@ -76,7 +76,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Args:
         path: the YAML file.
-        overrides: ``section.key=value`` texts, the value is parsed as YAML.
+        overrides: ``section.key=value`` texts; values are YAML without comments.
 
     Raises:
         UserError: the file is missing or malformed, or any key or value is wrong. All problems
@@ -86,6 +86,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for section in [name for name, value in data.items() if value is None]:
         del data[section]  # "mask:" with every key commented out means the defaults
     from_override = {_apply_override(data, text) for text in overrides}
+    _check_characters(data, path)
     try:
         return Config.model_validate(data)
     except ValidationError as error:
@@ -137,12 +138,62 @@ def read_yaml(path: Path, kind: str = "run", examples: str = "configs/") -> dict
     return data
 
 
+def _check_characters(value: Any, path: str | Path, key: str = "") -> None:
+    """Refuses texts that no tokenizer and no file system takes."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            _check_characters(str(name), path, key)
+            _check_characters(item, path, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for item in value:
+            _check_characters(item, path, key)
+    elif isinstance(value, str):
+        wrong = next((x for x in value if x == "\0" or "\ud800" <= x <= "\udfff"), None)
+        if wrong is not None:
+            what = "half a character (a cut emoji)" if wrong != "\0" else "no character of a text"
+            raise UserError(f"{path}: {key}: \\u{ord(wrong):04x} is {what}; correct it")
+
+
 def _yaml_problem(error: yaml.YAMLError) -> str:
     """``, line 3: malformed YAML (...)``, without the several lines that PyYAML writes."""
     mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
     what = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
     where = f", line {mark.line + 1}" if mark else ""
     return f"{where}: malformed YAML ({' '.join(str(what).split())})"
+
+
+def _override_value(raw: str) -> Any:
+    """What the text behind the equals sign of ``--set`` says.
+
+    It is YAML, so lists, numbers and null are what they are in a file; but nothing of it is a
+    comment, and a text without quotes is the text as it stands, line breaks and signs too.
+
+    Raises:
+        yaml.YAMLError: it is no YAML, or a comment follows a list, a mapping or a quoted text.
+    """
+    text, node = raw.strip(), yaml.compose(raw, Loader=_Loader)
+    if node is None:
+        return text or raw or None  # nothing, or what YAML takes for a comment or white space
+    value, comment = parse_yaml(raw), _skipped(raw)
+    is_plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    is_sign = text in ("|", ">") or text.startswith(("&", "! "))
+    if is_sign or (is_plain and (comment or isinstance(value, str)) and text[0] != "!"):
+        return text
+    if comment:
+        problem = (
+            f"'{shortened(comment)}' is a comment: a text with # needs quotes around all of it"
+        )
+        raise yaml.MarkedYAMLError(problem=problem)
+    return value
+
+
+def _skipped(raw: str) -> str:
+    """What YAML's scanner leaves out between its tokens: the comments."""
+    end, skipped = 0, ""
+    for token in yaml.scan(raw, Loader=_Loader):
+        skipped += raw[end : token.start_mark.index]
+        end = max(end, token.end_mark.index)
+    return (skipped + raw[end:]).strip()
 
 
 def _apply_override(data: dict[str, Any], text: str) -> str:
@@ -152,7 +203,7 @@ def _apply_override(data: dict[str, Any], text: str) -> str:
     if not equals or not all(part.strip() for part in key.split(".")):
         raise UserError(f"--set {text}: must look like section.key=value")
     try:
-        value = parse_yaml(raw)
+        value = _override_value(raw)
     except yaml.YAMLError as error:
         raise UserError(f"--set {text}{_yaml_problem(error)}") from None
     *parents, leaf = key.split(".")

@@ -17,7 +17,10 @@ from megatron_amrlhf.config.section import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Rows,
     Section,
+    Seed,
+    Tokens,
 )
 from megatron_amrlhf.files import expanded
 
@@ -28,7 +31,7 @@ REWARD_ROLES = ("prm", "orm")
 class RunSection(Section):
     name: Name = Field(description="name of the run; its folder is runs/NAME")
     folder: Name = Field("runs", description="folder that holds the run folders")
-    seed: NonNegative = Field(0, description="seed of data order, sampling and head initialisation")
+    seed: Seed = Field(0, description="seed of data order, sampling and head initialisation")
     steps: Positive | None = Field(
         None,
         description="optimizer (prm, orm) or rollout (others) steps; null: all of the data, by prm "
@@ -104,7 +107,9 @@ class OptimizerSection(Section):
     lr: PositiveFloat = Field(1e-6, description="peak learning rate of AdamW")
     critic_lr: PositiveFloat | None = Field(None, description="the critic's; null: as lr")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False, description="AdamW betas")
-    eps: PositiveFloat = Field(1e-8, description="AdamW epsilon")
+    eps: Annotated[float, Field(ge=1e-30, le=1, strict=False)] = Field(
+        1e-8, description="AdamW epsilon"
+    )
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW weight decay")
     max_grad_norm: NonNegativeFloat = Field(
         1.0, description="global norm to clip at; 0: no clipping"
@@ -141,6 +146,13 @@ class DataSection(Section):
         description="a row that is wrong or too long: stop with its file and line, or leave it "
         "out, counted and logged; a line that is no JSON object stops the start anyway",
     )
+    ignored_keys: tuple[Name, ...] = Field(
+        (),
+        strict=False,
+        description="keys of rows that are not to be read, such as system or history, or that "
+        "could change what a row means (tools, images, context, weight) and are refused unless "
+        "they stand here",
+    )
     screening_rows: Literal["drop", "keep"] = Field(
         "drop", description="quality-control and initial-screening rows of prm800k; counted"
     )
@@ -161,8 +173,8 @@ class DataSection(Section):
         "as <extra_0>; null: a step is judged at its own last token",
     )
     system_prompt: str | None = Field(None, description="system message put before each prompt")
-    max_prompt_tokens: Positive = Field(512, description="longer prompts are refused")
-    max_row_tokens: Positive = Field(4096, description="longer prompt + response rows are refused")
+    max_prompt_tokens: Tokens = Field(512, description="longer prompts are refused")
+    max_row_tokens: Tokens = Field(4096, description="longer prompt + response rows are refused")
 
     @property
     def skips_wrong_rows(self) -> bool:
@@ -182,14 +194,14 @@ class EvaluationSection(Section):
 class RolloutSection(Section):
     """Sampling, defaults of the paper's appendix B."""
 
-    prompts_per_step: Positive = Field(
+    prompts_per_step: Rows = Field(
         8, description="prompts (offline: pairs) a step, over all DP ranks"
     )
-    samples_per_prompt: Positive = Field(8, description="answers a prompt, of policy and reference")
+    samples_per_prompt: Rows = Field(8, description="answers a prompt, of policy and reference")
     reference_samples_per_prompt: NonNegative = Field(
         0, description="how many of the answers the reference samples (the rest: the policy)"
     )
-    max_new_tokens: Positive = Field(1024, description="longest answer, tokens")
+    max_new_tokens: Tokens = Field(1024, description="longest answer, tokens")
     temperature: NonNegativeFloat = Field(0.95, description="softmax temperature; 0: greedy")
     top_p: Annotated[float, Field(gt=0, le=1, strict=False)] = Field(
         0.99, description="nucleus probability mass"
@@ -210,7 +222,7 @@ class RewardSection(Section):
         description="weight of 1 for a right answer, 0 for a wrong one (prompts with 'answer', "
         "compared by math-verify), the same at all tokens",
     )
-    verify_seconds: PositiveFloat = Field(
+    verify_seconds: Annotated[float, Field(gt=0, le=86400, strict=False)] = Field(
         5.0, description="longest comparison of an answer, seconds; then it counts as failed"
     )
     max_failed_fraction: Fraction = Field(

@@ -13,10 +13,21 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+# Beyond these a number is a slip of the keyboard, and what computes with it fails far from here:
+# a list of so many places, a time that no clock takes, a sum over int64.
+LARGEST_COUNT = 10**9
+LARGEST_ROWS = 10**6  # of a step
+LARGEST_TOKENS = 10**7  # of a row
+LARGEST_SEED = 2**63 - 1
+LARGEST_NUMBER = 1e9
+
 Name = Annotated[str, Field(min_length=1)]  # of a file, a folder or a model
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=False)]
+Positive = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
+NonNegative = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
+Rows = Annotated[int, Field(gt=0, le=LARGEST_ROWS)]
+Tokens = Annotated[int, Field(gt=0, le=LARGEST_TOKENS)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
+PositiveFloat = Annotated[float, Field(gt=0, le=LARGEST_NUMBER, strict=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, le=LARGEST_NUMBER, strict=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=False)]
-AnyFloat = Annotated[float, Field(strict=False)]
+AnyFloat = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, strict=False)]

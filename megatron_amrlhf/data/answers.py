@@ -11,12 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import encode_solution, user_turn
+from megatron_amrlhf.data.chat import Message, encode_solution, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_steps, need_text
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.step_record import answer_end
+from megatron_amrlhf.data.turns import conversation
 from megatron_amrlhf.errors import UserError
 
 PROMPT_KEYS, ANSWER_KEYS = ("prompt", "problem"), ("steps", "response", "answer")
@@ -29,7 +30,7 @@ class GivenAnswer:
     Attributes:
         row: token ids of prompt, answer and end-of-turn token, 1-D int64 on CPU.
         prompt_length: tokens of the prompt.
-        prompt: the user's text.
+        turns: the conversation that is answered, as in `EncodedPrompt`.
         ended: the answer is whole; False: it was cut off and has no end-of-turn token.
         steps: texts of the steps; empty where the answer is given as one text.
         step_ends: index in the response of each step's last token, its separator included.
@@ -39,12 +40,17 @@ class GivenAnswer:
 
     row: Tensor
     prompt_length: int
-    prompt: str
+    turns: tuple[Message, ...]
     ended: bool
     steps: tuple[str, ...]
     step_ends: tuple[int, ...]
     extra: dict[str, Any]
     where: str
+
+    @property
+    def prompt(self) -> str:
+        """The question."""
+        return self.turns[-1]["content"]
 
 
 def load_answers(
@@ -52,6 +58,7 @@ def load_answers(
 ) -> tuple[list[GivenAnswer], Selection]:
     """Reads ``{"prompt" or "problem", "steps" or "response" or "answer"}`` lines.
 
+    And what `conversation` reads.
     The rows have no step markers: scoring puts those of the PRM in.
     ``"finished": false`` and ``"truncated": true`` mean what they mean in `step_lists`.
 
@@ -63,7 +70,7 @@ def load_answers(
     def encode(record: dict, where: str) -> list[GivenAnswer]:
         return [_encode(record, where, tokenizer, section)]
 
-    return select_rows(path, records, encode, section.skips_wrong_rows)
+    return select_rows(path, records, encode, section)
 
 
 def _encode(
@@ -77,14 +84,15 @@ def _encode(
     is_steps = key == "steps"
     pieces = need_steps(record, key, where) if is_steps else (need_text(record, key, where),)
     end = answer_end(record, where)
-    head = encode_limited(user_turn(prompt), tokenizer, section, where)
+    turns = conversation(record, user_turn(prompt), section, where)
+    head = encode_limited(turns, tokenizer, section, where)
     separator = section.step_separator if is_steps else ""
     ids, ends = encode_solution(tokenizer, head, pieces, separator, None, end)
     check_row(len(ids), section, where)
     return GivenAnswer(
         row=torch.tensor(ids, dtype=torch.int64),
         prompt_length=len(head),
-        prompt=prompt,
+        turns=turns,
         ended=end == "whole",
         steps=tuple(pieces) if is_steps else (),
         step_ends=tuple(end - len(head) for end in ends) if is_steps else (),

@@ -160,32 +160,6 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> lis
     return list(dict.fromkeys(ids))
 
 
-def check_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, end_ids: Sequence[int], vocab_size: int, folder: str | Path
-) -> None:
-    """Checks that a model has an embedding for what its tokenizer puts into every row.
-
-    Tokens of a text, of the template and the end tokens; a tokenizer may know more than these.
-
-    Args:
-        tokenizer: the model's.
-        end_ids: from `end_token_ids`.
-        vocab_size: of the model's ``config.json``.
-        folder: named in the message.
-
-    Raises:
-        UserError: an id is too large.
-    """
-    ids = [*end_ids, *encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
-    if (largest := max(ids)) >= vocab_size:
-        token = tokenizer.convert_ids_to_tokens(largest)
-        raise UserError(
-            f"{folder}: token {token!r} has id {largest}, but the model's vocab_size is "
-            f"{vocab_size}: use the model's own tokenizer files, and name its eos_token in "
-            "tokenizer_config.json"
-        )
-
-
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text that stands after another one.
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import Message, encode_turns
+from megatron_amrlhf.data.turns import split_system
 from megatron_amrlhf.errors import UserError
 
 ADVICE = "raise the limit or drop this line"
@@ -32,9 +33,7 @@ def encode_limited(
         UserError: turns in another order, no template for several turns, more than
             ``max_prompt_tokens``, or no room for an answer in ``max_row_tokens``.
     """
-    turns, system = list(turns), section.system_prompt
-    if turns[0]["role"] == "system":
-        system = turns.pop(0)["content"]
+    turns, system = split_system(turns, section.system_prompt)
     roles = [turn["role"] for turn in turns]
     if roles != ["user", "assistant"] * (len(turns) // 2) + ["user"]:
         raise UserError(f"{where}: turns must go human, gpt, ..., human; correct this line")

@@ -6,12 +6,12 @@ A JSONL file, or one JSON list, of either of these objects (all of a file alike 
 * ``{"conversations": [{"from": "human", "value": str}, ...], "chosen": {"from": "gpt", "value":
   str}, "rejected": {...}}``: turns of ``system`` (first only), ``human`` and ``gpt``, the last of
   ``human``. More than one turn needs a tokenizer with a chat template.
+
+A row's ``system`` and ``history`` are read too (`turns.conversation`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,8 @@ from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_text
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.turns import conversation, read_turn
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import expanded
-
-ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,11 @@ class EncodedPair:
     def __post_init__(self):
         assert 0 < self.prompt_length < min(self.chosen.numel(), self.rejected.numel())
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return self.chosen, self.rejected
+
 
 def load_pairs(
     path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection
@@ -64,7 +67,7 @@ def load_pairs(
     def encode(record: dict, where: str) -> list[EncodedPair]:
         return [encode_pair(record, tokenizer, section, where)]
 
-    return select_rows(path, numbered_records(path), encode, section.skips_wrong_rows)
+    return select_rows(path, read_numbered_jsonl(path, {}), encode, section)
 
 
 def encode_pair(
@@ -79,6 +82,7 @@ def encode_pair(
         turns = _turns(record["conversations"], where)
     else:
         turns = user_turn(need_text(record, "prompt", where))
+    turns = conversation(record, turns, section, where)
     prompt_ids = encode_limited(turns, tokenizer, section, where)
     chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
     if chosen == rejected:
@@ -87,50 +91,6 @@ def encode_pair(
         _encode_row(tokenizer, prompt_ids, answer, section, where) for answer in (chosen, rejected)
     ]
     return EncodedPair(*rows, prompt_length=len(prompt_ids))
-
-
-def numbered_records(path: str | Path) -> list[tuple[int, dict]]:
-    """Each object of a JSONL file or JSON list with the line that it stands (starts) on.
-
-    Raises:
-        UserError: a file that cannot be read or is not JSON objects; with ``path:line:``.
-    """
-    try:
-        text = expanded(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError):
-        text = ""  # read_numbered_jsonl has an error message for each case
-    if text.lstrip()[:1] == "[":
-        return list(_list_items(text, path))
-    return read_numbered_jsonl(path, {})
-
-
-def _list_items(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The objects of a JSON list, each with the line that it starts on."""
-    decoder, place = json.JSONDecoder(), text.index("[") + 1
-    count = 0
-    while True:
-        place = _skip(text, place, " \t\r\n")
-        if text[place : place + 1] == "]":
-            break
-        number = text.count("\n", 0, place) + 1
-        try:
-            record, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
-            message = f"{path}:{number}: not valid JSON ({error}); correct this object"
-            raise UserError(message) from error
-        if not isinstance(record, dict):
-            raise UserError(f"{path}:{number}: a list of JSON objects is needed; correct this")
-        yield number, record
-        count += 1
-        place = _skip(text, place, " \t\r\n,")
-    if not count:
-        raise UserError(f"{path}:1: the list is empty; put at least one pair in it")
-
-
-def _skip(text: str, place: int, characters: str) -> int:
-    while text[place : place + 1] and text[place] in characters:
-        place += 1
-    return place
 
 
 def _answer(record: dict, key: str, where: str) -> str:
@@ -146,13 +106,7 @@ def _answer(record: dict, key: str, where: str) -> str:
 def _turns(turns: Any, where: str) -> list[Message]:
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: 'conversations' must be a list of turns; correct this line")
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES:
-            known = ", ".join(ROLES)
-            raise UserError(f"{where}: each turn must be 'from' one of {known}; correct this line")
-        messages.append({"role": ROLES[turn["from"]], "content": need_text(turn, "value", where)})
-    return messages
+    return [read_turn(turn, where) for turn in turns]
 
 
 def _encode_row(

@@ -11,6 +11,8 @@ format                   told by                         read by
 ``helpsteer``            ``response``, or ``text``       `helpsteer.read_whole_answer`
 ``helpsteer_sentences``  ``chosen_scores``               `helpsteer.read_sentences`
 =======================  ==============================  ================================
+
+In each a row's ``system`` and ``history`` are read too (`turns.conversation`).
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from megatron_amrlhf.data.prm800k import read_prm800k
 from megatron_amrlhf.data.rows import RowLeftOut, Selection, select_rows
 from megatron_amrlhf.data.step_lists import LABEL_KEYS, detect_keys, read_step_list
 from megatron_amrlhf.data.step_record import ATTRIBUTES, StepRecord
+from megatron_amrlhf.data.turns import conversation
 from megatron_amrlhf.errors import UserError
 
 Reader = Callable[[dict, str], list[StepRecord]]
@@ -74,6 +77,11 @@ class PrmExample:
         assert self.prompt_length <= int(self.label_positions[0])
         assert int(self.label_positions[-1]) < self.row.numel()
 
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return (self.row,)
+
 
 def load_prm_examples(
     path: str | Path,
@@ -98,11 +106,10 @@ def load_prm_examples(
     read = step_reader(path, records[0], section, num_attributes)
 
     def encode(record: dict, where: str) -> list[PrmExample]:
-        return [
-            _encode(found, tokenizer, section, marker_id, where) for found in read(record, where)
-        ]
+        found = read(record, where)
+        return [_encode(x, record, tokenizer, section, marker_id, where) for x in found]
 
-    return select_rows(path, records, encode, section.skips_wrong_rows)
+    return select_rows(path, records, encode, section)
 
 
 def step_reader(
@@ -159,25 +166,27 @@ def _detect(record: dict) -> str | None:
 
 
 def _encode(
-    record: StepRecord,
+    solution: StepRecord,
+    record: dict,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
     marker_id: int | None,
     where: str,
 ) -> PrmExample:
     """Token ids with the labels of the judged steps."""
-    judged = [place for place, label in enumerate(record.labels) if label is not None]
+    judged = [place for place, label in enumerate(solution.labels) if label is not None]
     if not judged:
         raise RowLeftOut("rows without a label")
-    prompt_ids = encode_limited(record.turns, tokenizer, section, where)
-    separator = "" if record.joined else section.step_separator
+    turns = conversation(record, solution.turns, section, where)
+    prompt_ids = encode_limited(turns, tokenizer, section, where)
+    separator = "" if solution.joined else section.step_separator
     ids, positions = encode_solution(
-        tokenizer, prompt_ids, record.steps, separator, marker_id, record.end
+        tokenizer, prompt_ids, solution.steps, separator, marker_id, solution.end
     )
     check_row(len(ids), section, where)
     return PrmExample(
         row=torch.tensor(ids, dtype=torch.int64),
         prompt_length=len(prompt_ids),
         label_positions=torch.tensor([positions[place] for place in judged]),
-        labels=torch.tensor([record.labels[place] for place in judged], dtype=torch.float32),
+        labels=torch.tensor([solution.labels[place] for place in judged], dtype=torch.float32),
     )

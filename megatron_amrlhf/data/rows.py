@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.row_keys import Row, unread_paths
 from megatron_amrlhf.errors import UserError
 
 Item = TypeVar("Item")
 WRONG = "wrong"
+SHOWN_KEYS = 20  # of a file, each of those that are read and of those that are not
 
 
 class RowLeftOut(Exception):
@@ -27,12 +30,22 @@ class Selection:
         num_rows: rows in the file.
         left_out: reason to number of rows; ``wrong`` counts rows that a check refused.
         first_wrong: the message of the first wrong row, or None.
+        read: path of a key that is read to the number of used rows that have it.
+        unread: the same of keys that are not read.
     """
 
     path: str
     num_rows: int
     left_out: dict[str, int]
     first_wrong: str | None
+    read: dict[str, int]
+    unread: dict[str, int]
+
+    def keys(self) -> str:
+        """One line for a person: which keys of the used rows were read, and which not."""
+        num_used = self.num_rows - sum(self.left_out.values())
+        names = [_counted(counts) for counts in (self.read, self.unread)]
+        return f"{self.path}: keys of {num_used} rows: read {names[0]}; not read {names[1]}"
 
     def summary(self) -> str | None:
         """One line for a person, or None if every row is used."""
@@ -44,38 +57,54 @@ class Selection:
         return f"{self.path}: {total} of {self.num_rows} rows left out ({reasons}){first}"
 
 
+def _counted(counts: dict[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    names = [f"{name} ({count})" for name, count in ordered]
+    more = [f"{len(names) - SHOWN_KEYS} more"] if len(names) > SHOWN_KEYS else []
+    return ", ".join([*names[:SHOWN_KEYS], *more]) or "none"
+
+
 def select_rows(
     path: str | Path,
     records: Iterable[tuple[int, dict]],
     read: Callable[[dict, str], Iterable[Item]],
-    skip_wrong: bool,
+    section: DataSection,
 ) -> tuple[list[Item], Selection]:
     """Reads every record of a file.
 
     Args:
         path: the file, for messages.
         records: line numbers and records.
-        read: (record, ``path:line``) to items.
-        skip_wrong: leave wrong rows out, counted, instead of stopping at the first one.
+        read: (record, ``path:line``) to items. A key that it does not read is counted, or makes
+            the row a wrong one where it can change what the row means.
+        section: whether wrong rows are left out, counted, instead of stopping at the first one,
+            and which keys may be unread whatever they mean.
 
     Raises:
-        UserError: a wrong row (unless ``skip_wrong``), or no row is left.
+        UserError: a wrong row (unless it may be left out), or no row is left.
     """
     items: list[Item] = []
     left_out: Counter[str] = Counter()
+    paths: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     first_wrong, num_rows = None, 0
     for number, record in records:
         num_rows += 1
         try:
-            items.extend(read(record, f"{path}:{number}"))
+            row, where = Row(record), f"{path}:{number}"
+            found = list(read(row, where))
+            unread = unread_paths(row, section.ignored_keys, where)
         except RowLeftOut as reason:
             left_out[str(reason)] += 1
         except UserError as error:
-            if not skip_wrong:
+            if not section.skips_wrong_rows:
                 raise
             left_out[WRONG] += 1
             first_wrong = first_wrong or str(error)
-    selection = Selection(str(path), num_rows, dict(left_out), first_wrong)
+        else:
+            items.extend(found)
+            paths[0].update(row.read)
+            paths[1].update(unread)
+    selection = Selection(str(path), num_rows, dict(left_out), first_wrong, *map(dict, paths))
     if not items:
         raise UserError(f"{selection.summary()}; no row is left to use")
     return items, selection

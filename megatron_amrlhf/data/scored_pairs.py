@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import number
-from megatron_amrlhf.data.pairs import EncodedPair, encode_pair, numbered_records
+from megatron_amrlhf.data.pairs import EncodedPair, encode_pair
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.sentences import token_sentences
 from megatron_amrlhf.data.step_record import MAX_SCORE
@@ -40,6 +41,11 @@ class ScoredPair:
 
     pair: EncodedPair
     rewards: tuple[Tensor, Tensor] | None
+
+    @property
+    def rows(self) -> tuple[Tensor, ...]:
+        """All token ids."""
+        return self.pair.rows
 
 
 def load_scored_pairs(
@@ -90,7 +96,7 @@ def load_scored_pairs(
         seen.append(has_scores)
         return [ScoredPair(pair, rewards)]
 
-    return select_rows(path, numbered_records(path), encode, section.skips_wrong_rows)
+    return select_rows(path, read_numbered_jsonl(path, {}), encode, section)
 
 
 def _token_rewards(

@@ -99,10 +99,17 @@ class Zero3Engine:
             ``[B, ...]`` in the order of ``rows`` on the last stage, else None.
         """
         mesh = self.mesh
+        self._assert_embedded(name, rows)
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh)
         with self.roles[name].window() as stage:
             pieces = run_forward(stage, mesh.cut, blocks, function, collect, on_block)
         return in_row_order(pieces, blocks) if mesh.is_last_stage else None
+
+    def _assert_embedded(self, name: str, rows: tuple[Tensor, ...]) -> None:
+        """An id beyond the embedding would be zeros in silence on several tensor ranks."""
+        size = self.roles[name].shape.vocab_size
+        largest = max((int(row.max()) for row in rows if row.numel()), default=0)
+        assert largest < size, f"{name}: token id {largest} of a row, vocab_size is {size}"
 
     def train_step(
         self,
@@ -136,6 +143,7 @@ class Zero3Engine:
         """
         role, mesh = self.roles[name], self.mesh
         weights, gradients = role.weights, role.weights.gradients
+        self._assert_embedded(name, rows)
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh, together, equal=True)
         losses = LossLog([], [])
 

@@ -13,6 +13,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from megatron_amrlhf.arguments import at_least_one
 from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import load_config
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
-    parser.add_argument("--processes", type=int, default=1, help="of one machine")
+    parser.add_argument("--processes", type=at_least_one, default=1, help="of one machine")
     parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
     parser.add_argument("--node-rank", type=int, help="the host's line, from 0; none: by ssh")
     parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")

@@ -1,8 +1,9 @@
 """Log-probs and entropy from vocabulary-parallel logits, without gathering them.
 
 Logits of ``N`` positions lie as ``[N, V_padded / TP]`` on the ranks of the tensor group. Columns
-past the true vocabulary (padding to a multiple of TP) take no part anywhere. All is computed in
-float32 at least, in chunks of positions, so that a float32 ``[N, V]`` is never held whole.
+past the true vocabulary (padding to a multiple of TP), and those of ids that are no token, take no
+part anywhere. All is computed in float32 at least, in chunks of positions, so that a float32
+``[N, V]`` is never held whole.
 """
 
 from __future__ import annotations
@@ -20,11 +21,16 @@ def _all_reduce(tensor: Tensor, op, group: dist.ProcessGroup) -> Tensor:
     return tensor
 
 
-def wide(logits: Tensor, first_column: int, vocab_size: int) -> Tensor:
-    """A float32 (float64 stays) copy of ``logits`` with padded columns at -inf."""
+def wide(
+    logits: Tensor, first_column: int, vocab_size: int, usable: Tensor | None = None
+) -> Tensor:
+    """A float32 (float64 stays) copy of ``logits`` with the columns of no token at -inf."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     num_true = min(max(vocab_size - first_column, 0), logits.shape[-1])
     logits[..., num_true:] = float("-inf")
+    if usable is not None:
+        own = usable[first_column : first_column + num_true].to(logits.device)
+        logits[..., :num_true].masked_fill_(~own, float("-inf"))
     return logits
 
 
@@ -39,7 +45,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(logits)[target] with the softmax recomputed chunk by chunk in the backward."""
 
     @staticmethod
-    def forward(ctx, logits, targets, vocab_size, temperature, group):
+    def forward(ctx, logits, targets, vocab_size, temperature, group, usable):
         columns = logits.shape[-1]
         first_column = dist.get_rank(group) * columns
         local = targets - first_column
@@ -48,7 +54,7 @@ class _TokenLogProbs(torch.autograd.Function):
         pieces, lse_pieces = [], []
         for start in range(0, logits.shape[0], CHUNK_POSITIONS):
             part = slice(start, start + CHUNK_POSITIONS)
-            chunk = wide(logits[part], first_column, vocab_size) / temperature
+            chunk = wide(logits[part], first_column, vocab_size, usable) / temperature
             lse = _log_sum_exp(chunk, group)
             own = chunk.gather(-1, safe[part, None])[:, 0]
             own = torch.where(here[part], own, torch.zeros_like(own))
@@ -56,6 +62,7 @@ class _TokenLogProbs(torch.autograd.Function):
             lse_pieces.append(lse)
         ctx.save_for_backward(logits, here, safe, torch.cat(lse_pieces))
         ctx.first_column, ctx.vocab_size, ctx.temperature = first_column, vocab_size, temperature
+        ctx.usable = usable
         return torch.cat(pieces)
 
     @staticmethod
@@ -64,11 +71,12 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_logits = torch.empty_like(logits)
         for start in range(0, logits.shape[0], CHUNK_POSITIONS):
             part = slice(start, start + CHUNK_POSITIONS)
-            chunk = wide(logits[part], ctx.first_column, ctx.vocab_size) / ctx.temperature
+            chunk = wide(logits[part], ctx.first_column, ctx.vocab_size, ctx.usable)
+            chunk = chunk / ctx.temperature
             out = chunk.sub_(lse[part, None]).exp_().neg_()
             out.scatter_add_(-1, safe[part, None], here[part, None].to(out.dtype))
             grad_logits[part] = out * (grad[part, None] / ctx.temperature)
-        return grad_logits, None, None, None, None
+        return grad_logits, None, None, None, None, None
 
 
 def token_logprobs(
@@ -77,6 +85,7 @@ def token_logprobs(
     vocab_size: int,
     group: dist.ProcessGroup,
     temperature: float = 1.0,
+    usable: Tensor | None = None,
 ) -> Tensor:
     """Log-prob of each target token, differentiable in ``logits``.
 
@@ -86,6 +95,8 @@ def token_logprobs(
         vocab_size: true vocabulary size.
         group: tensor-parallel group; every rank of it must call.
         temperature: logits are divided by it.
+        usable: ``[vocab_size]`` bool, ids that are tokens; the others have no probability. None:
+            all are.
 
     Returns:
         ``[N]`` float32 (float64 for float64 logits) log-probs in nats, equal on all ranks.
@@ -94,17 +105,19 @@ def token_logprobs(
     assert not targets.numel() or (int(targets.min()) >= 0 and int(targets.max()) < vocab_size)
     if not targets.numel():
         return logits.sum(dim=-1).to(torch.promote_types(logits.dtype, torch.float32))
-    return _TokenLogProbs.apply(logits, targets, vocab_size, temperature, group)
+    return _TokenLogProbs.apply(logits, targets, vocab_size, temperature, group, usable)
 
 
 @torch.no_grad()
-def entropy(logits: Tensor, vocab_size: int, group: dist.ProcessGroup) -> Tensor:
+def entropy(
+    logits: Tensor, vocab_size: int, group: dist.ProcessGroup, usable: Tensor | None = None
+) -> Tensor:
     """``[N]`` entropy of the softmax at each position in nats, without gradient."""
     columns = logits.shape[-1]
     first_column = dist.get_rank(group) * columns
     pieces = [torch.zeros(0, device=logits.device)]
     for start in range(0, logits.shape[0], CHUNK_POSITIONS):
-        chunk = wide(logits[start : start + CHUNK_POSITIONS], first_column, vocab_size)
+        chunk = wide(logits[start : start + CHUNK_POSITIONS], first_column, vocab_size, usable)
         lse = _log_sum_exp(chunk, group)
         probs = (chunk - lse[:, None]).exp()
         mean = (probs * chunk.masked_fill(probs == 0, 0.0)).sum(dim=-1)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.data.chat import encode_solution
+from megatron_amrlhf.data.lines import line_numbers, written_lines
 from megatron_amrlhf.data.token_text import token_texts
 
 
@@ -51,12 +51,10 @@ class AnswerSteps:
 def newline_steps(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool
 ) -> AnswerSteps:
-    """Cuts an answer at its newlines.
+    """Cuts an answer into its lines, as `StepCutter` does (see ``data/lines.py``).
 
-    A step's tokens go up to the last one of a run of tokens with a newline, as in
-    `units.step_ids`; its text goes up to the first newline of the run. What such a token holds
-    behind its last newline (blanks) is text of the next step. Blank lines are no steps: their
-    tokens have the score of the step that follows, at the end that of the last one.
+    Newlines and blank lines are in no step's text; their tokens have the score of the step before
+    them, at the start that of the first one.
 
     Args:
         tokenizer: the policy's.
@@ -64,24 +62,9 @@ def newline_steps(
         ended: the last of them is an end token; it has the score of the last step.
     """
     pieces = token_texts(tokenizer, ids[:-1] if ended else ids)
-    texts, text, numbers = [], "", []
-    for piece, following in pairwise([*pieces, ""]):
-        numbers.append(len(texts))
-        text += piece
-        if "\n" in piece and "\n" not in following:
-            line, text = text[: text.rfind("\n")], text[text.rfind("\n") + 1 :]
-            texts += _without_newlines(line)
-    texts += _without_newlines(text)
-    last = max(len(texts) - 1, 0)
-    return AnswerSteps(
-        tuple(texts), tuple(min(number, last) for number in numbers) + (last,) * ended
-    )
-
-
-def _without_newlines(text: str) -> list[str]:
-    """The step without newlines at its end; none for a blank text."""
-    body = text.rstrip()
-    return [body + text[len(body) :].partition("\n")[0]] if body else []
+    text = "".join(pieces)
+    texts = tuple(text[start:end] for start, end in written_lines(text))
+    return AnswerSteps(texts, tuple(line_numbers([*pieces, ""] if ended else pieces)))
 
 
 def mark_answer(

@@ -61,7 +61,7 @@ def step_ends(steps_BR: Tensor, valid_BR: Tensor, ended_B: Tensor, blank_BR: Ten
     no step where the answer has others.
 
     Args:
-        steps_BR: ``[B, R]`` int64 number of the step that each token is in.
+        steps_BR: ``[B, R]`` int64 number of the step that each token is in; blanks may be apart.
         valid_BR: ``[B, R]`` bool, response tokens, left-aligned.
         ended_B: ``[B]`` bool, the last token is an end token.
         blank_BR: ``[B, R]`` bool, the token is white space.

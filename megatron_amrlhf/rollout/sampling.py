@@ -20,6 +20,7 @@ class SamplingSettings:
         top_k: 0 means all tokens.
         top_p: 1 means no nucleus cut.
         end_ids: tokens that end an answer; they belong to it.
+        usable: ``[V]`` bool, ids that are tokens, the only ones that are sampled; None: all.
     """
 
     max_new_tokens: int
@@ -28,6 +29,7 @@ class SamplingSettings:
     top_k: int
     top_p: float
     end_ids: tuple[int, ...]
+    usable: Tensor | None = None
 
 
 def uniforms(seed: int, step: int, sample_ids: Tensor, count: int) -> Tensor:
@@ -54,6 +56,8 @@ def next_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> 
     Returns:
         ``[B]`` int64 token ids.
     """
+    if settings.usable is not None:
+        logits = logits.masked_fill(~settings.usable, float("-inf"))
     if settings.temperature == 0:
         return logits.argmax(dim=-1)
     count = min(settings.top_k or logits.shape[-1], logits.shape[-1])
@@ -63,5 +67,6 @@ def next_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> 
     probs = probs * (before < settings.top_p)
     cumulative = probs.cumsum(dim=-1)
     target = uniform[:, None] * cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, target, right=True).clamp(max=count - 1)
+    last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # where rounding makes target the whole sum
+    choice = torch.searchsorted(cumulative, target, right=True).minimum(last)
     return tokens.gather(-1, choice)[:, 0]

@@ -16,6 +16,7 @@ from megatron_amrlhf.ports import free_port
 from megatron_amrlhf.report.heartbeat import Heartbeat, RankProgress
 from tests.distributed.processes import run_on
 from tests.distributed.runs import make_models, write_config
+from tests.helpers_models import tiny_tokenizer
 
 pytestmark = pytest.mark.distributed
 
@@ -96,6 +97,15 @@ def test_weights_of_another_size_are_told_before_they_are_read(folder, tmp_path,
     file.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] * 2}))
     done = train(write_config(folder, "ppo"), f"{key}.path={models[key]}")
     assert_refused(done, folder, str(models[key]), "has shape", "config.json and this run need")
+
+
+@pytest.mark.parametrize("key", ["model", "reward_model"])
+def test_a_vocabulary_beyond_the_embedding_is_refused(folder, tmp_path, key):
+    """The data use none of the tokens that are too many."""
+    models = dict(zip(("model", "reward_model"), make_models(tmp_path), strict=True))
+    tiny_tokenizer(140).save_pretrained(models[key])
+    done = train(write_config(folder, "ppo"), f"{key}.path={models[key]}")
+    assert_refused(done, folder, str(models[key]), "has id 139", "vocab_size is 131")
 
 
 def test_missing_key_is_named(folder):

@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_amrlhf.config.describe import list_keys
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.errors import UserError
 
@@ -76,6 +77,59 @@ def test_overrides_win_and_are_typed_as_yaml(write):
     assert config.optimizer.lr == 3e-5 and config.run.steps == 4
     assert config.mask.kind == "none" and config.data.heldout is None
     assert config.optimizer.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use #### before",
+        "# first, say hello",
+        "Say 'x' #1",
+        "5 # five",
+        "two\nlines",
+        "a\n\n  b",
+        "--- a",
+        "&you are",
+        "! important",
+        "C# and F#",
+        "#",
+        "|",
+        ">",
+        " ",
+        "yes, no",
+        "a\\nb",
+    ],
+)
+def test_a_text_of_an_override_is_the_text_as_it_stands(write, text):
+    config = load_config(write(VALID), [f"data.system_prompt={text}", f"data.input_mark={text}"])
+    expected = text.strip() or text
+    assert config.data.system_prompt == config.data.input_mark == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("data.system_prompt", "null", None),
+        ("data.system_prompt", "", None),
+        ("data.system_prompt", '"Use # \\n"', "Use # \n"),
+        ("data.system_prompt", "'it''s # 1'", "it's # 1"),
+        ("data.system_prompt", "|\n a # b\n c", "a # b\nc"),
+        ("data.system_prompt", "!!str 5", "5"),
+        ("data.ignored_keys", "[a, 'b # c']", ("a", "b # c")),
+        ("data.alternatives", "false", False),
+        ("run.steps", " 5 ", 5),
+        ("run.max_minutes", "1e3", 1000.0),
+    ],
+)
+def test_yaml_of_an_override_stays_yaml(write, key, text, expected):
+    config = load_config(write(VALID), [f"{key}={text}"])
+    section, name = key.split(".")
+    assert getattr(getattr(config, section), name) == expected
+
+
+def test_a_section_can_be_given_by_an_override(write):
+    assert load_config(write(VALID), ["mask={kind: none}"]).mask.kind == "none"
+    assert load_config(write(VALID), ["mask=kind: none"]).mask.kind == "none"
 
 
 def test_an_empty_section_means_its_defaults(write):
@@ -182,6 +236,9 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
         (".=1", "must look like section.key=value"),
         ("run.name.x=1", "run.name is not a section"),
         ("optimizer.betas=[0.9", "malformed YAML"),
+        ("optimizer.betas=[0.8, 0.9] # x", "'# x' is a comment: a text with # needs quotes"),
+        ("data.system_prompt='a' # b", "'# b' is a comment"),
+        ("data.system_prompt=Note: use #### x", "'#### x' is a comment"),
         ("run.name=2024-13-45", "'2024-13-45' is no timestamp, in quotes it is text"),
         ('run.name=!!int "zzz"', "'zzz' is no int"),
         ('run.name=!!bool "zzz"', "'zzz' is no bool"),
@@ -191,6 +248,34 @@ def test_files_that_cannot_be_read_are_user_errors(tmp_path):
 def test_malformed_overrides_are_quoted_back(write, override, expected):
     message = message_of(write(VALID), [override])
     assert message.startswith(f"--set {override}") and expected in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'data.system_prompt="\\ud83d b"',
+        'data.ignored_keys=["\\udc00"]',
+        'run.folder="a\\0b"',
+        'mask={"\\ud83d": 1}',
+    ],
+)
+def test_half_a_character_is_refused(write, override):
+    message = message_of(write(VALID), [override])
+    assert override.partition("=")[0] in message and "character" in message
+    message.encode()
+
+
+NUMBERS = [key for key in list_keys() if "int" in key.type or "float" in key.type]
+
+
+@pytest.mark.parametrize("key", NUMBERS, ids=lambda key: f"{key.kind}:{key.name}")
+def test_no_number_is_without_bounds(write, key):
+    """10^26 steps, a time that no clock takes, a weight whose square is infinite."""
+    path = write(VALID.replace("{kind: ppo, clip_eps: 0.1}", f"{{kind: {key.kind or 'ppo'}}}"))
+    for number in ("1" + "0" * 26, "-1" + "0" * 26, "1e300"):
+        value = f"[{number}, {number}]" if key.type.startswith("list") else number
+        message = message_of(path, [f"{key.name}={value}"])
+        assert key.name in message and len(message) < 400
 
 
 def test_a_number_of_too_many_digits_is_one_short_line(write):

@@ -8,8 +8,6 @@ import pytest
 from tokenizers import Tokenizer
 
 from megatron_amrlhf.data.chat import (
-    PROBE,
-    check_vocabulary,
     encode_prompt,
     encode_solution,
     end_token_ids,
@@ -73,15 +71,6 @@ def test_a_model_folder_without_tokenizer_files_is_a_user_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(UserError, match="no tokenizer in it|cannot load a tokenizer"):
         load_tokenizer(tmp_path)
-
-
-def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer):
-    ids = [*encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
-    check_vocabulary(tokenizer, [2], max(ids) + 1, "here")
-    with pytest.raises(UserError, match=f"here: token .* has id {max(ids)}, but the model's"):
-        check_vocabulary(tokenizer, [2], max(ids), "here")
-    with pytest.raises(UserError, match=f"id {max(ids) + 5}, but"):
-        check_vocabulary(tokenizer, [2, max(ids) + 5], max(ids) + 1, "here")
 
 
 @pytest.mark.parametrize(("listed", "extra"), [(None, []), (0, [0]), ([0, 2, 1], [0, 1])])

@@ -59,6 +59,49 @@ def test_half_a_character_is_refused_and_a_whole_one_is_not(tmp_path):
         read_jsonl(path, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"a": 1}, {"a": 2}]', [(1, 1), (1, 2)]),
+        ('[\n{"a": 1},\n{"a": 2}\n]\n[\n{"a": 3}\n]\n', [(2, 1), (3, 2), (6, 3)]),
+        ('[{"a": 1}][{"a": 2}]', [(1, 1), (1, 2)]),
+        ('\ufeff\n[{"a": 1}]\n[]\n[{"a": 2}]', [(2, 1), (4, 2)]),
+    ],
+)
+def test_lists_are_read_one_after_the_other(tmp_path, text, expected):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    assert read_numbered_jsonl(path, {"a": int}) == [(n, {"a": a}) for n, a in expected]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[{"a": 1}]\n{"a": 2}', ":2: '{\"a\": 2}' stands behind the end of a list"),
+        ('[{"a": 1}]]', ":1: ']' stands behind"),
+        ('[{"a": 1}\n {"a": 2}]', ":1: not valid JSON (no comma or ]"),
+        ('[{"a": 1},\n{"a": 2}', ":2: not valid JSON (no comma or ]"),
+        ('[{"a": 1},', ":1: not valid JSON (Expecting value"),
+        ('[{"a": 1},\n]', ":2: not valid JSON (Expecting value"),
+        ('[{"a": 1},\n[{"a": 2}]]', ":2: expected a JSON object, found a list"),
+        ('[{"a": 1},\n{"a": "\\ud83d b"}]', ":2: \\ud83d is half a character"),
+        ('[{"a": 1},\n{"a": {"\\udc00": 1}}]', ":2: \\udc00 is half a character"),
+        ('[{"a": 1},\n{"a": NaN}]', ":2: not valid JSON (NaN"),
+        ("[]\n[]", ":1: the list is empty"),
+        ('{"a": 1}\n{"a": 1, "b": {"a": 2, "a": 2}}', ":2: not valid JSON (key 'a' is given twice"),
+        ('{"a": 1}\n{"a": 1e999}', ":2: not valid JSON (1e999 is too large"),
+        ('{"a": 1} {"a": 2}', ":1: not valid JSON (Extra data at column 10)"),
+        ('{"a": 1},\n{"a": 2},', ":1: not valid JSON (Extra data at column 9)"),
+    ],
+)
+def test_nothing_of_a_list_or_line_is_dropped_in_silence(tmp_path, text, words):
+    path = tmp_path / "x.json"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_jsonl(path, {})
+    assert str(caught.value).startswith(f"{path}{words}") and "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_an_empty_file_is_refused(tmp_path, content):
     path = tmp_path / "x.jsonl"

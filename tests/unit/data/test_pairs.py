@@ -106,7 +106,7 @@ def test_a_bad_object_of_a_list_is_named_by_its_line(tmp_path, tokenizer):
         "pairs.json:3: not valid JSON"
     )
     assert message_of(tmp_path, tokenizer, "[]").startswith("pairs.json:1: the list is empty")
-    assert "a list of JSON objects" in message_of(tmp_path, tokenizer, "[3]")
+    assert "expected a JSON object, found an integer" in message_of(tmp_path, tokenizer, "[3]")
     assert "pairs.json:1: the file is empty" in message_of(tmp_path, tokenizer, "")
 
 

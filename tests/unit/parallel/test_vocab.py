@@ -132,29 +132,67 @@ def test_a_target_outside_the_vocabulary_is_refused(group, target):
         token_logprobs(logits, targets, VOCAB_SIZE, group)
 
 
-def _on_two_ranks(logits, targets, temperature):
+def usable_and_targets():
+    """A hole, an edge and a tail that are no token, and targets that are tokens."""
+    usable = torch.ones(VOCAB_SIZE, dtype=torch.bool)
+    usable[[40, 41, 65, 66]], usable[120:] = False, False
+    return usable, torch.tensor([0, 39, 42, 64, 67, 119, 5])
+
+
+def only_tokens(logits, usable):
+    """``[N, V]`` logits as Hugging Face would read them with the others at -inf."""
+    return logits[:, :VOCAB_SIZE].masked_fill(~usable, float("-inf"))
+
+
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_ids_that_are_no_token_have_no_probability_and_no_gradient(group, temperature):
+    logits, _ = logits_and_targets(padding=5)
+    usable, targets = usable_and_targets()
+    mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    found = token_logprobs(mine, targets, VOCAB_SIZE, group, temperature, usable)
+    expected = plain_logprobs(only_tokens(plain, usable), targets, temperature)
+    torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(mine.grad, plain.grad, rtol=0, atol=FLOAT64_TOLERANCE)
+    assert not mine.grad[:, :VOCAB_SIZE][:, ~usable].any()
+    own = only_tokens(logits, usable)[:, usable]
+    spread = -(own.softmax(-1) * own.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(
+        entropy(logits, VOCAB_SIZE, group, usable).double(), spread, rtol=0, atol=FLOAT32_TOLERANCE
+    )
+    everything = torch.ones_like(usable)
+    again = token_logprobs(logits, targets, VOCAB_SIZE, group, temperature, everything)
+    assert torch.equal(again, token_logprobs(logits, targets, VOCAB_SIZE, group, temperature))
+
+
+def _on_two_ranks(logits, targets, temperature, usable=None):
     """This rank's results from its half of the columns."""
     vocab.CHUNK_POSITIONS = 3
     rank = dist.get_rank()
     mine = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
-    found = token_logprobs(mine, targets, VOCAB_SIZE, dist.group.WORLD, temperature)
+    found = token_logprobs(mine, targets, VOCAB_SIZE, dist.group.WORLD, temperature, usable)
     (found * torch.arange(1.0, POSITIONS + 1)).sum().backward()
     whole = gather_logits(mine.detach().float(), VOCAB_SIZE, dist.group.WORLD)
-    return found.detach(), mine.grad, entropy(mine, VOCAB_SIZE, dist.group.WORLD), whole
+    spread = entropy(mine, VOCAB_SIZE, dist.group.WORLD, usable)
+    return found.detach(), mine.grad, spread, whole
 
 
 @pytest.mark.distributed
-def test_columns_split_over_two_ranks_with_padding_change_nothing():
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_columns_split_over_two_ranks_with_padding_change_nothing(is_whole):
     logits, targets = logits_and_targets(padding=1)
     plain = logits.clone().requires_grad_()
-    expected = plain_logprobs(plain, targets, 0.7)
+    usable, others = usable_and_targets()
+    usable, targets = (torch.ones_like(usable), targets) if is_whole else (usable, others)
+    expected = plain_logprobs(only_tokens(plain, usable), targets, 0.7)
     (expected * torch.arange(1.0, POSITIONS + 1)).sum().backward()
-    results = run_on(2, _on_two_ranks, logits, targets, 0.7)
+    own = only_tokens(logits, usable)[:, usable]
+    spread = -(own.softmax(-1) * own.log_softmax(-1)).sum(-1)
+    results = run_on(2, _on_two_ranks, logits, targets, 0.7, usable)
     for found, _, uncertainty, whole in results:
         torch.testing.assert_close(found, expected.detach(), rtol=0, atol=FLOAT64_TOLERANCE)
-        torch.testing.assert_close(
-            uncertainty.double(), plain_entropy(logits), rtol=0, atol=FLOAT32_TOLERANCE
-        )
+        torch.testing.assert_close(uncertainty.double(), spread, rtol=0, atol=FLOAT32_TOLERANCE)
         assert torch.equal(whole, logits[:, :VOCAB_SIZE].float())
     gradient = torch.cat([grad for _, grad, _, _ in results], dim=-1)
     torch.testing.assert_close(gradient, plain.grad, rtol=0, atol=FLOAT64_TOLERANCE)

@@ -11,7 +11,7 @@ from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.data.chat import encode_prompt, encode_solution
 from megatron_amrlhf.data.token_text import decode
 from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, newline_steps
-from megatron_amrlhf.rewards.units import newline_token_ids, step_ids
+from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.helpers import make_tiny_tokenizer
 from tests.helpers_models import tiny_tokenizer
@@ -29,7 +29,7 @@ CASES = {
     "only newlines": ("\n\n", True, [], "00"),
     "several newlines": ("a\n\n\nb", True, ["a", "b"], "00001"),
     "newlines before it": ("\n\na\nb", True, ["a", "b"], "00001"),
-    "a blank line": ("a\n \nb", True, ["a", "b"], "00111"),
+    "a blank line": ("a\n \nb", True, ["a", "b"], "00001"),
     "blanks at its end": ("a\nb\n  ", True, ["a", "b"], "001111"),
     "indented": ("a \n  b", True, ["a ", "  b"], "000111"),
     "Chinese": (CHINESE, True, CHINESE.split("\n"), "000000001"),
@@ -131,18 +131,22 @@ def test_the_prompt_of_the_same_tokenizer_stays_as_it_is(characters):
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab 9.\n\u7b54\U0001f600", max_size=25), st.booleans())
 def test_steps_are_those_of_the_rewards_unit(merging, text, ended):
-    """Its unit and the marker's step begin and end together, but for blank lines."""
+    """Its unit and the marker's step begin and end together."""
     ids = merging.encode(text, add_special_tokens=False) + [merging.eos_token_id] * ended
     steps = newline_steps(merging, ids, ended)
     assert len(steps.numbers) == len(ids) and list(steps.numbers) == sorted(steps.numbers)
     lines = [line for line in text.split("\n") if line.strip()]
     assert list(steps.texts) == lines
-    if not text.strip() or any(not line.strip() for line in text.strip("\n").split("\n")):
-        return
-    body = torch.tensor([ids[: len(ids) - ended]])
-    units = step_ids(body, newline_token_ids(merging), torch.ones_like(body, dtype=torch.bool))[0]
-    first = int(text.startswith("\n"))  # the newlines before it are a unit of their own
-    assert list(steps.numbers[: body.numel()]) == (units - first).clamp(min=0).tolist()
+    if ids:
+        rollout = RolloutBatch(
+            rows=(torch.tensor(ids),),
+            prompt_lengths=torch.tensor([0]),
+            group_ids=torch.tensor([0]),
+            sample_ids=torch.tensor([0]),
+            from_reference=torch.tensor([False]),
+            ended=torch.tensor([ended]),
+        )
+        assert StepCutter(merging, "newline")(rollout)[0].tolist() == list(steps.numbers)
 
 
 def test_given_steps_and_their_text_are_the_same_row(merging):

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lines import line_numbers
 from megatron_amrlhf.rewards.outcome import (
     OUTCOMES,
     aggregate_steps,
     step_ends,
     step_probabilities,
 )
-from megatron_amrlhf.rewards.units import step_ids
 from megatron_amrlhf.types import RolloutBatch
 from tests.unit.config.samples import make_config
 
@@ -87,7 +87,11 @@ def test_steps_end_where_the_prm_has_learned_to_judge():
     for row, (ids, _, _) in enumerate(ROWS):
         tokens[row, : len(ids)], valid[row, : len(ids)] = torch.tensor(ids), True
     ended = torch.tensor([ended for _, ended, _ in ROWS])
-    steps = step_ids(tokens, torch.tensor([NEWLINE]), valid)
+    steps = torch.zeros_like(tokens)
+    for row, (ids, is_whole, _) in enumerate(ROWS):
+        pieces = [{NEWLINE: "\n", BLANK: " "}.get(token, "x") for token in ids]
+        numbers = line_numbers([*pieces[:-1], ""] if is_whole else pieces, True)
+        steps[row, : len(ids)] = torch.tensor(numbers)
     blank = torch.isin(tokens, torch.tensor([NEWLINE, BLANK]))
     found = step_ends(steps, valid, ended, blank)
     for row, (_, _, expected) in enumerate(ROWS):
@@ -113,7 +117,7 @@ class Run:
 class Cutter:
     """Of two steps."""
 
-    def __call__(self, rollout):
+    def blanks_apart(self, rollout):
         return torch.tensor([[0, 0, 1, 1, 1]])
 
     def blanks(self, rollout):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import PreTrainedTokenizerFast
 
 from megatron_amrlhf.algorithms.translation import read_back, translate
-from megatron_amrlhf.data.chat import encode_prompt
+from megatron_amrlhf.data.chat import encode_prompt, encode_turns
 from megatron_amrlhf.data.token_text import decode, token_ends, token_texts
 from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
@@ -243,3 +244,20 @@ def test_another_tokenizer_gets_the_same_text_and_its_own_template(policy, fallb
         last = int(rollout.response_lengths[place]) - 1
         assert found[place, last] == scores_of(there.rollout)[place, len(ids) - length - 1]
         assert (found[place, last + 1 :] == 0).all()
+
+
+def test_another_tokenizer_gets_a_prompts_own_system_message_and_history(policy, fallback):
+    rollout, prompts = rollout_of(policy, "How many?", [("Two.", True)])
+    earlier = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    system = {"role": "system", "content": "Be kind."}
+    asked = {"role": "user", "content": "How many?"}
+    for before, expected in (((system, *earlier), "Be kind."), (tuple(earlier), "Be brief.")):
+        there = translate(
+            rollout, replace(prompts, earlier=(before,)), policy, fallback, "Be brief."
+        )
+        head = encode_turns(fallback, [*earlier, asked], expected)
+        assert there.rollout.rows[0][: len(head)].tolist() == head
+        assert there.rollout.prompt_lengths.tolist() == [len(head)]

@@ -50,6 +50,40 @@ def test_steps_by_hand(tokenizer, boundary, expected):
         assert row[: len(steps)] == steps
 
 
+CODE = [";\n", "}\n", "\n}\n", "};\n\n"]
+LINES = {
+    "a token with its newline is a line": (["a", ";\n", "}\n", "b"], "0012"),
+    "twice": (["a", ";\n", "}\n", "}\n", "}\n"], "00123"),
+    "newlines of its own": (["a", "};\n\n", "\n", "}\n", "b"], "00012"),
+    "blank lines are no steps": (["a", "\n", " ", " ", "\n", "\n", "b"], "0000001"),
+    "an indent is its line's": (["a", ";\n", " ", " ", "}\n", "b"], "001112"),
+    "blank lines before it": (["\n", " ", "\n", "a", "\n", "b"], "000001"),
+    "blank lines behind it": (["a", "\n", "b", "\n", " ", "\n"], "001111"),
+    "nothing but blank lines": (["\n", " ", "\n"], "000"),
+    "a line within a token": (["a", "\n}\n", "b"], "001"),
+    "a line within a token, then a blank one": (["a", "\n}\n", "\n"], "001"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+@pytest.mark.parametrize("ended", [True, False])
+def test_every_line_is_a_step(name, ended):
+    tokens, expected = LINES[name]
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(CODE)
+    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens] + [END_TOKEN_ID] * ended
+    rollout = RolloutBatch(
+        rows=(torch.tensor(ids),),
+        prompt_lengths=torch.tensor([0]),
+        group_ids=torch.tensor([0]),
+        sample_ids=torch.tensor([0]),
+        from_reference=torch.tensor([False]),
+        ended=torch.tensor([ended]),
+    )
+    found = StepCutter(tokenizer, "newline")(rollout)[0].tolist()
+    assert "".join(map(str, found)) == expected + expected[-1] * ended
+
+
 def test_numbers_have_no_gaps_where_a_sentence_has_no_token_of_its_own():
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["a. b. c"])

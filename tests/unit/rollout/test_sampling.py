@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -95,6 +97,36 @@ def test_the_ends_of_the_unit_interval_stay_in_the_support(temperature, top_k, t
     found = next_tokens(rows, ends, settings(temperature, top_k, top_p))
     assert found[0] == logits.argmax()
     assert (expected[found] > 0).all()
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), FILTERS)
+def test_ids_that_are_no_token_are_never_sampled(temperature, top_k, top_p):
+    """As Hugging Face's with their scores at -inf, also where they are the likeliest by far."""
+    usable = torch.ones(VOCAB_SIZE, dtype=torch.bool)
+    usable[[7, 50]], usable[100:] = False, False
+    logits = logits_of(8)
+    masked = logits.masked_fill(~usable, float("-inf"))
+    logits[~usable] = 30.0
+    chosen = replace(settings(temperature, top_k, top_p), usable=usable)
+    expected = hugging_face_probs(masked, temperature, top_k, top_p)
+    uniform = (torch.arange(NUM_UNIFORMS).double() + 0.5) / NUM_UNIFORMS
+    uniform[0], uniform[-1] = 0.0, 1.0 - 2.0**-53
+    counts = sampled_counts(logits, uniform, chosen)
+    assert not counts[~usable].any()
+    assert (counts - NUM_UNIFORMS * expected).abs().max() < COUNT_TOLERANCE
+    greedy = replace(chosen, temperature=0.0)
+    assert next_tokens(logits[None], uniform[:1], greedy).tolist() == [int(masked.argmax())]
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0, 3.0, 20.0])
+def test_the_largest_uniform_finds_a_token_whatever_rounding_does(scale):
+    """The sum of the probabilities is rounded, and so is its product with the uniform."""
+    usable = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
+    usable[::3] = True
+    rows = scale * torch.randn(300, VOCAB_SIZE, generator=torch.Generator().manual_seed(9))
+    uniform = torch.full((300,), 1.0 - 2.0**-53, dtype=torch.float64)
+    found = next_tokens(rows, uniform, replace(settings(1.0, 0, 1.0), usable=usable))
+    assert usable[found].all()
 
 
 def test_temperature_zero_takes_the_likeliest_token():
