@@ -5,27 +5,31 @@ from __future__ import annotations
 import sys
 
 from megatron_amrlhf.arguments import Parser
-from megatron_amrlhf.data.demo import NUM_HELDOUT, NUM_PROBLEMS, write_demo_data
+from megatron_amrlhf.data.demo import COUNTS, write_demo_data
 from megatron_amrlhf.errors import tells_user_errors
 
 DESCRIPTION = """\
 Write the demonstration data into FOLDER. Nothing is downloaded; the same seed gives the same files.
 
   prm_train.jsonl, prm_heldout.jsonl
-      {"prompt", "steps", "labels", "answer"}: arithmetic word problems with a solution in steps.
-      About half of the solutions carry a planted error; a step's label is 1 if it and all steps
-      before it are right, else 0. Train a reward model on them (algorithm kind: prm).
+      {"prompt", "steps", "labels", "answer"}: sums of small numbers with a solution in steps, and
+      one solved example ("history"). About half of the solutions carry a planted error; a step's
+      label is 1 if it and all steps before it are right, else 0. Train a reward model on them
+      (algorithm kind: prm).
   pairs_train.jsonl, pairs_heldout.jsonl
       {"prompt", "chosen", "rejected"}: a right and a wrong solution of each of these problems.
       Train an outcome reward model on them (kind: orm).
   prompts_train.jsonl, prompts_heldout.jsonl
-      {"prompt", "answer" (problems only)}: the same problems mixed with general prompts in English
-      and Chinese. Train the policy on them (kind: ppo, grpo, dpo, kto, ...).
+      {"prompt", "answer"}: the same problems. Train the policy on them (kind: ppo, grpo, dpo, ...).
   demo.json
       the parameters and the sha256 of each file.
 
 Train and held-out files share no problem. A second call with the same parameters changes nothing;
-files that this tool did not write are never overwritten."""
+files that this tool did not write are never overwritten.
+
+--problems words writes word problems of two to five steps instead, their prompts mixed with general
+ones in English and Chinese: more like what a user trains on, and beyond a model of 135M
+parameters."""
 
 EXAMPLE = """\
 example:
@@ -42,20 +46,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--num-problems",
         type=int,
-        default=NUM_PROBLEMS,
         metavar="N",
-        help="problems for training (default: %(default)s)",
+        help=f"problems for training (default: {COUNTS['sums'][0]}, words {COUNTS['words'][0]})",
     )
     parser.add_argument(
         "--num-heldout",
         type=int,
-        default=NUM_HELDOUT,
         metavar="N",
-        help="held-out problems (default: %(default)s)",
+        help=f"held-out problems (default: {COUNTS['sums'][1]}, words {COUNTS['words'][1]})",
+    )
+    parser.add_argument(
+        "--problems", choices=list(COUNTS), default="sums", help="kind (default: %(default)s)"
     )
     options = parser.parse_args(arguments)
     written = write_demo_data(
-        options.folder, options.seed, options.num_problems, options.num_heldout
+        options.folder, options.seed, options.num_problems, options.num_heldout, options.problems
     )
     state = "written" if written else "already there, unchanged"
     print(f"{options.folder}: demonstration data {state}")

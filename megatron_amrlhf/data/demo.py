@@ -11,6 +11,7 @@ from typing import Literal
 from megatron_amrlhf.data.arithmetic import generate_problems
 from megatron_amrlhf.data.general_prompts import general_prompts
 from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint
+from megatron_amrlhf.data.sums import generate_sums
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 
@@ -22,32 +23,37 @@ PROMPTS_TRAIN = "prompts_train.jsonl"
 PROMPTS_HELDOUT = "prompts_heldout.jsonl"
 MANIFEST = "demo.json"
 
-NUM_PROBLEMS = 600
-NUM_HELDOUT = 120
-_VERSION = 2  # raise it when the same parameters give other data
+Problems = Literal["sums", "words"]
+COUNTS: dict[Problems, tuple[int, int]] = {"sums": (400, 90), "words": (600, 120)}
+"""Problems for training and held out, by kind."""
+
+_VERSION = 3  # raise it when the same parameters give other data
 
 
 def write_demo_data(
     folder: str | Path,
     seed: int,
-    num_problems: int = NUM_PROBLEMS,
-    num_heldout: int = NUM_HELDOUT,
+    num_problems: int | None = None,
+    num_heldout: int | None = None,
+    problems: Problems = "sums",
 ) -> bool:
     """Write step-labelled problems and prompts, or leave the folder alone if they are there.
 
     Files: ``prm_{train,heldout}.jsonl`` (``prompt, steps, labels, answer``);
     ``pairs_{train,heldout}.jsonl`` (``prompt, chosen, rejected``), a right and a wrong solution of
-    each of those problems; ``prompts_{train,heldout}.jsonl``, which mix the problems (``prompt,
-    answer``) with general prompts in English and Chinese (``prompt``); and ``demo.json``
-    (parameters, sha256 of each).
+    each of those problems; ``prompts_{train,heldout}.jsonl``, the problems (``prompt, answer``),
+    word problems mixed with general prompts in English and Chinese (``prompt``); and ``demo.json``
+    (parameters, sha256 of each). Rows of sums also have ``system`` and ``history``, an example.
     No prompt of a train file is in a held-out file. Each file is renamed into place whole,
     ``demo.json`` last.
 
     Args:
         folder: made if it is not there.
         seed: of problems, errors and mixing.
-        num_problems: problems in ``prm_train.jsonl``.
-        num_heldout: problems in ``prm_heldout.jsonl``.
+        num_problems: problems in ``prm_train.jsonl``; None: as in ``COUNTS``.
+        num_heldout: problems in ``prm_heldout.jsonl``; None: as in ``COUNTS``.
+        problems: ``sums`` of small numbers, which a small model can learn in minutes, or ``words``,
+            longer word problems.
 
     Returns:
         True if files were written, False if all were there with the same parameters.
@@ -56,16 +62,19 @@ def write_demo_data(
         UserError: counts under 1, more problems than there are, a folder that cannot be written,
             or one with a file of these names that this function did not write.
     """
+    num_problems = COUNTS[problems][0] if num_problems is None else num_problems
+    num_heldout = COUNTS[problems][1] if num_heldout is None else num_heldout
     if min(num_problems, num_heldout) < 1 or seed < 0:
         raise UserError("demo data needs a seed >= 0 and at least 1 problem and 1 held-out one")
     folder = Path(folder)
-    parameters = {"version": _VERSION, "seed": seed, "num_problems": num_problems}
-    parameters["num_heldout"] = num_heldout
+    parameters = {"version": _VERSION, "seed": seed, "problems": problems}
+    parameters |= {"num_problems": num_problems, "num_heldout": num_heldout}
     previous = _read_manifest(folder / MANIFEST)
     hashes = {name: fingerprint(folder / name) for name in _names() if (folder / name).exists()}
     if previous == {"parameters": parameters, "sha256": hashes}:
         return False
-    contents = _make_contents(seed, num_problems, num_heldout)
+    make = _contents_of_sums if problems == "sums" else _contents_of_words
+    contents = make(seed, num_problems, num_heldout)
     new_hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     for name, found in hashes.items():
         if found not in (previous.get("sha256", {}).get(name), new_hashes[name]):
@@ -86,33 +95,59 @@ def _names() -> tuple[str, ...]:
     return (PRM_TRAIN, PRM_HELDOUT, PAIRS_TRAIN, PAIRS_HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT)
 
 
-def _make_contents(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
-    train = generate_problems(num_problems, seed, "train")
-    heldout = generate_problems(num_heldout, seed, "heldout")
-    records = (
-        train,
-        heldout,
-        _make_pairs(num_problems, seed, "train"),
-        _make_pairs(num_heldout, seed, "heldout"),
-        _mix_prompts(train, general_prompts("train"), seed),
-        _mix_prompts(heldout, general_prompts("heldout"), seed),
-    )
+def _contents_of_sums(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
+    splits = (("train", num_problems), ("heldout", num_heldout))
+    mixed = [generate_sums(count, seed, split) for split, count in splits]
+    pairs = [
+        _make_pairs(
+            generate_sums(count, seed, split, error_rate=0.0),
+            generate_sums(count, seed, split, error_rate=1.0),
+        )
+        for split, count in splits
+    ]
+    return _dump(mixed, pairs, [[_without_solution(row) for row in rows] for rows in mixed])
+
+
+def _contents_of_words(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
+    splits = (("train", num_problems), ("heldout", num_heldout))
+    mixed = [generate_problems(count, seed, split) for split, count in splits]
+    pairs = [
+        _make_pairs(
+            generate_problems(count, seed, split, error_rate=0.0),
+            generate_problems(count, seed, split, error_rate=1.0),
+        )
+        for split, count in splits
+    ]
+    prompts = [
+        _mix_prompts([_without_solution(row) for row in rows], general_prompts(split), seed)
+        for rows, (split, _) in zip(mixed, splits, strict=True)
+    ]
+    return _dump(mixed, pairs, prompts)
+
+
+def _dump(*kinds: list[list[dict]]) -> dict[str, bytes]:
+    """The files' contents; each kind has its training and its held-out rows."""
+    records = [rows for kind in kinds for rows in kind]
     return {name: dump_jsonl(rows) for name, rows in zip(_names(), records, strict=True)}
 
 
-def _make_pairs(count: int, seed: int, split: Literal["train", "heldout"]) -> list[dict]:
+def _without_solution(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in ("steps", "labels")}
+
+
+def _make_pairs(right: list[dict], wrong: list[dict]) -> list[dict]:
     """A right solution of each problem against one with an error in it."""
-    right = generate_problems(count, seed, split, error_rate=0.0)
-    wrong = generate_problems(count, seed, split, error_rate=1.0)
-    return [
-        {"prompt": a["prompt"], "chosen": "\n".join(a["steps"]), "rejected": "\n".join(b["steps"])}
-        for a, b in zip(right, wrong, strict=True)
-    ]
+    pairs = []
+    for good, bad in zip(right, wrong, strict=True):
+        answers = {"chosen": "\n".join(good["steps"]), "rejected": "\n".join(bad["steps"])}
+        row = _without_solution(good)
+        del row["answer"]
+        pairs.append(row | answers)
+    return pairs
 
 
 def _mix_prompts(problems: list[dict], general: list[str], seed: int) -> list[dict]:
-    rows = [{"prompt": problem["prompt"], "answer": problem["answer"]} for problem in problems]
-    rows += [{"prompt": text} for text in general]
+    rows = [*problems, *({"prompt": text} for text in general)]
     rng = Random(f"mixture/{seed}")
     keys = [rng.random() for _ in rows]
     return [rows[index] for index in sorted(range(len(rows)), key=keys.__getitem__)]
