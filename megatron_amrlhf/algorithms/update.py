@@ -93,8 +93,8 @@ def run_updates(
     """One optimizer step of each role on each part, in order. Entered by every rank.
 
     Returns:
-        Merged metrics of the last stage, and ``engine/*`` numbers of the last optimizer steps
-        (``engine/grad_norm`` is the first role's).
+        Merged metrics of the last stage, and ``engine/*`` and ``optimizer/*`` numbers of the last
+        optimizer steps (``engine/grad_norm`` and ``optimizer/lr`` are the first role's).
     """
     rows = len(roles) * sum(len(part.rows) for part in parts)
     collected, engine = [], {}
@@ -107,6 +107,7 @@ def run_updates(
                 collected.append(metrics)
                 prefix = "" if place == 0 else f"{role}_"
                 engine[f"engine/{prefix}grad_norm"] = result.grad_norm
+                engine[f"optimizer/{prefix}lr"] = result.rate
     engine["engine/skipped_steps"] = context.engine.skipped_steps
     return merge_metrics(collected), engine
 

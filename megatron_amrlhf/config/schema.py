@@ -102,7 +102,9 @@ class OptimizerSection(Section):
     )
     warmup_steps: NonNegative = Field(0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="decay after warm-up, to 0 over the run's optimizer steps"
+        "constant",
+        description="decay after warm-up, to 0 over the run's optimizer steps; a resumed run with "
+        "another number of them spreads what is left of the decay over those that are left",
     )
 
 

@@ -40,6 +40,7 @@ class RoleSpec:
         trainable: whether it gets an optimizer.
         learning_rate: peak, if trainable.
         total_steps: optimizer steps of the whole run, for the schedule.
+        steps_at_once: optimizer steps in one step of the run.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RoleSpec:
     trainable: bool = False
     learning_rate: float = 0.0
     total_steps: int = 1
+    steps_at_once: int = 1
 
     @property
     def dtype_name(self) -> str:
@@ -106,6 +108,7 @@ class Role:
                 make_optimizer,
                 rate=spec.learning_rate,
                 total_steps=spec.total_steps,
+                steps_at_once=spec.steps_at_once,
                 section=config.optimizer,
             )
         if section.zero_stage < 3:

@@ -36,12 +36,14 @@ class StepResult:
     Attributes:
         extras: second results of the loss, one a micro-batch, on the last stage; else [].
         grad_norm: global L2 norm before clipping.
+        rate: the learning rate that it was taken at.
         skipped: why the step was left out: one line that names the ranks, samples and parameters
             whose loss or gradient is not finite; None if it was not.
     """
 
     extras: list
     grad_norm: float
+    rate: float
     skipped: str | None
 
 
@@ -150,17 +152,17 @@ class Zero3Engine:
             )
         copies = (gradients, role.entries, role.tied, mesh)
         sum_copies(*copies)
-        norm = global_norm(*copies, losses.is_finite)
+        norm, rate = global_norm(*copies, losses.is_finite), weights.schedule.rate
         if not math.isfinite(norm):
             why = describe(losses, ids, gradients)
             self._skip(role, why)
-            return StepResult(extras, norm, f"{name}: {why}")
+            return StepResult(extras, norm, rate, f"{name}: {why}")
         limit = self.config.optimizer.max_grad_norm
         if limit and norm > limit:
             gradients.scale(limit / (norm + 1e-6))
         weights.update()
         self._skipped_in_a_row[name] = 0
-        return StepResult(extras, norm, None)
+        return StepResult(extras, norm, rate, None)
 
     def trainable(self) -> dict[str, Role]:
         """The roles that are trained, by name."""

@@ -82,7 +82,7 @@ def _logratio_sums(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -
 
 
 def logprob_sizes(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """``[P, R]`` to ``[P]``: sum of ``|log pi| + |log pi_ref|`` where ``mask``, for what is a tie."""
+    """``[P, R]`` to ``[P]``: sum of ``|log pi| + |log pi_ref|`` where ``mask``, of terms' sizes."""
     sizes = masked(logprobs, mask).abs() + masked(reference_logprobs, mask).abs()
     return sizes.detach().sum(dim=1)
 

@@ -72,7 +72,7 @@ KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
 OWN_METRICS = {
     "prm": {"eval/step_auc", "prm/accuracy", "loss/prm"},
     "orm": {"orm/accuracy", "orm/margin", "eval/pair_accuracy", "loss/orm"},
-    "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value"},
+    "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value", "optimizer/critic_lr"},
     "grpo": {"policy/clipfrac", "loss/kl", "grpo/advantage", "grpo/flat_groups"},
     "dpo": {"dpo/accuracy", "dpo/margin"},
     "kto": {"kto/z0", "kto/slope", "reward/implicit_chosen"},
@@ -125,7 +125,7 @@ def test_run_leaves_all_it_promises(reference, kind):
     for name in ("config.resolved.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export"):
         assert (folder / name).exists(), name
     line = read_metrics(folder)[-1]
-    expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds"}
+    expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds", "optimizer/lr"}
     expected |= {"memory/peak_gib", "throughput/update_tokens_per_second"}
     if kind not in REWARD_KINDS:
         expected |= {"reward/mean", "reward/chosen", "loss/policy"}
