@@ -189,6 +189,17 @@ class RolloutSection(Section):
     )
     top_k: NonNegative = Field(100, description="keep the k likeliest tokens (0: all)")
     micro_batch_size: Positive = Field(16, description="rows a decoding micro-batch")
+    truncated: Literal["keep", "mask", "penalise"] = Field(
+        "keep",
+        description="answers cut off at the length limit: learned from as others; mask: in no "
+        "mask, loss, mean, deviation or threshold, neither chosen nor picked; penalise: as others "
+        "with truncated_penalty less reward",
+    )
+    truncated_penalty: PositiveFloat = Field(
+        1.0,
+        description="what truncated: penalise takes off an answer's reward, at all its tokens "
+        "alike, raw reward units; evaluation does not read it",
+    )
 
 
 class RewardSection(Section):

@@ -70,6 +70,7 @@ class Role:
         entries: how the stage's parameters lie in a Hugging Face folder.
         tied: local name of this stage's copy of an embedding that another stage has too, or None.
         weights: the stage's weights and optimizer over the data-parallel ranks.
+        loaded_not_finite: `not_finite` of the stage as it was loaded.
     """
 
     def __init__(self, spec: RoleSpec, config: Config, mesh: Mesh):
@@ -85,6 +86,7 @@ class Role:
         )
         module = self._build(options).requires_grad_(spec.trainable)
         load_stage(module, spec.head_outputs, ShardedWeights(spec.folder), mesh)
+        self.loaded_not_finite = self.not_finite(module)
         self.weights = self._share(module, options, config)
 
     def _build(self, options: StageOptions) -> StageModel:
@@ -126,6 +128,12 @@ class Role:
         if any(to_disk):
             weights.move_to_disk(Disk(config.engine.nvme_folder), *to_disk)
         return weights
+
+    def not_finite(self, stage: StageModel) -> list[str]:
+        """Hugging Face names of the stage's weights that hold NaN or an infinity."""
+        parameters = dict(stage.named_parameters())
+        wrong = [x for x in self.entries if not parameters[x.local].detach().isfinite().all()]
+        return [name for entry in wrong for name in entry.hf]
 
     def window(self) -> AbstractContextManager[StageModel]:
         """``Weights.window`` of this role."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.gradients import global_norm, sum_copies
+from megatron_amrlhf.engine.integrity import check_loaded
 from megatron_amrlhf.engine.microbatch import (
     MicroBatch,
     OutputPlan,
@@ -74,8 +75,13 @@ class Zero3Engine:
         self._skipped_in_a_row: Counter[str] = Counter()  # by role
 
     def add_role(self, spec: RoleSpec) -> Role:
-        """Builds, loads and shares a model. Entered by every rank, in the same order."""
+        """Builds, loads and shares a model. Entered by every rank, in the same order.
+
+        Raises:
+            UserError: its weights are not finite (on every rank), or do not fit.
+        """
         self.roles[spec.name] = Role(spec, self.config, self.mesh)
+        check_loaded(self.roles[spec.name])
         return self.roles[spec.name]
 
     def score(
