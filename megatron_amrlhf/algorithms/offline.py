@@ -36,8 +36,7 @@ class PairMaker(ExperienceMaker):
         places, indices = self.indices_of(step)
         pairs = [self.data[i].pair for i in indices]
         rows = tuple(pair.chosen[: pair.prompt_length] for pair in pairs)
-        decode = self.context.tokenizer.decode
-        texts = tuple(decode(row, skip_special_tokens=True) for row in rows)
+        texts = tuple(pair.text for pair in pairs)
         return PromptBatch(rows, places, texts, answers=(None,) * len(rows))
 
     def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:

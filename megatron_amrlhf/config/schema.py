@@ -38,7 +38,9 @@ class RunSection(Section):
         "measured; null: no limit",
     )
     log_samples: NonNegative = Field(
-        8, description="samples a step written to samples.jsonl, of the first replica's answers"
+        8,
+        description="answers a step written to samples.jsonl, the first ones of the first replica, "
+        "whether they are learned from or not",
     )
 
     @property
