@@ -173,6 +173,7 @@ class Loop:
             start, age = time.monotonic(), process_age()
             context.console.progress.enter("step", step)
             self.pending = algorithm.step(step)
+            context.engine.end_step(step)
             self.done = step
             if step == self.first + 1:
                 self._check_copies()

@@ -93,7 +93,7 @@ class Schedule:
     ):
         self._kind, self._warmup = section.schedule, section.warmup_steps
         self._planned = [max(total_steps, 1), steps_at_once]
-        self._optimizer = optimizer
+        self._optimizer, self._resumed = optimizer, (0, 0)  # after (steps, optimizer steps)
         self.course = Course(self._warmup, self._warmup, 0.0, max(total_steps, 1))
         self.scheduler = LambdaLR(optimizer, lambda step: self.course.factor(self._kind, step))
 
@@ -123,7 +123,7 @@ class Schedule:
             One line about the new rates if the run's number of optimizer steps is another one.
         """
         done, (total, at_once) = state["last_epoch"], self._planned
-        left, scheduler = total - steps * at_once, self.scheduler
+        left, self._resumed = total - steps * at_once, (steps, done)
         if "course" in state:
             course, changed = Course(**state["course"]), state["planned"] != self._planned
         else:
@@ -134,14 +134,31 @@ class Schedule:
         elif done < course.warmup != self._warmup:
             course = Course(self._warmup, max(done, self._warmup), 0.0, course.end)
         self.course = course
-        scheduler.last_epoch, scheduler._step_count = done, state["step_count"]
-        factor = self.course.factor(self._kind, done)
-        for group, base in zip(self._optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * factor
-        scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
+        factor = self._place(done)
         if not changed or self._kind == "constant":
             return None
+        after = ", after the warm-up," if done < course.warmup else ""
         return (
             f"{self._kind} schedule over another number of optimizer steps: on from "
-            f"{self.rate:.4g} ({factor:.4g} of the peak) to 0 over the {left} that are left"
+            f"{self.rate:.4g} ({factor:.4g} of the peak){after} to 0 over the {left} that are left"
         )
+
+    def reach(self, steps: int) -> None:
+        """Goes on to where it is after so many steps of the run, whatever was left out in them.
+
+        Optimizer steps without answers or without finite gradients do not take place; the rate
+        follows the run's progress all the same, and comes to its end with it.
+        """
+        before, done = self._resumed
+        place = done + (steps - before) * self._planned[1]
+        if self.scheduler.last_epoch < place:
+            self._place(place)
+
+    def _place(self, done: int) -> float:
+        """Stands after ``done`` optimizer steps; gives the factor on the peak there."""
+        scheduler, factor = self.scheduler, self.course.factor(self._kind, done)
+        scheduler.last_epoch, scheduler._step_count = done, done + 1
+        scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
+        for group, rate in zip(self._optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
+        return factor

@@ -174,6 +174,11 @@ class Zero3Engine:
         """The roles that are trained, by name."""
         return {name: role for name, role in self.roles.items() if role.spec.trainable}
 
+    def end_step(self, step: int) -> None:
+        """All optimizer steps of a step of the run are over, with those that were left out."""
+        for role in self.trainable().values():
+            role.weights.schedule.reach(step)
+
     def counters(self) -> dict[str, int | dict[str, int]]:
         """Counters of skipped steps, JSON-able and equal on every rank."""
         return {"skipped_steps": self.skipped_steps, "in_a_row": dict(self._skipped_in_a_row)}

@@ -119,6 +119,22 @@ def test_the_constant_rate_is_constant_and_says_nothing():
 
 
 @pytest.mark.parametrize("kind", FALLING)
+def test_optimizer_steps_that_were_left_out_do_not_hold_the_rate_up(kind):
+    """Steps without pairs: the decay was not at its end when the run was."""
+    whole, some, found = schedule(kind, 10, 3), schedule(kind, 10, 3), []
+    every = rates(whole, 30)
+    for step in range(1, 11):
+        found += rates(some, step % 4)[:1]
+        some.reach(step)
+    assert found == [every[3 * step - 3] for step in range(1, 11) if step % 4]
+    assert some.rate == whole.rate == pytest.approx(0, abs=1e-12)
+    again = schedule(kind, 20, 2)
+    again.restore(whole.state() | {"last_epoch": 12, "step_count": 13}, 4)
+    again.reach(5)
+    assert again.rate == pytest.approx(curve(kind, 0.4 + 0.6 * 2 / 32))
+
+
+@pytest.mark.parametrize("kind", FALLING)
 def test_an_older_checkpoint_tells_only_how_many_optimizer_steps_were_done(kind):
     old = schedule(kind, 20, 4)
     rates(old, 40)
