@@ -246,9 +246,18 @@ def test_no_mask_keeps_every_token(reference):
     assert lines and all(line["mask/kept_fraction"] == 1 for line in lines)
 
 
+def test_a_policy_that_was_trained_to_infinities_is_told_as_that(reference):
+    folder, configs, _ = reference
+    options = ["run.name=grpo-far", "optimizer.lr=1e39", "evaluation.prompts=0"]
+    with pytest.raises(AssertionError, match="NotFinite: step 2: the weights of the actor are not"):
+        run_on(1, run_config, str(configs["grpo"]), options)
+    assert len(numbers(folder / "runs" / "grpo-far")) == 1
+
+
 def test_answers_of_neutral_tokens_alone_are_counted_and_teach_nothing(reference):
     folder, configs, _ = reference
     neutral = ["mask.delta=1000000.0", "mask.neutral=drop", "run.name=ppo-neutral"]
+    neutral += ["loss.denominator=kept"]  # which counts nothing: the loss is 0, not null
     start(folder, configs["ppo"], 1, 1, 1, *neutral)
     for line in numbers(folder / "runs" / "ppo-neutral"):
         assert line["mask/empty_answers"] == 1 and line["mask/kept_fraction"] == 0
