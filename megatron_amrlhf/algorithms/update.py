@@ -101,17 +101,19 @@ def run_updates(
         optimizer steps (``engine/grad_norm`` and ``optimizer/lr`` are the first role's).
     """
     rows = len(roles) * sum(len(part.rows) for part in parts)
+    prefixes = {role: f"{role}_" if place else "" for place, role in enumerate(roles)}
     collected, engine = [], {}
+    for role, prefix in prefixes.items():  # so that it is there too where nothing is learned
+        engine[f"optimizer/{prefix}lr"] = context.engine.roles[role].weights.schedule.rate
     with context.console.track("update", rows) as bar:
         for part in parts:
-            for place, (role, run) in enumerate(roles.items()):
+            for role, run in roles.items():
                 result, metrics = run(part, bar.advance)
                 if result.skipped:
                     context.console.line(f"optimizer step skipped: {result.skipped}")
                 collected.append(metrics)
-                prefix = "" if place == 0 else f"{role}_"
-                engine[f"engine/{prefix}grad_norm"] = result.grad_norm
-                engine[f"optimizer/{prefix}lr"] = result.rate
+                engine[f"engine/{prefixes[role]}grad_norm"] = result.grad_norm
+                engine[f"optimizer/{prefixes[role]}lr"] = result.rate
     engine["engine/skipped_steps"] = context.engine.skipped_steps
     return merge_metrics(collected), engine
 

@@ -80,7 +80,12 @@ def test_the_rates_and_norms_of_each_role_are_logged():
             return None
 
     console = SimpleNamespace(track=lambda *args: Track(), line=print)
-    context = SimpleNamespace(console=console, engine=Engine())
+    engine, rates = Engine(), {"actor": 5e-3, "critic": 5e-2}
+    engine.roles = {
+        role: SimpleNamespace(weights=SimpleNamespace(schedule=SimpleNamespace(rate=rate)))
+        for role, rate in rates.items()
+    }
+    context = SimpleNamespace(console=console, engine=engine)
     roles = {
         "actor": lambda part, tick: (StepResult([], 1.0, 1e-3 * part.rows[0], None), {}),
         "critic": lambda part, tick: (StepResult([], 2.0, 1e-2 * part.rows[0], None), {}),
@@ -93,3 +98,5 @@ def test_the_rates_and_norms_of_each_role_are_logged():
         "optimizer/lr": 2e-3,
         "optimizer/critic_lr": 2e-2,
     }
+    nothing = {"engine/skipped_steps": 0, "optimizer/lr": 5e-3, "optimizer/critic_lr": 5e-2}
+    assert run_updates(context, [], roles)[1] == nothing
