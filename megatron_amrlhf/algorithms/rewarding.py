@@ -35,7 +35,8 @@ class Rewards:
         sequences: ``[B]`` weighted sum of each answer; NaN if it failed.
         valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
         problem: why the first failed answer failed, or an empty text.
-        broken: role whose numbers are not finite, and why answers failed; or an empty text.
+        broken: role whose numbers are not finite, or an empty text.
+        num_broken: answers for which they are not.
     """
 
     tokens: Tensor
@@ -43,6 +44,7 @@ class Rewards:
     valid: Tensor
     problem: str
     broken: str = ""
+    num_broken: int = 0
 
     @property
     def failed(self) -> Tensor:
@@ -54,11 +56,12 @@ class Rewards:
 
         Advantages and signals are made of them, and one NaN there would reach every baseline.
         """
-        finite, broken = torch.ones_like(self.failed), self.broken
+        finite, broken, count = torch.ones_like(self.failed), self.broken, self.num_broken
         for role, found in numbers.items():
             if found is not None:
                 is_finite = found.flatten(1).isfinite().all(dim=1)
-                broken = broken or ("" if is_finite.all() else role)
+                if not broken and not is_finite.all():
+                    broken, count = role, int((~is_finite).sum())
                 finite &= is_finite
         left = without_failures(
             self.tokens,
@@ -66,7 +69,7 @@ class Rewards:
             self.valid,
             self.problem or _not_finite(broken),
         )
-        return replace(left, broken=broken)
+        return replace(left, broken=broken, num_broken=count)
 
     def without(self, rows: Tensor) -> Rewards:
         """These rewards with the answers at ``rows`` (``[B]`` bool) as if they were not there."""
@@ -130,8 +133,8 @@ class Rewarder:
         valid = rollout.response_mask.to(device)
         tokens = torch.zeros(valid.shape, device=device)
         sequences, problem = torch.zeros(valid.shape[0], device=device), ""
-        wrong = (role for role, x in found.items() if not x[valid].isfinite().all())
-        broken = next(wrong, "")
+        wrong = {role: _num_not_finite(x, valid) for role, x in found.items()}
+        broken = next((role for role, count in wrong.items() if count), "")
         if "prm" in found:
             tokens += weights.prm_weight * found["prm"]
             sequences += weights.prm_weight * sequence_rewards(
@@ -146,7 +149,8 @@ class Rewarder:
             sequences += (whole := weights.verifiable_weight * verdicts)
             tokens += whole[:, None]
         problem = _not_finite(broken) or problem
-        return replace(without_failures(tokens, sequences, valid, problem), broken=broken)
+        rewards = without_failures(tokens, sequences, valid, problem)
+        return replace(rewards, broken=broken, num_broken=wrong.get(broken, 0))
 
     def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
         """Whether answers meet their prompts' reference answers. Entered by a last stage's ranks.
@@ -253,15 +257,18 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
     """
     found = None
     if rewards is not None:
-        mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem, rewards.broken)
-        failed, total, problems, broken = zip(
-            *gather_objects(mine, context.mesh.dp_group), strict=True
+        mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem)
+        everyone = gather_objects(
+            (*mine, rewards.broken, rewards.num_broken), context.mesh.dp_group
         )
-        found = sum(failed), sum(total), *(next(filter(None, x), "") for x in (problems, broken))
-    failed, total, problem, broken = broadcast_object_from_last_stage(found, context.mesh)
+        failed, total, problems, roles, counts = zip(*everyone, strict=True)
+        problem, broken = (next(filter(None, x), "") for x in (problems, roles))
+        count = sum(n for role, n in zip(roles, counts, strict=True) if role == broken)
+        found = sum(failed), sum(total), problem, broken, count
+    failed, total, problem, broken, count = broadcast_object_from_last_stage(found, context.mesh)
     limit = context.config.reward.max_failed_fraction
-    if failed > limit * total and broken:
-        _stop_on_a_broken_model(context, broken, step, f"{failed} of {total} answers")
+    if broken and count > limit * total:
+        _stop_on_a_broken_model(context, broken, step, f"{count} of {total} answers")
     what = f"step {step}: the reward of {failed} of {total} answers failed"
     if failed > limit * total:
         raise UserError(
@@ -287,6 +294,11 @@ def _stop_on_a_broken_model(context: Context, name: str, step: int, answers: str
     if step == 1 or not role.spec.trainable:
         raise UserError(f"{line}; look at {role.spec.folder}")
     raise NotFinite(f"{line}; go on from an earlier checkpoint with a lower optimizer.lr")
+
+
+def _num_not_finite(rewards: Tensor, valid: Tensor) -> int:
+    """Answers that have a reward ``[B, R]`` that is not finite."""
+    return int((valid & ~rewards.isfinite()).any(dim=1).sum())
 
 
 def _not_finite(role: str) -> str:
