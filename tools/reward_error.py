@@ -202,19 +202,19 @@ def _of_run(options: argparse.Namespace) -> tuple[dict, ErrorPicture]:
 
 
 def _logged_answers(records: list[SampleRecord], source: str) -> list[DenseAnswer]:
-    """Token rewards of the logged answers; empty and failed ones are left out."""
-    answers, failed = [], sum(record.failed for record in records)
-    if failed:
-        print(f"{source}: {failed} of {len(records)} answers are left out: their rewards failed")
+    """Token rewards of the logged answers; empty ones and those without a reward are left out."""
+    answers, without = [], sum(not record.has_rewards for record in records)
+    if without:
+        print(f"{source}: {without} of {len(records)} answers are left out: they have no reward")
     for number, record in enumerate(records, start=1):
-        if record.failed or not record.tokens:
+        if not (record.has_rewards and record.tokens):
             continue
         rewards = np.array(record.token_rewards, dtype=np.float64)
         if not np.isfinite(rewards).all():
             raise UserError(f"{source}: sample {number}: token_rewards are not all finite")
         answers.append(DenseAnswer(rewards, rewards, np.array(line_numbers(record.tokens))))
     if not answers:
-        raise UserError(f"{source}: all answers are empty, or their rewards failed")
+        raise UserError(f"{source}: all answers are empty or without a reward")
     return answers
 
 

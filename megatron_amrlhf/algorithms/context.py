@@ -55,7 +55,7 @@ class Context:
         return next(iter(self.engine.roles.values())).shape.vocab_size
 
     def role(self, name: str, folder: Path, head: int | None = None, **training) -> None:
-        """Adds a role; ``training`` makes it trainable (learning_rate, total_steps)."""
+        """Adds a role; ``training`` makes it trainable (learning_rate, total_steps, ...)."""
         self.engine.add_role(
             RoleSpec(
                 name=name,

@@ -20,6 +20,7 @@ from megatron_amrlhf.algorithms.scoring import (
     score_states,
     score_tokens,
 )
+from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.data.order import DataPosition, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.engine.zero3 import OnBlock
@@ -146,10 +147,12 @@ class ExperienceMaker:
                 states = self.critic_states(rollout, bar.advance)
         self.seconds["score"] = time.perf_counter() - start
         if rewards is not None:
-            rewards = rewards.where_finite(policy, reference, states)
+            rewards = rewards.where_finite(actor=policy, reference=reference, critic=states)
         stop_on_failures(context, rewards, step)
         if rewards is None:
             return None, {}
+        metrics = _sampled_metrics(rollout, rewards, policy, reference)
+        rewards = treat_truncated(context.config.rollout, rewards, rollout)
         valid = rewards.valid
         if states is None:
             states = F.pad(torch.zeros_like(rewards.tokens), (0, 1))
@@ -163,13 +166,7 @@ class ExperienceMaker:
             bootstrap_values=torch.where(rollout.ended.to(valid.device), 0.0, after),
             response_mask=valid,
         )
-        by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
-        logratio = torch.where(by_policy, scored.logprobs - reference, 0.0)
-        return scored, {
-            "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
-            "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
-            "reward/failed_fraction": count_metric(rewards.failed.sum(), len(rollout.rows)),
-        }
+        return scored, metrics
 
     def critic_states(self, rollout: RolloutBatch, on_block: OnBlock) -> Tensor | None:
         """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
@@ -198,7 +195,6 @@ class ExperienceMaker:
             dense = make_dense(
                 self.context, scored, rollout, self.running, self.rewarder.cut_steps, self.offline
             )
-            metrics |= _reward_metrics(rollout, scored, dense)
         self.seconds["mask"] = time.perf_counter() - start
         return Judged(rollout, scored, dense), metrics
 
@@ -207,13 +203,16 @@ class ExperienceMaker:
 
         ``mask.kind: none`` keeps every response token of every answer.
         """
-        valid = judged.scored.response_mask[rows]
+        valid, signs = judged.scored.response_mask[rows], judged.dense.signs[rows]
         mask = valid
         if self.context.config.mask.kind == "adaptive":
-            mask = adaptive_mask(judged.dense.signs[rows], chosen, valid)
+            mask = adaptive_mask(signs, chosen, valid)
         rewards = judged.dense.sequence_rewards[rows]
         judged_rows = judged.scored.judged[rows]
+        messages = message_counts(judged.dense.messages[rows], signs).sum()
         metrics = {
+            "mask/num_messages": count_metric(messages, judged_rows.sum()),
+            "mask/mean_message_tokens": count_metric((signs != 0).sum(), messages),
             "mask/kept_fraction": count_metric(mask.sum(), valid.sum()),
             "mask/empty_answers": count_metric(
                 (judged_rows & ~mask.any(dim=1)).sum(), judged_rows.sum()
@@ -240,14 +239,35 @@ class ExperienceMaker:
         return named
 
 
-def _reward_metrics(rollout: RolloutBatch, scored: ScoredBatch, dense: DenseRewards) -> Metrics:
-    rows, judged = len(rollout.rows), scored.judged
-    messages = message_counts(dense.messages, dense.signs).sum()
-    tokens = (dense.signs != 0).sum()
+def treat_truncated(section: RolloutSection, rewards: Rewards, rollout: RolloutBatch) -> Rewards:
+    """What ``rollout.truncated`` makes of the answers that did not end by themselves."""
+    truncated = ~rollout.ended.to(rewards.valid.device)
+    if section.truncated == "mask":
+        return rewards.without(truncated)
+    if section.truncated == "penalise":
+        return rewards.less(section.truncated_penalty, truncated)
+    return rewards
+
+
+def _sampled_metrics(
+    rollout: RolloutBatch, rewards: Rewards, policy: Tensor, reference: Tensor
+) -> Metrics:
+    """Of the sampled answers, those that are not learned from too (last stages).
+
+    Args:
+        rollout: the answers.
+        rewards: before the truncated ones are treated apart.
+        policy: ``[B, R, 2]`` log-probs and entropies.
+        reference: ``[B, R]`` log-probs.
+    """
+    failed, rows = rewards.failed, len(rollout.rows)
+    by_policy = rewards.valid & ~rollout.from_reference.to(failed.device)[:, None]
+    logratio = torch.where(by_policy, policy[..., 0] - reference, 0.0)
     return {
-        "reward/mean": count_metric(scored.sequence_rewards[judged].sum(), judged.sum()),
-        "mask/num_messages": count_metric(messages, judged.sum()),
-        "mask/mean_message_tokens": count_metric(tokens, messages),
+        "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
+        "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
+        "reward/failed_fraction": count_metric(failed.sum(), rows),
+        "reward/mean": count_metric(rewards.sequences[~failed].sum(), (~failed).sum()),
         "rollout/response_tokens": count_metric(rollout.response_lengths.sum(), rows),
         "rollout/ended_fraction": count_metric(rollout.ended.sum(), rows),
     }

@@ -11,11 +11,12 @@ from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
 from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask, row_weights
+from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
 class Grpo(SurrogateAlgorithm):
-    """Learns from every answer; one is chosen if its advantage is above 0."""
+    """Learns from every answer; one is chosen if its advantage is above 0, and not by rounding."""
 
     def advantages(self, judged: Judged) -> tuple[Tensor, Tensor]:
         """Advantage of each answer and standard deviation of its group (last stages)."""
@@ -27,7 +28,11 @@ class Grpo(SurrogateAlgorithm):
         )
 
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        return all_rows(judged), self.advantages(judged)[0] > 0
+        advantages, ids = self.advantages(judged)[0], judged.rollout.group_ids
+        # Of an answer that is its group's mean but for rounding the sign says nothing.
+        rewards, has_reward = judged.dense.sequence_rewards, judged.scored.judged
+        is_above_mean = chosen_labels(rewards, "group", ids.to(rewards.device), judged=has_reward)
+        return all_rows(judged), (advantages > 0) & is_above_mean
 
     def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
         """What the loss reads, and how the groups are spread (last stages)."""

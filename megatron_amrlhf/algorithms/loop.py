@@ -123,7 +123,8 @@ class Loop:
                 )
             self.pending = state.get("pending")
             self.before, self.after = state.get("before", {}), state.get("after", {})
-            context.console.line(_resumed_line(context, latest, loaded.layout, data))
+            for line in (_resumed_line(context, latest, loaded.layout, data), *loaded.notes):
+                context.console.line(line)
         if context.mesh.is_main:
             truncate_jsonl(context.folder.samples, self.done)
         dist.barrier()
@@ -163,6 +164,7 @@ class Loop:
             start, age = time.monotonic(), process_age()
             context.console.progress.enter("step", step)
             self.pending = algorithm.step(step)
+            context.engine.end_step(step)
             self.done = step
             if step == self.first + 1:
                 self._check_copies()

@@ -12,6 +12,7 @@ from megatron_amrlhf.algorithms.rewarding import Rewards
 from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.data.scored_pairs import ScoredPair
 from megatron_amrlhf.engine.zero3 import OnBlock
+from megatron_amrlhf.losses.dpo import logprob_sizes
 from megatron_amrlhf.losses.orm import pair_accuracy
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
@@ -35,8 +36,7 @@ class PairMaker(ExperienceMaker):
         places, indices = self.indices_of(step)
         pairs = [self.data[i].pair for i in indices]
         rows = tuple(pair.chosen[: pair.prompt_length] for pair in pairs)
-        decode = self.context.tokenizer.decode
-        texts = tuple(decode(row, skip_special_tokens=True) for row in rows)
+        texts = tuple(pair.text for pair in pairs)
         return PromptBatch(rows, places, texts, answers=(None,) * len(rows))
 
     def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:
@@ -124,12 +124,14 @@ def evaluate_pairs(maker: PairMaker, pairs: list[ScoredPair]) -> dict[str, float
     if logprobs is not None:
         own = is_own.repeat_interleave(2)
         valid = answers.response_mask[own].to(logprobs.device)
-        logprobs = logprobs[own]
-        logratio = torch.where(valid, logprobs - reference[own], 0.0).sum(dim=1)
+        logprobs, reference = logprobs[own], reference[own]
+        logratio = torch.where(valid, logprobs - reference, 0.0).sum(dim=1)
         margins = logratio[0::2] - logratio[1::2]
+        sizes = logprob_sizes(logprobs, reference, valid).unflatten(0, (-1, 2)).sum(dim=1)
+        accuracy = pair_accuracy(margins, sizes).sum()
         chosen_nll = -torch.where(valid, logprobs, 0.0)[0::2].sum()
         metrics = {
-            "eval/pair_accuracy": count_metric(pair_accuracy(margins).sum(), margins.numel()),
+            "eval/pair_accuracy": count_metric(accuracy, margins.numel()),
             "eval/pair_margin": count_metric(margins.sum(), margins.numel()),
             "eval/chosen_nll": count_metric(chosen_nll, valid[0::2].sum()),
         }

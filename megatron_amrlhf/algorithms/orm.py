@@ -14,7 +14,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
-from megatron_amrlhf.losses.orm import orm_loss, pair_accuracy
+from megatron_amrlhf.losses.orm import larger_size, orm_loss, pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import TrainBatch
 
@@ -63,9 +63,11 @@ class Orm(RewardTraining[EncodedPair]):
         """Accuracy and margin on held-out pairs."""
         metrics = {}
         if outputs is not None:
-            margins = (outputs[0::2, 0] - outputs[1::2, 0]).to(self.context.mesh.device)
+            chosen, rejected = outputs.to(self.context.mesh.device)[:, 0].unflatten(0, (-1, 2)).T
+            margins = chosen - rejected
+            accuracy = pair_accuracy(margins, larger_size(chosen, rejected)).sum()
             metrics = {
-                "eval/pair_accuracy": count_metric(pair_accuracy(margins).sum(), margins.numel()),
+                "eval/pair_accuracy": count_metric(accuracy, margins.numel()),
                 "eval/pair_margin": count_metric(margins.sum(), margins.numel()),
             }
         return self.context.publish(metrics)

@@ -109,12 +109,12 @@ class PolicyAlgorithm(ABC):
         """Adds the roles. Entered by every rank."""
         self.context, optim = context, context.config.optimizer
         context.log_selections(self.selections)
-        updates = self.total_steps * self.updates_per_step
-        folder = context.model_folder
-        context.role("actor", folder, learning_rate=optim.lr, total_steps=updates)
+        at_once, folder = self.updates_per_step, context.model_folder
+        length = {"total_steps": self.total_steps * at_once, "steps_at_once": at_once}
+        context.role("actor", folder, learning_rate=optim.lr, **length)
         if context.config.algorithm.has_critic:
             rate = optim.critic_lr or optim.lr
-            context.role("critic", folder, 1, learning_rate=rate, total_steps=updates)
+            context.role("critic", folder, 1, learning_rate=rate, **length)
         context.role("reference", folder)
         for model in self.reward_models:
             context.role(model.role, model.folder, model.num_attributes)

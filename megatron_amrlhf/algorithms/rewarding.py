@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_amrlhf.algorithms.reward_models import RewardModel
 from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.algorithms.translation import read_back, translate
+from megatron_amrlhf.engine.integrity import NotFinite, not_finite_weights
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
@@ -34,33 +35,59 @@ class Rewards:
         sequences: ``[B]`` weighted sum of each answer; NaN if it failed.
         valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
         problem: why the first failed answer failed, or an empty text.
+        broken: role whose numbers are not finite, or an empty text.
+        num_broken: answers for which they are not.
     """
 
     tokens: Tensor
     sequences: Tensor
     valid: Tensor
     problem: str
+    broken: str = ""
+    num_broken: int = 0
 
     @property
     def failed(self) -> Tensor:
         """``[B]`` bool."""
         return ~self.valid.any(dim=1)
 
-    def where_finite(self, *numbers: Tensor | None) -> Rewards:
-        """These rewards where the models' ``[B, R, ...]`` log-probs and values are finite too.
+    def where_finite(self, **numbers: Tensor | None) -> Rewards:
+        """These rewards where the roles' ``[B, R, ...]`` log-probs and values are finite too.
 
         Advantages and signals are made of them, and one NaN there would reach every baseline.
         """
-        finite = torch.ones_like(self.failed)
-        for found in numbers:
+        finite, broken, count = torch.ones_like(self.failed), self.broken, self.num_broken
+        for role, found in numbers.items():
             if found is not None:
-                finite &= found.flatten(1).isfinite().all(dim=1)
-        problem = "" if finite.all() else "a log-prob or value is not finite"
-        return without_failures(
+                is_finite = found.flatten(1).isfinite().all(dim=1)
+                if not broken and not is_finite.all():
+                    broken, count = role, int((~is_finite).sum())
+                finite &= is_finite
+        left = without_failures(
             self.tokens,
             torch.where(finite, self.sequences, torch.nan),
             self.valid,
-            self.problem or problem,
+            self.problem or _not_finite(broken),
+        )
+        return replace(left, broken=broken, num_broken=count)
+
+    def without(self, rows: Tensor) -> Rewards:
+        """These rewards with the answers at ``rows`` (``[B]`` bool) as if they were not there."""
+        return Rewards(
+            tokens=self.tokens.masked_fill(rows[:, None], 0.0),
+            sequences=self.sequences.masked_fill(rows, torch.nan),
+            valid=self.valid & ~rows[:, None],
+            problem=self.problem,
+        )
+
+    def less(self, amount: float, rows: Tensor) -> Rewards:
+        """These rewards with ``amount`` taken off at all tokens of the answers at ``rows``."""
+        is_there = rows[:, None] & self.valid
+        return Rewards(
+            tokens=torch.where(is_there, self.tokens - amount, self.tokens),
+            sequences=torch.where(rows, self.sequences - amount, self.sequences),
+            valid=self.valid,
+            problem=self.problem,
         )
 
 
@@ -106,6 +133,8 @@ class Rewarder:
         valid = rollout.response_mask.to(device)
         tokens = torch.zeros(valid.shape, device=device)
         sequences, problem = torch.zeros(valid.shape[0], device=device), ""
+        wrong = {role: _num_not_finite(x, valid) for role, x in found.items()}
+        broken = next((role for role, count in wrong.items() if count), "")
         if "prm" in found:
             tokens += weights.prm_weight * found["prm"]
             sequences += weights.prm_weight * sequence_rewards(
@@ -119,7 +148,9 @@ class Rewarder:
             verdicts, problem = self.verdicts(rollout, prompts)
             sequences += (whole := weights.verifiable_weight * verdicts)
             tokens += whole[:, None]
-        return without_failures(tokens, sequences, valid, problem)
+        problem = _not_finite(broken) or problem
+        rewards = without_failures(tokens, sequences, valid, problem)
+        return replace(rewards, broken=broken, num_broken=wrong.get(broken, 0))
 
     def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
         """Whether answers meet their prompts' reference answers. Entered by a last stage's ranks.
@@ -222,15 +253,22 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
 
     Raises:
         UserError: on every rank, more than ``reward.max_failed_fraction`` of all replicas' answers.
+        NotFinite: as this, because of a model that has been trained.
     """
     found = None
     if rewards is not None:
         mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem)
-        everyone = gather_objects(mine, context.mesh.dp_group)
-        problems = [problem for _, _, problem in everyone if problem]
-        found = (sum(x[0] for x in everyone), sum(x[1] for x in everyone), [*problems, ""][0])
-    failed, total, problem = broadcast_object_from_last_stage(found, context.mesh)
+        everyone = gather_objects(
+            (*mine, rewards.broken, rewards.num_broken), context.mesh.dp_group
+        )
+        failed, total, problems, roles, counts = zip(*everyone, strict=True)
+        problem, broken = (next(filter(None, x), "") for x in (problems, roles))
+        count = sum(n for role, n in zip(roles, counts, strict=True) if role == broken)
+        found = sum(failed), sum(total), problem, broken, count
+    failed, total, problem, broken, count = broadcast_object_from_last_stage(found, context.mesh)
     limit = context.config.reward.max_failed_fraction
+    if broken and count > limit * total:
+        _stop_on_a_broken_model(context, broken, step, f"{count} of {total} answers")
     what = f"step {step}: the reward of {failed} of {total} answers failed"
     if failed > limit * total:
         raise UserError(
@@ -239,3 +277,32 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
         )
     if failed:
         context.console.line(f"{what}; the first: {problem}")
+
+
+def _stop_on_a_broken_model(context: Context, name: str, step: int, answers: str) -> None:
+    """Ends the run because of a role's weights, or of what it makes of them. Entered by every rank.
+
+    Raises:
+        UserError: nothing was learned yet, or the role is not trained: it came like that.
+        NotFinite: it has been trained to that.
+    """
+    role = context.engine.roles[name]
+    if names := not_finite_weights(role):
+        line = f"step {step}: the weights of the {name} are not finite: {names}"
+    else:
+        line = f"step {step}: {_not_finite(name)} for {answers}, though its weights are"
+    if step == 1 or not role.spec.trainable:
+        raise UserError(f"{line}; look at {role.spec.folder}")
+    raise NotFinite(f"{line}; go on from an earlier checkpoint with a lower optimizer.lr")
+
+
+def _num_not_finite(rewards: Tensor, valid: Tensor) -> int:
+    """Answers that have a reward ``[B, R]`` that is not finite."""
+    return int((valid & ~rewards.isfinite()).any(dim=1).sum())
+
+
+def _not_finite(role: str) -> str:
+    """What there is to say of a role's numbers; nothing of no role."""
+    kind = {"": "", "actor": "log-probs", "reference": "log-probs", "critic": "values"}
+    what = kind.get(role, "rewards")
+    return f"the {what} of the {role} are not finite" if what else ""

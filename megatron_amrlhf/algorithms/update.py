@@ -15,7 +15,8 @@ from megatron_amrlhf.engine.zero3 import OnBlock, StepResult, nothing
 from megatron_amrlhf.losses.reduce import (
     LossOutput,
     Metrics,
-    global_count,
+    divisor,
+    global_sum,
     merge_metrics,
     scale_for_engine,
 )
@@ -48,7 +49,7 @@ def update(
         read: makes values of the last stage's outputs, differentiable.
         terms: the loss; its terms are summed and divided by the global count of
             ``targets["denominator"]``.
-        name: the loss is logged as ``loss/NAME``.
+        name: the loss is logged as ``loss/NAME``, over what it was divided by.
         on_block: called with the number of rows after the forward of each micro-batch.
         together: this many consecutive rows stay in one micro-batch (2 for pairs).
 
@@ -56,9 +57,12 @@ def update(
         What the engine did, and the merged (sum, count) metrics (empty but on last stages).
     """
     batch, plan = balance(batch, plan, together, context.mesh)
-    count = None
+    count, uncounted = None, {}
     if context.mesh.is_last_stage:
-        count = global_count(batch.targets["denominator"], context.mesh.dp_group)
+        counted = global_sum(batch.targets["denominator"], context.mesh.dp_group)
+        count = divisor(counted)
+        missing = (count - counted) * (context.mesh.dp_rank == 0)
+        uncounted = {f"loss/{name}": count_metric(0.0, missing)}
 
     def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
         read_out = read.outputs(outputs[: block.num_outputs], block)
@@ -73,7 +77,7 @@ def update(
     result = context.engine.train_step(
         role, batch.rows, batch.ids, plan, read.logits, loss, together, on_block
     )
-    return result, merge_metrics(result.extras)
+    return result, merge_metrics([*result.extras, uncounted])
 
 
 def response_plan(part: TrainBatch) -> OutputPlan:
@@ -93,20 +97,23 @@ def run_updates(
     """One optimizer step of each role on each part, in order. Entered by every rank.
 
     Returns:
-        Merged metrics of the last stage, and ``engine/*`` numbers of the last optimizer steps
-        (``engine/grad_norm`` is the first role's).
+        Merged metrics of the last stage, and ``engine/*`` and ``optimizer/*`` numbers of the last
+        optimizer steps (``engine/grad_norm`` and ``optimizer/lr`` are the first role's).
     """
     rows = len(roles) * sum(len(part.rows) for part in parts)
+    prefixes = {role: f"{role}_" if place else "" for place, role in enumerate(roles)}
     collected, engine = [], {}
+    for role, prefix in prefixes.items():  # so that it is there too where nothing is learned
+        engine[f"optimizer/{prefix}lr"] = context.engine.roles[role].weights.schedule.rate
     with context.console.track("update", rows) as bar:
         for part in parts:
-            for place, (role, run) in enumerate(roles.items()):
+            for role, run in roles.items():
                 result, metrics = run(part, bar.advance)
                 if result.skipped:
                     context.console.line(f"optimizer step skipped: {result.skipped}")
                 collected.append(metrics)
-                prefix = "" if place == 0 else f"{role}_"
-                engine[f"engine/{prefix}grad_norm"] = result.grad_norm
+                engine[f"engine/{prefixes[role]}grad_norm"] = result.grad_norm
+                engine[f"optimizer/{prefixes[role]}lr"] = result.rate
     engine["engine/skipped_steps"] = context.engine.skipped_steps
     return merge_metrics(collected), engine
 

@@ -30,10 +30,12 @@ class Loaded:
     Attributes:
         state: the ``state`` given when it was saved.
         layout: that it was saved at.
+        notes: what changes for the roles, one line each.
     """
 
     state: dict
     layout: SavedLayout
+    notes: tuple[str, ...]
 
 
 def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
@@ -42,7 +44,8 @@ def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
     Every file is checked by one of the ranks before anything is changed. At the layout of the
     checkpoint the continued run is bit for bit what an uninterrupted one would have been, as long
     as its configuration is the same; at another layout it goes on from the same weights, moments
-    and counters. A changed learning rate or schedule takes effect.
+    and counters. A changed learning rate or schedule takes effect; with
+    another number of optimizer steps the rate goes on from where it was.
 
     Args:
         engine: with the same roles; tensor and pipeline parallelism, data-parallel ranks and ZeRO
@@ -56,7 +59,7 @@ def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
     reader = _Reader(path, engine.mesh)
     doing = f"cannot read the checkpoint {path}"
     header = on_all_ranks(lambda: reader.check(engine), doing)[engine.mesh.rank]
-    layout = SavedLayout(**header["layout"])
+    layout, notes = SavedLayout(**header["layout"]), []
     for name, role in engine.trainable().items():
         counters = header["roles"][name]
         kinds = (MASTER,) if counters["optimizer_step"] is None else (MASTER, *MOMENTS)
@@ -67,8 +70,10 @@ def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
                 found = parts.read(entries[local], kind, mesh.tp_size, mesh.tp_rank, place)
                 tensors[f"{local}.{kind}"] = found
         role.weights.write_states(tensors, counters)
+        if note := role.weights.schedule.restore(counters["schedule"], header["step"]):
+            notes.append(f"{name}: {note}")
     engine.set_counters(header["engine"])
-    return Loaded(header["state"], layout)
+    return Loaded(header["state"], layout, tuple(notes))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ def algorithm_problems(config: Config) -> Iterator[str]:
     algorithm = config.algorithm
     yield from _group_problems(config)
     if isinstance(algorithm, PpoAlgorithm):
-        yield from _ppo_problems(algorithm)
+        yield from _ppo_problems(config, algorithm)
     if isinstance(algorithm, DpoAlgorithm):
         yield from _dpo_problems(config, algorithm)
     if isinstance(algorithm, KtoAlgorithm):
@@ -38,7 +38,7 @@ def _group_problems(config: Config) -> Iterator[str]:
         )
 
 
-def _ppo_problems(algorithm: PpoAlgorithm) -> Iterator[str]:
+def _ppo_problems(config: Config, algorithm: PpoAlgorithm) -> Iterator[str]:
     place, estimator = algorithm.kl_in, algorithm.kl_estimator
     meant = {"reward": ("k1", "abs"), "loss": ("k2", "k3")}[place]
     if estimator not in meant:
@@ -46,6 +46,9 @@ def _ppo_problems(algorithm: PpoAlgorithm) -> Iterator[str]:
             f"algorithm.kl_estimator: {estimator} in the {place} does not pull towards the "
             f"reference: use {' or '.join(meant)} with algorithm.kl_in: {place}"
         )
+    if algorithm.bootstrap_truncated and config.rollout.truncated == "mask":
+        reader = "rollout.truncated: keep or penalise"
+        yield unread("algorithm.bootstrap_truncated", reader, config.rollout.truncated)
 
 
 def _dpo_problems(config: Config, algorithm: DpoAlgorithm) -> Iterator[str]:

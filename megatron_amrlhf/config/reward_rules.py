@@ -65,10 +65,11 @@ def _offline_problems(config: Config) -> Iterator[str]:
         or weights.prm_weight != 1
         or weights.orm_weight
         or weights.verifiable_weight
+        or config.rollout.truncated == "penalise"
     ):
         yield (
-            f"{key}: offline is about the PRM's scores alone: use reward.prm_weight 1 and no "
-            "other reward"
+            f"{key}: offline is about the PRM's scores alone: use reward.prm_weight 1, no other "
+            "reward and no rollout.truncated: penalise"
         )
     if by_file and mask.signal != "reward":
         yield f"{key}: offline is about rewards, use mask.signal: reward (got {mask.signal})"

@@ -44,7 +44,9 @@ class RunSection(Section):
         "measured; null: no limit",
     )
     log_samples: NonNegative = Field(
-        8, description="samples a step written to samples.jsonl, of the first replica's answers"
+        8,
+        description="answers a step written to samples.jsonl, the first ones of the first replica, "
+        "whether they are learned from or not",
     )
 
     @property
@@ -116,7 +118,9 @@ class OptimizerSection(Section):
     )
     warmup_steps: NonNegative = Field(0, description="optimizer steps of linear warm-up")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="decay after warm-up, to 0 over the run's optimizer steps"
+        "constant",
+        description="decay after warm-up, to 0 over the run's optimizer steps; a resumed run with "
+        "another number of them spreads what is left of the decay over those that are left",
     )
 
 
@@ -208,6 +212,17 @@ class RolloutSection(Section):
     )
     top_k: NonNegative = Field(100, description="keep the k likeliest tokens (0: all)")
     micro_batch_size: Positive = Field(16, description="rows a decoding micro-batch")
+    truncated: Literal["keep", "mask", "penalise"] = Field(
+        "keep",
+        description="answers cut off at the length limit: learned from as others; mask: in no "
+        "mask, loss, mean, deviation or threshold, neither chosen nor picked; penalise: as others "
+        "with truncated_penalty less reward",
+    )
+    truncated_penalty: PositiveFloat = Field(
+        1.0,
+        description="what truncated: penalise takes off an answer's reward, at all its tokens "
+        "alike, raw reward units; evaluation does not read it",
+    )
 
 
 class RewardSection(Section):

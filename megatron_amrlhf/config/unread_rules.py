@@ -64,3 +64,6 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
     yield "reward_model.attribute_weights", "a reward.prm_weight above 0", reward.prm_weight > 0
     yield "optimizer.critic_lr", "algorithm.kind: ppo", algorithm.has_critic
     yield "rollout.reference_samples_per_prompt", "data.format: prompts", samples
+    yield "rollout.truncated", "data.format: prompts", samples
+    penalises = samples and config.rollout.truncated == "penalise"
+    yield "rollout.truncated_penalty", "rollout.truncated: penalise", penalises

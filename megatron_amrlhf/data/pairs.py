@@ -38,11 +38,13 @@ class EncodedPair:
         chosen: token ids of prompt, answer and end-of-turn token, 1-D int64 on CPU.
         rejected: as this.
         prompt_length: tokens of the prompt, the same in both.
+        text: the user's text, without the template; of a conversation its last turn.
     """
 
     chosen: Tensor
     rejected: Tensor
     prompt_length: int
+    text: str = ""
 
     def __post_init__(self):
         assert 0 < self.prompt_length < min(self.chosen.numel(), self.rejected.numel())
@@ -90,7 +92,7 @@ def encode_pair(
     rows = [
         _encode_row(tokenizer, prompt_ids, answer, section, where) for answer in (chosen, rejected)
     ]
-    return EncodedPair(*rows, prompt_length=len(prompt_ids))
+    return EncodedPair(*rows, prompt_length=len(prompt_ids), text=turns[-1]["content"])
 
 
 def _answer(record: dict, key: str, where: str) -> str:

@@ -10,9 +10,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_amrlhf.engine.role import Role
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.mapping import REPLICATED
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
+
+MAX_NAMES = 3
+
+
+class NotFinite(RuntimeError):
+    """A trained model gives numbers that are not finite."""
 
 
 class WeightsDiffer(RuntimeError):
@@ -78,6 +85,32 @@ def check_copies(roles: dict[str, Role], mesh: Mesh) -> str | None:
     _raise_if("copies of the tied embedding differ on the first and last stage: {what}", untied)
     found = _by_rank(drifted)
     return f"norms or heads differ on the ranks of a tensor group: {found}" if found else None
+
+
+def check_loaded(role: Role) -> None:
+    """Looks at the weights that a role was made of. Entered by every rank.
+
+    Raises:
+        UserError: some are not finite; the same message on every rank.
+    """
+    if names := _names(role.loaded_not_finite):
+        raise UserError(
+            f"{role.spec.folder}: the weights of the {role.spec.name} are not finite: {names}"
+        )
+
+
+def not_finite_weights(role: Role) -> str:
+    """Names of a role's weights that are not finite now, or nothing. Entered by every rank."""
+    with role.window() as stage:
+        return _names(role.not_finite(stage))
+
+
+def _names(mine: list[str]) -> str:
+    """The first of all ranks' names, and how many more there are."""
+    everyone = gather_objects(mine, dist.group.WORLD)
+    names = list(dict.fromkeys(name for names in everyone for name in names))
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more
 
 
 def _raise_if(text: str, found: list[str]) -> None:

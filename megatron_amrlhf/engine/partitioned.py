@@ -28,8 +28,6 @@ from megatron_amrlhf.engine.weights import (
     adam_step,
     lent,
     release,
-    schedule_state,
-    set_schedule,
 )
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.stage import StageModel
@@ -70,9 +68,10 @@ class PartitionedWeights(Weights):
         self.stage = trainer or module
         for twin in {id(x): x for x in (plain, trainer) if x is not None}.values():
             release(twin)
-        optimizer, scheduler = (
-            make_optimizer(module.parameters()) if make_optimizer else (None,) * 2
-        )
+        optimizer = scheduler = None
+        if make_optimizer is not None:
+            optimizer, self.schedule = make_optimizer(module.parameters())
+            scheduler = self.schedule.scheduler
         try:
             self.engine, *_ = deepspeed.initialize(
                 model=module,
@@ -183,7 +182,7 @@ class PartitionedWeights(Weights):
         assert len(steps) == 1, f"sub-groups are at different steps: {steps}"
         return {
             "optimizer_step": steps.pop(),
-            "schedule": schedule_state(self.engine.lr_scheduler),
+            "schedule": self.schedule.state(),
             "deepspeed": {name: getattr(self.engine, name) for name in DEEPSPEED_COUNTERS},
         }
 
@@ -207,8 +206,6 @@ class PartitionedWeights(Weights):
                 partition[: place.length] = tensors[f"{name}.{kind}"].to(partition.device)
                 _set(parameter, partition, kind)
         self._refresh_weights()
-        groups = self.engine.optimizer.param_groups
-        set_schedule(self.engine.lr_scheduler, groups, counters["schedule"])
         for name, value in counters.get("deepspeed", {}).items():
             setattr(self.engine, name, value)
 

@@ -20,8 +20,6 @@ from megatron_amrlhf.engine.weights import (
     Weights,
     adam_step,
     lent,
-    schedule_state,
-    set_schedule,
 )
 from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import Mesh
@@ -59,7 +57,7 @@ class ReplicatedWeights(Weights):
         # A copy, so that the other ranks' rows are freed.
         own = flat[mesh.dp_rank].clone() if shard_optimizer else flat.flatten()
         self._master = nn.Parameter(own)
-        self.optimizer, self.scheduler = make_optimizer([self._master])
+        self.optimizer, self.schedule = make_optimizer([self._master])
         gradients.watch(module.named_parameters())
 
     @torch.no_grad()
@@ -90,7 +88,7 @@ class ReplicatedWeights(Weights):
         gradients = self.gradients
         self._master.grad = gradients.own_flat() if self._sharded else gradients.whole_flat()
         self.optimizer.step()
-        self.scheduler.step()
+        self.schedule.scheduler.step()
         self._master.grad = None
         gradients.drop()
         self._refresh_weights()
@@ -121,7 +119,7 @@ class ReplicatedWeights(Weights):
         state = self.optimizer.state.get(self._master, {})
         return {
             "optimizer_step": float(state["step"]) if state else None,
-            "schedule": schedule_state(self.scheduler),
+            "schedule": self.schedule.state(),
         }
 
     def read_states(self) -> dict[str, Tensor]:
@@ -154,7 +152,6 @@ class ReplicatedWeights(Weights):
         for flat in flats.values():
             self._spread(flat)
         self._refresh_weights()
-        set_schedule(self.scheduler, self.optimizer.param_groups, counters["schedule"])
 
     def _own(self, flat: Tensor) -> Tensor:
         """This rank's row of a flat state."""

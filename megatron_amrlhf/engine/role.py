@@ -40,6 +40,7 @@ class RoleSpec:
         trainable: whether it gets an optimizer.
         learning_rate: peak, if trainable.
         total_steps: optimizer steps of the whole run, for the schedule.
+        steps_at_once: optimizer steps in one step of the run.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RoleSpec:
     trainable: bool = False
     learning_rate: float = 0.0
     total_steps: int = 1
+    steps_at_once: int = 1
 
     @property
     def dtype_name(self) -> str:
@@ -68,6 +70,7 @@ class Role:
         entries: how the stage's parameters lie in a Hugging Face folder.
         tied: local name of this stage's copy of an embedding that another stage has too, or None.
         weights: the stage's weights and optimizer over the data-parallel ranks.
+        loaded_not_finite: `not_finite` of the stage as it was loaded.
     """
 
     def __init__(self, spec: RoleSpec, config: Config, mesh: Mesh):
@@ -83,6 +86,7 @@ class Role:
         )
         module = self._build(options).requires_grad_(spec.trainable)
         load_stage(module, spec.head_outputs, ShardedWeights(spec.folder), mesh)
+        self.loaded_not_finite = self.not_finite(module)
         self.weights = self._share(module, options, config)
 
     def _build(self, options: StageOptions) -> StageModel:
@@ -106,6 +110,7 @@ class Role:
                 make_optimizer,
                 rate=spec.learning_rate,
                 total_steps=spec.total_steps,
+                steps_at_once=spec.steps_at_once,
                 section=config.optimizer,
             )
         if section.zero_stage < 3:
@@ -123,6 +128,12 @@ class Role:
         if any(to_disk):
             weights.move_to_disk(Disk(config.engine.nvme_folder), *to_disk)
         return weights
+
+    def not_finite(self, stage: StageModel) -> list[str]:
+        """Hugging Face names of the stage's weights that hold NaN or an infinity."""
+        parameters = dict(stage.named_parameters())
+        wrong = [x for x in self.entries if not parameters[x.local].detach().isfinite().all()]
+        return [name for entry in wrong for name in entry.hf]
 
     def window(self) -> AbstractContextManager[StageModel]:
         """``Weights.window`` of this role."""

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from megatron_amrlhf.config.schema import OptimizerSection
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
+from megatron_amrlhf.engine.rates import Schedule
 from megatron_amrlhf.models.stage import StageModel
 
-SCHEDULES = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}
 MASTER = "master"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -48,11 +47,13 @@ class Weights(ABC):
         module: the stage that holds the weights.
         stage: the stage that ``training`` runs.
         gradients: the step's gradients; None for a frozen role.
+        schedule: the learning rate; there if the role is trained.
     """
 
     module: StageModel
     stage: StageModel
     gradients: GradientAccumulator | None = None
+    schedule: Schedule
 
     @abstractmethod
     def window(self) -> AbstractContextManager[StageModel]:
@@ -93,7 +94,7 @@ class Weights(ABC):
     def write_states(self, tensors: dict[str, Tensor], counters: dict) -> None:
         """Puts back what ``read_states`` and ``counters`` gave, and the weights made of it.
 
-        The learning rate follows the schedule of this run's configuration at the saved step.
+        The schedule is not among it, see ``Schedule.restore``.
         Entered by every rank of the stage's data-parallel group.
         """
 
@@ -114,8 +115,12 @@ class Weights(ABC):
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter], rate: float, total_steps: int, section: OptimizerSection
-):
+    parameters: Iterable[nn.Parameter],
+    rate: float,
+    total_steps: int,
+    steps_at_once: int,
+    section: OptimizerSection,
+) -> tuple[torch.optim.Optimizer, Schedule]:
     """AdamW and its learning-rate schedule."""
     optimizer = torch.optim.AdamW(
         parameters,
@@ -125,38 +130,12 @@ def make_optimizer(
         weight_decay=section.weight_decay,
         fused=True,  # one pass over memory, on CPU too
     )
-    scheduler = get_scheduler(
-        SCHEDULES[section.schedule],
-        optimizer,
-        num_warmup_steps=section.warmup_steps,
-        num_training_steps=max(total_steps, 1),
-    )
-    return optimizer, scheduler
+    return optimizer, Schedule(optimizer, section, total_steps, steps_at_once)
 
 
 def adam_step(step: float, parameter: Tensor) -> Tensor:
     """Adam's step count as torch's fused AdamW keeps it: float32, 0-dim, beside its parameter."""
     return torch.tensor(step, dtype=torch.float32, device=parameter.device)
-
-
-def schedule_state(scheduler) -> dict:
-    """The schedule's position, JSON-able."""
-    return {
-        "last_epoch": scheduler.last_epoch,
-        "step_count": scheduler._step_count,
-        "lr": scheduler.get_last_lr(),
-    }
-
-
-def set_schedule(scheduler, groups: list[dict], state: dict) -> None:
-    """Puts a schedule where ``schedule_state`` was; rates are this run's configuration's."""
-    scheduler.last_epoch = state["last_epoch"]
-    scheduler._step_count = state["step_count"]
-    pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-    rates = [base * factor(scheduler.last_epoch) for base, factor in pairs]
-    for group, rate in zip(groups, rates, strict=True):
-        group["lr"] = rate
-    scheduler._last_lr = rates
 
 
 def release(twin: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.gradients import global_norm, sum_copies
+from megatron_amrlhf.engine.integrity import check_loaded
 from megatron_amrlhf.engine.microbatch import (
     MicroBatch,
     OutputPlan,
@@ -36,12 +37,14 @@ class StepResult:
     Attributes:
         extras: second results of the loss, one a micro-batch, on the last stage; else [].
         grad_norm: global L2 norm before clipping.
+        rate: the learning rate that it was taken at.
         skipped: why the step was left out: one line that names the ranks, samples and parameters
             whose loss or gradient is not finite; None if it was not.
     """
 
     extras: list
     grad_norm: float
+    rate: float
     skipped: str | None
 
 
@@ -72,8 +75,13 @@ class Zero3Engine:
         self._skipped_in_a_row: Counter[str] = Counter()  # by role
 
     def add_role(self, spec: RoleSpec) -> Role:
-        """Builds, loads and shares a model. Entered by every rank, in the same order."""
+        """Builds, loads and shares a model. Entered by every rank, in the same order.
+
+        Raises:
+            UserError: its weights are not finite (on every rank), or do not fit.
+        """
         self.roles[spec.name] = Role(spec, self.config, self.mesh)
+        check_loaded(self.roles[spec.name])
         return self.roles[spec.name]
 
     def score(
@@ -158,21 +166,26 @@ class Zero3Engine:
             )
         copies = (gradients, role.entries, role.tied, mesh)
         sum_copies(*copies)
-        norm = global_norm(*copies, losses.is_finite)
+        norm, rate = global_norm(*copies, losses.is_finite), weights.schedule.rate
         if not math.isfinite(norm):
             why = describe(losses, ids, gradients)
             self._skip(role, why)
-            return StepResult(extras, norm, f"{name}: {why}")
+            return StepResult(extras, norm, rate, f"{name}: {why}")
         limit = self.config.optimizer.max_grad_norm
         if limit and norm > limit:
             gradients.scale(limit / (norm + 1e-6))
         weights.update()
         self._skipped_in_a_row[name] = 0
-        return StepResult(extras, norm, None)
+        return StepResult(extras, norm, rate, None)
 
     def trainable(self) -> dict[str, Role]:
         """The roles that are trained, by name."""
         return {name: role for name, role in self.roles.items() if role.spec.trainable}
+
+    def end_step(self, step: int) -> None:
+        """All optimizer steps of a step of the run are over, with those that were left out."""
+        for role in self.trainable().values():
+            role.weights.schedule.reach(step)
 
     def counters(self) -> dict[str, int | dict[str, int]]:
         """Counters of skipped steps, JSON-able and equal on every rank."""

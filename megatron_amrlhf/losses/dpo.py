@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_amrlhf.losses.orm import pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
 
 
@@ -32,7 +33,7 @@ def dpo_loss(
 
     Metrics over pairs: ``reward/implicit_chosen`` and ``reward/implicit_rejected``, beta times the
     log-ratio sum that the form reads; ``dpo/margin``, their difference; ``dpo/accuracy``, share of
-    pairs with a margin above 0.
+    pairs with a margin above 0, where one that is 0 up to rounding counts half.
 
     Args:
         chosen_logprobs, rejected_logprobs: ``[P, R]``, ``[P, R']`` of the policy, nats.
@@ -57,13 +58,17 @@ def dpo_loss(
         weight_P = _kept_share(chosen_mask, chosen_valid, rejected_mask, rejected_valid)
     else:
         raise ValueError(f"unknown DPO form {form!r}")
-    chosen_P = beta * _logratio_sums(chosen_logprobs, ref_chosen, chosen_read)
-    rejected_P = beta * _logratio_sums(rejected_logprobs, ref_rejected, rejected_read)
+    chosen, rejected = (
+        (chosen_logprobs, ref_chosen, chosen_read),
+        (rejected_logprobs, ref_rejected, rejected_read),
+    )
+    chosen_P, rejected_P = beta * _logratio_sums(*chosen), beta * _logratio_sums(*rejected)
     margin_P = chosen_P - rejected_P
+    size_P = beta * (logprob_sizes(*chosen) + logprob_sizes(*rejected))
     terms_P = -F.logsigmoid(masked(margin_P, weight_P > 0)) * weight_P
     every_P = torch.ones_like(margin_P, dtype=torch.bool)
     metrics = {
-        "dpo/accuracy": metric((margin_P > 0).float(), every_P),
+        "dpo/accuracy": metric(pair_accuracy(margin_P, size_P), every_P),
         "dpo/margin": metric(margin_P, every_P),
         "reward/implicit_chosen": metric(chosen_P, every_P),
         "reward/implicit_rejected": metric(rejected_P, every_P),
@@ -74,6 +79,12 @@ def dpo_loss(
 def _logratio_sums(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
     """``[P, R]`` to ``[P]``: sum of log pi / pi_ref where ``mask``."""
     return (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
+
+
+def logprob_sizes(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """``[P, R]`` to ``[P]``: sum of ``|log pi| + |log pi_ref|`` where ``mask``, of terms' sizes."""
+    sizes = masked(logprobs, mask).abs() + masked(reference_logprobs, mask).abs()
+    return sizes.detach().sum(dim=1)
 
 
 def _kept_share(

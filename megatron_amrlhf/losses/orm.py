@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.losses.reduce import LossOutput, metric
+from megatron_amrlhf.mask.statistics import RELATIVE_TIE
 
 
 def orm_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
@@ -23,13 +24,27 @@ def orm_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
     """
     margin_P = chosen_rewards - rejected_rewards
     every_P = torch.ones_like(margin_P, dtype=torch.bool)
+    accuracy_P = pair_accuracy(margin_P, larger_size(chosen_rewards, rejected_rewards))
     metrics = {
-        "orm/accuracy": metric(pair_accuracy(margin_P), every_P),
+        "orm/accuracy": metric(accuracy_P, every_P),
         "orm/margin": metric(margin_P, every_P),
     }
     return LossOutput(-F.logsigmoid(margin_P)[:, None], metrics)
 
 
-def pair_accuracy(margins: Tensor) -> Tensor:
-    """1 where the preferred answer has more reward, 0 where less; a tie is a coin flip, 0.5."""
-    return 0.5 * (1 + torch.sign(margins.detach()))
+def pair_accuracy(margins: Tensor, sizes: Tensor) -> Tensor:
+    """1 where the preferred answer is ahead, 0 where it is behind; a tie is a coin flip, 0.5.
+
+    Args:
+        margins: ``[P]`` by how much it is ahead.
+        sizes: ``[P]`` absolute sum of the terms that each margin is made of: what is less than
+            ``RELATIVE_TIE`` of it is their rounding, and a tie.
+    """
+    margins = margins.detach()
+    is_tied = margins.abs() <= RELATIVE_TIE * sizes.detach()
+    return 0.5 * (1 + torch.sign(margins.masked_fill(is_tied, 0.0)))
+
+
+def larger_size(x: Tensor, y: Tensor) -> Tensor:
+    """The larger one of ``|x|`` and ``|y|``: the size of two rewards' difference."""
+    return torch.maximum(x.abs(), y.abs())

@@ -53,8 +53,9 @@ def ppo_value_loss(
     """``max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2) / 2`` of each response token.
 
     The critic learns from all response tokens; the adaptive mask is the actor's.
-    Metrics over valid tokens: ``value/error``, ``(V - G)^2``; ``value/clipfrac``, share where the
-    clipped branch is the larger one, so that no gradient flows.
+    Metrics over valid tokens: ``value/error``, ``(V - G)^2``; ``value/clipfrac``, share of values
+    that have left the clip range and whose clipped error is the larger one, so that no gradient
+    flows. A value inside the range is its own clipped one but for rounding, which does not count.
 
     Args:
         values: ``[B, R]`` of the critic now, differentiable.
@@ -70,8 +71,9 @@ def ppo_value_loss(
     returns = masked(returns.detach(), valid)
     clipped_values = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
+    is_outside = (values - old_values).abs() > clip_eps
     metrics = {
-        "value/clipfrac": metric((clipped_error > error).float(), valid),
+        "value/clipfrac": metric((is_outside & (clipped_error > error)).float(), valid),
         "value/error": metric(error, valid),
     }
     return LossOutput(0.5 * torch.maximum(error, clipped_error), metrics)

@@ -69,9 +69,19 @@ def global_count(mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
             rows or pairs: ones.
         group: data-parallel group; None: this process only. Enters one all-reduce.
     """
+    return divisor(global_sum(mask, group))
+
+
+def global_sum(mask: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """As ``global_count``, but 0 where there is none, and 0-dim float64."""
     count = mask.sum().double()
     if group is not None:
         dist.all_reduce(count, group=group)
+    return count
+
+
+def divisor(count: Tensor) -> Tensor:
+    """What a loss over so many entries is divided by: at least 1; float32."""
     return count.clamp(min=1.0).float()
 
 

@@ -26,6 +26,15 @@ BORDER = "\u2502"
 # Figure 1: orange for high-reward tokens, green for low-reward ones.
 HIGH_RGB, LOW_RGB = (245, 130, 20), (40, 160, 80)
 SIGNS = {1: "+", 0: "0", -1: "-"}
+KEEPS = {"chosen": "+", "rejected": "-", "both": "+ and -"}
+USES = {
+    "chosen": "chosen",
+    "rejected": "rejected",
+    "both": "chosen in one pair, rejected in another",
+    "none": "not learned from",
+    "failed": "its reward failed",
+    "left_out": "left out, as all that are cut",
+}
 # Marks that turn the order of the text around them.
 DIRECTION_MARKS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -131,13 +140,13 @@ def describe_answer(record: SampleRecord) -> str:
     """What an answer is, in one line."""
     tokens, kept = len(record.tokens), sum(record.mask)
     signs = {message.sign for message in record.messages}
-    keeps = "+" if record.chosen else "-"
-    if kept == tokens and signs != {1 if record.chosen else -1}:
+    keeps = KEEPS.get(record.use)
+    if keeps and kept == tokens and signs != {1 if record.chosen else -1}:
         keeps = "all"  # mask.kind: none
-    label = f"{'chosen' if record.chosen else 'rejected'} (keeps {keeps})"
+    what = USES[record.use] + (f" (keeps {keeps})" if keeps else "")
     parts = [
         f"step {record.step}",
-        "its reward failed" if record.failed else label,
+        what,
         f"reward {record.sequence_reward:.4g}",
         f"{tokens} tokens, {len(record.messages)} messages, {kept} kept",
         "ended" if record.ended else "cut at the length limit",

@@ -12,7 +12,10 @@ from typing import Any
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.files import append_jsonl
 
-REWARD_DIGITS = 4
+# What became of an answer: learned from, by its label (with dpo's pairs maybe by both); not picked;
+# or in no statistic either, because its reward failed or, by rollout.truncated, it was cut off.
+USES = ("chosen", "rejected", "both", "none", "failed", "left_out")
+UNKNOWN = -1  # numbers that older files do not have
 SAMPLES_NAME = "samples.jsonl"
 
 
@@ -39,7 +42,10 @@ class SampleRecord:
 
     Attributes:
         step: step of the rollout.
-        prompt: the prompt's text.
+        sample: number of the answer in the step (offline: in the file), on every layout the same.
+        group: number of its prompt in the step.
+        prompt: the prompt's text, without the template; of a conversation its last turn.
+        rendered: the prompt as the model reads it; None in older files.
         answer: the answer's text.
         token_ids: ids of the response tokens.
         tokens: text of each response token; of a character's tokens the first has it.
@@ -47,16 +53,20 @@ class SampleRecord:
         signal: the dense signal that the threshold cut: whitened rewards, TD errors, ...
         baseline: threshold b of this answer, signal units; NaN where there is none.
         delta: Schmitt offset of eq. 17, signal units.
-        mask: 1 where the loss reads the token.
+        mask: 1 where a loss reads the token.
         messages: the messages, in order.
-        sequence_reward: reward of the whole answer; NaN where it failed, and with it all others.
-        chosen: whether it is a preferred answer.
+        sequence_reward: reward of the whole answer; NaN where it is in no statistic, and then all
+            others mean nothing.
+        use: what became of it, one of ``USES``.
         ended: it ends on an end token; else it was cut at the length limit.
         from_reference: sampled by the reference instead of the policy.
     """
 
     step: int
+    sample: int
+    group: int
     prompt: str
+    rendered: str | None
     answer: str
     token_ids: list[int]
     tokens: list[str]
@@ -67,14 +77,19 @@ class SampleRecord:
     mask: list[int]
     messages: list[Message]
     sequence_reward: float
-    chosen: bool
+    use: str
     ended: bool
     from_reference: bool
 
     @property
-    def failed(self) -> bool:
-        """Its reward failed: nothing is learned from it, and its token rewards mean nothing."""
-        return math.isnan(self.sequence_reward)
+    def chosen(self) -> bool:
+        """Whether it is a preferred answer."""
+        return self.use in ("chosen", "both")
+
+    @property
+    def has_rewards(self) -> bool:
+        """Whether its numbers mean something, and are in the statistics of its step."""
+        return self.use not in ("failed", "left_out")
 
     def __post_init__(self):
         count = len(self.tokens)
@@ -82,6 +97,7 @@ class SampleRecord:
         lengths = [len(entries) for entries in lists]
         assert set(lengths) <= {count}, f"{count} tokens, but lists of {lengths}"
         assert all(bit in (0, 1) for bit in self.mask), "mask holds more than 0 and 1"
+        assert self.use in USES, f"{self.use!r} is no use of an answer"
         inside = all(0 <= message.start < message.end <= count for message in self.messages)
         assert inside, f"a message reaches outside the {count} tokens"
 
@@ -91,21 +107,14 @@ def write_samples(path: Path, records: Iterable[SampleRecord]) -> None:
 
     Args:
         path: ``RunFolder.samples``.
-        records: the samples; rewards are rounded to 4 digits, ``truncated`` is added.
+        records: the samples, with every digit of their numbers; ``chosen`` and ``truncated`` are
+            added.
     """
     append_jsonl(path, [_as_json(record) for record in records])
 
 
 def _as_json(record: SampleRecord) -> dict[str, Any]:
-    fields = asdict(record)
-    fields["token_rewards"] = [round(float(r), REWARD_DIGITS) for r in record.token_rewards]
-    fields["signal"] = [round(float(x), REWARD_DIGITS) for x in record.signal]
-    fields["mask"] = [int(bit) for bit in record.mask]
-    for message in fields["messages"]:
-        message["reward"] = round(float(message["reward"]), REWARD_DIGITS)
-    fields["sequence_reward"] = round(float(record.sequence_reward), REWARD_DIGITS)
-    fields["truncated"] = not record.ended
-    return fields
+    return asdict(record) | {"chosen": record.chosen, "truncated": not record.ended}
 
 
 def load_samples(path: str | Path) -> list[SampleRecord]:
@@ -148,10 +157,15 @@ def load_samples(path: str | Path) -> list[SampleRecord]:
 
 
 def _as_record(fields: dict[str, Any]) -> SampleRecord:
-    """Undoes ``_as_json``; raises what a wrong type or a missing key raises."""
+    """Undoes ``_as_json``, or what older versions wrote; raises what a missing key raises."""
+    step, rendered, reward = fields["step"], fields.get("rendered"), fields["sequence_reward"]
+    label = "chosen" if fields["chosen"] else "rejected"
     return SampleRecord(
-        step=int(fields["step"]),
+        step=int(step),
+        sample=int(fields.get("sample", UNKNOWN)),
+        group=int(fields.get("group", UNKNOWN)),
         prompt=_text(fields["prompt"]),
+        rendered=None if rendered is None else _text(rendered),
         answer=_text(fields["answer"]),
         token_ids=[int(token) for token in fields["token_ids"]],
         tokens=[_text(token) for token in fields["tokens"]],
@@ -164,8 +178,8 @@ def _as_record(fields: dict[str, Any]) -> SampleRecord:
             Message(int(m["start"]), int(m["end"]), int(m["sign"]), _number(m["reward"]))
             for m in fields["messages"]
         ],
-        sequence_reward=_number(fields["sequence_reward"]),
-        chosen=bool(fields["chosen"]),
+        sequence_reward=_number(reward),
+        use=_text(fields.get("use", "failed" if reward is None else label)),
         ended=bool(fields["ended"]),
         from_reference=bool(fields["from_reference"]),
     )

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from megatron_amrlhf.cli import main
 from megatron_amrlhf.ports import free_port
@@ -106,6 +107,20 @@ def test_a_vocabulary_beyond_the_embedding_is_refused(folder, tmp_path, key):
     tiny_tokenizer(140).save_pretrained(models[key])
     done = train(write_config(folder, "ppo"), f"{key}.path={models[key]}")
     assert_refused(done, folder, str(models[key]), "has id 139", "vocab_size is 131")
+
+
+@pytest.mark.parametrize("key", ["model", "reward_model"])
+def test_weights_that_are_not_finite_are_told_as_such(folder, tmp_path, key):
+    """They were told as a reward that failed, or as a loss that is not finite."""
+    models = dict(zip(("model", "reward_model"), make_models(tmp_path), strict=True))
+    file, name = models[key] / "model.safetensors", "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(file)
+    weights[name][2, 3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    overrides = [f"{key}.path={models[key]}", f"run.folder={tmp_path / 'late'}"]
+    role = {"model": "actor", "reward_model": "prm"}[key]
+    words = (f"{models[key]}: the weights of the {role} are not finite: {name}",)
+    assert_refused(train(write_config(folder, "ppo"), *overrides), folder, *words)
 
 
 def test_missing_key_is_named(folder):

@@ -72,7 +72,7 @@ KINDS = (*REWARD_KINDS, "ppo", "grpo", "dpo", "kto", "rejection_sampling")
 OWN_METRICS = {
     "prm": {"eval/step_auc", "prm/accuracy", "loss/prm"},
     "orm": {"orm/accuracy", "orm/margin", "eval/pair_accuracy", "loss/orm"},
-    "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value"},
+    "ppo": {"policy/approx_kl", "policy/clipfrac", "loss/value", "optimizer/critic_lr"},
     "grpo": {"policy/clipfrac", "loss/kl", "grpo/advantage", "grpo/flat_groups"},
     "dpo": {"dpo/accuracy", "dpo/margin"},
     "kto": {"kto/z0", "kto/slope", "reward/implicit_chosen"},
@@ -125,7 +125,7 @@ def test_run_leaves_all_it_promises(reference, kind):
     for name in ("config.resolved.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "export"):
         assert (folder / name).exists(), name
     line = read_metrics(folder)[-1]
-    expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds"}
+    expected = {"engine/grad_norm", "engine/skipped_steps", "time/update_seconds", "optimizer/lr"}
     expected |= {"memory/peak_gib", "throughput/update_tokens_per_second"}
     if kind not in REWARD_KINDS:
         expected |= {"reward/mean", "reward/chosen", "loss/policy"}
@@ -246,9 +246,18 @@ def test_no_mask_keeps_every_token(reference):
     assert lines and all(line["mask/kept_fraction"] == 1 for line in lines)
 
 
+def test_a_policy_that_was_trained_to_infinities_is_told_as_that(reference):
+    folder, configs, _ = reference
+    options = ["run.name=grpo-far", "optimizer.lr=1e39", "evaluation.prompts=0"]
+    with pytest.raises(AssertionError, match="NotFinite: step 2: the weights of the actor are not"):
+        run_on(1, run_config, str(configs["grpo"]), options)
+    assert len(numbers(folder / "runs" / "grpo-far")) == 1
+
+
 def test_answers_of_neutral_tokens_alone_are_counted_and_teach_nothing(reference):
     folder, configs, _ = reference
     neutral = ["mask.delta=1000000.0", "mask.neutral=drop", "run.name=ppo-neutral"]
+    neutral += ["loss.denominator=kept"]  # which counts nothing: the loss is 0, not null
     start(folder, configs["ppo"], 1, 1, 1, *neutral)
     for line in numbers(folder / "runs" / "ppo-neutral"):
         assert line["mask/empty_answers"] == 1 and line["mask/kept_fraction"] == 0

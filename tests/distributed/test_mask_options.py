@@ -65,7 +65,13 @@ RUNS: dict[str, tuple[str, dict]] = {
             },
         },
     ),
-    "labels": ("kto", {"mask": {"threshold": "sequence", "label": "batch"}}),
+    "labels": (
+        "kto",
+        {
+            "mask": {"threshold": "sequence", "label": "batch"},
+            "rollout": {"truncated": "penalise", "truncated_penalty": 0.5},
+        },
+    ),
     # Parts of a step, and three held-out prompts, which are not as many for each replica.
     "ppo-parts": ("ppo", {"algorithm": {"minibatches": 3, "epochs": 2}, **THREE_HELDOUT}),
     "dpo-parts": ("dpo", {"algorithm": {"minibatches": 3, "pairs": "all_pairs"}, **THREE_HELDOUT}),

@@ -216,7 +216,8 @@ def test_an_answer_whose_reward_failed_is_not_learned_from(folder, kind):
     samples = read_jsonl(run / "samples.jsonl")
     failed = [sum(sample["mask"]) for sample in samples if sample["prompt"] == "Say 0"]
     others = [sum(sample["mask"]) for sample in samples if sample["prompt"] != "Say 0"]
-    assert failed == ([] if "pairs" in kind else [0, 0, 0]) and sum(others) > 0
+    assert failed == [0, 0, 0] and sum(others) > 0
+    assert {sample["use"] for sample in samples if sample["prompt"] == "Say 0"} == {"failed"}
 
 
 def call_main(*arguments: str) -> tuple[int, str]:

@@ -9,6 +9,7 @@ import torch
 
 from megatron_amrlhf.algorithms.dense import DenseRewards
 from megatron_amrlhf.algorithms.experience import Judged
+from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.types import RolloutBatch, ScoredBatch
@@ -152,3 +153,11 @@ def test_chance_picks_as_many_answers_of_each_prompt_as_the_selection(name):
     assert set(first) == set(range(ANSWERS))  # every answer has its chance
     again = selected(range(1, 21), **algorithm, control="random")
     assert again == by_chance
+
+
+def test_an_answer_that_is_its_groups_mean_but_for_rounding_is_rejected():
+    rewards = [1.1, 1.2, 1.3]
+    assert torch.tensor(rewards).double().mean() < torch.tensor(rewards)[1].double()
+    tokens = [[0.0]] * 3
+    grpo = algorithm_of(Grpo, algorithm={"kind": "grpo"})
+    assert grpo.choose(judged_of(tokens, tokens, rewards, 3), 1)[1].tolist() == [False, False, True]

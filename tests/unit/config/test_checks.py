@@ -335,6 +335,12 @@ def test_right_runs_pass():
             1,
             "offline is about the PRM's scores alone",
         ),
+        (
+            PPO,
+            {**BY_FILE, "reward": {"normalise": "none"}, "rollout": {"truncated": "penalise"}},
+            1,
+            "no rollout.truncated: penalise",
+        ),
         (PPO, {"optimizer": {"betas": [0.9, 1.0]}}, 1, "optimizer.betas: both must be < 1"),
         (PPO, {"run": {"steps": 5}, "optimizer": {"warmup_steps": 5}}, 1, "use at most 4"),
         (PPO, {"data": {"max_row_tokens": 1000}}, 1, "raise it to 1536"),

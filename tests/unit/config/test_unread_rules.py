@@ -43,6 +43,19 @@ CASES = [
         {"reward": {"outcome": "min"}},
     ),
     ("optimizer.critic_lr", {"optimizer": {"critic_lr": 1e-5}}, {"algorithm": {"kind": "ppo"}}),
+    (
+        "rollout.truncated_penalty",
+        {"rollout": {"truncated_penalty": 2.0}},
+        {"rollout": {"truncated": "penalise"}},
+    ),
+    (
+        "algorithm.bootstrap_truncated",
+        {
+            "algorithm": {"kind": "ppo", "bootstrap_truncated": True},
+            "rollout": {"truncated": "mask"},
+        },
+        {"rollout": {"truncated": "penalise"}},
+    ),
 ]
 
 
@@ -72,6 +85,7 @@ def test_a_key_that_nothing_reads_is_refused(key, sections, read_with):
             {"rollout": {"reference_samples_per_prompt": 1}},
             "rollout.reference_samples_per_prompt",
         ),
+        (OFFLINE, {"rollout": {"truncated": "mask"}}, "rollout.truncated"),
         (PPO, {"reward": {"prm_weight": 0, "orm_weight": 1, "outcome": "min"}}, "reward.outcome"),
         (
             PPO,

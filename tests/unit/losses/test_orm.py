@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_amrlhf.losses.orm import orm_loss, pair_accuracy
+from megatron_amrlhf.losses.orm import larger_size, orm_loss, pair_accuracy
 from megatron_amrlhf.losses.reduce import finish_metrics
 
 TOLERANCE = 1e-6
@@ -29,7 +29,20 @@ def test_values_and_gradient_by_hand():
 
 
 def test_a_tie_is_a_coin_flip():
-    assert pair_accuracy(torch.tensor([0.1, -0.1, 0.0])).tolist() == [1.0, 0.0, 0.5]
+    sizes = torch.ones(3)
+    assert pair_accuracy(torch.tensor([0.1, -0.1, 0.0]), sizes).tolist() == [1.0, 0.0, 0.5]
+    nothing = torch.zeros(1)
+    assert pair_accuracy(nothing, nothing).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1.0, 1e8])
+def test_a_tie_is_one_up_to_the_rounding_of_its_terms(scale):
+    chosen = scale * torch.tensor([3.0, 3.0, 3.0, 3.0])
+    rejected = chosen * (1 + torch.tensor([2e-7, -2e-7, 1e-5, -1e-5]))
+    sizes = larger_size(chosen, rejected)
+    assert pair_accuracy(chosen - rejected, sizes).tolist() == [0.5, 0.5, 0.0, 1.0]
+    accuracy = finish_metrics(orm_loss(chosen, rejected).metrics)["orm/accuracy"]
+    assert accuracy == 0.5
 
 
 def test_only_the_difference_counts():

@@ -189,6 +189,44 @@ def test_value_loss_takes_the_larger_of_plain_and_clipped_error():
     assert metrics["value/error"] == pytest.approx((1 + 3.61 + 16) / 3, rel=1e-6)
 
 
+def test_a_value_inside_the_clip_range_is_not_clipped_whatever_the_rounding():
+    # Of some of these the clipped value differs from the value in its last bit.
+    old, returns = randn(3, 1, 4096).float() * 0.05, randn(7, 1, 4096).float()
+    values = randn(5, 1, 4096).float().clamp(-0.001, 0.001)
+    clipped = old + (values - old).clamp(-0.2, 0.2)
+    assert (clipped != values).any() and ((clipped - returns) ** 2 > (values - returns) ** 2).any()
+    valid = torch.ones(1, 4096, dtype=torch.bool)
+    metrics = finish_metrics(ppo_value_loss(values, old, returns, valid, 0.2).metrics)
+    assert metrics["value/clipfrac"] == 0
+
+
+def test_values_outside_the_clip_range_are_counted_as_in_exact_numbers():
+    old, steps = randn(3, 1, 4096).float() * 3, randn(5, 1, 4096).float()
+    returns, valid = randn(7, 1, 4096).float(), torch.ones(1, 4096, dtype=torch.bool)
+    values = old + steps
+    metrics = finish_metrics(ppo_value_loss(values, old, returns, valid, 0.2).metrics)
+    exact = [x.double() for x in (values, old, returns)]
+    moved = exact[0] - exact[1]
+    # The value went towards the return and past the range: the clipped one is further away.
+    midpoint = exact[1] + (moved + moved.clamp(-0.2, 0.2)) / 2
+    is_clipped = (moved.abs() > 0.2) & ((exact[2] - midpoint) * moved > 0)
+    assert 0 < metrics["value/clipfrac"] == is_clipped.double().mean()
+
+
+@pytest.mark.parametrize("form", ["inside", "pair"])
+def test_a_pair_that_policy_and_reference_see_alike_counts_half(form):
+    reference = -randn(11, 2, 64, 200).float().abs() * 4
+    noise = 1 + 1e-7 * randn(13, 2, 64, 200).float()  # the rounding of another micro-batch
+    policy, ones = reference * noise, torch.ones(64, 200, dtype=torch.bool)
+    args = (*policy, *reference, ones, ones, 0.1, form, ones, ones)
+    metrics = finish_metrics(dpo_loss(*args).metrics)
+    assert metrics["dpo/margin"] != 0 and metrics["dpo/accuracy"] == 0.5
+    policy[0, :16] += 1e-3
+    policy[0, 16:24] -= 1e-3
+    accuracy = finish_metrics(dpo_loss(*args).metrics)["dpo/accuracy"]
+    assert accuracy == (16 + 40 / 2) / 64
+
+
 @pytest.mark.parametrize("form", ["inside", "pair"])
 def test_dpo_is_ln_2_where_policy_and_reference_agree(form):
     ones = torch.ones_like(MASK)

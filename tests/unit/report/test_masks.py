@@ -23,6 +23,9 @@ from megatron_amrlhf.report.samples import Message, SampleRecord, load_samples, 
 HOSTILE = "<script>alert(1)</script> \" ' & \x1b[31m \u202e [bold]"
 RECORD = SampleRecord(
     step=3,
+    sample=0,
+    group=0,
+    rendered="<|user|>" + HOSTILE,
     prompt="2 + 2? " + HOSTILE,
     answer="it is 4",
     token_ids=[5, 6, 7, 2],
@@ -34,7 +37,7 @@ RECORD = SampleRecord(
     mask=[0, 0, 1, 1],
     messages=[Message(0, 2, -1, -0.2), Message(2, 4, 1, 0.7)],
     sequence_reward=0.25,
-    chosen=True,
+    use="chosen",
     ended=True,
     from_reference=False,
 )
@@ -68,9 +71,24 @@ def printed(*records):
 
 
 def test_an_answer_whose_reward_failed_is_neither_chosen_nor_rejected():
-    failed = printed(dataclasses.replace(RECORD, sequence_reward=float("nan")))
+    nothing = {"sequence_reward": float("nan"), "mask": [0] * 4}
+    failed = printed(dataclasses.replace(RECORD, use="failed", **nothing))
     assert "chosen (keeps +)" in printed(RECORD)
     assert "its reward failed" in failed and "keeps" not in failed
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        ("rejected", "rejected (keeps -)"),
+        ("both", "chosen in one pair, rejected in another (keeps + and -)"),
+        ("none", "not learned from"),
+        ("left_out", "left out, as all that are cut"),
+    ],
+)
+def test_what_became_of_an_answer_is_said(use, words):
+    assert words in printed(dataclasses.replace(RECORD, use=use)).replace("\n", " ")
+    assert words in page([dataclasses.replace(RECORD, use=use)], "x")
 
 
 def test_what_steers_a_terminal_is_shown_instead():
