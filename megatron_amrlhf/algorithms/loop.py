@@ -85,6 +85,7 @@ class Loop:
             section.asynchronous,
         )
         self.first = self.done = self.saved = 0  # completed updates: at the start, now, on disk
+        self.evaluation_seconds = 0.0  # of the one at the end, as the first one took
         self.pending: dict[str, float] | None = None
         self.before: dict[str, float] = {}
         self.after: dict[str, float] = {}
@@ -151,8 +152,11 @@ class Loop:
         """
         algorithm, context = self.algorithm, self.context
         self._note_status("started")
+        context.console.whole(self.done, self.total, None)
         if not self.before and algorithm.evaluates_at_start:
+            start = time.monotonic()
             self.before = self.after = algorithm.evaluate()
+            self.evaluation_seconds = time.monotonic() - start
             if self.before:
                 context.console.step_table(self.done, self.total, self.before)
                 if not self.done:
@@ -172,12 +176,18 @@ class Loop:
                 self._log_memory()
             self._close_step()
             context.stop.note_step(time.monotonic() - start)
+            self._show_whole()
             self._note_status(f"{step} of {self.total} steps")
             if self.saver.poll():
                 context.stop.note_save(self.saver.seconds)
             every = context.config.checkpoint.every
             if every and step % every == 0:
                 self._save()
+
+    def _show_whole(self) -> None:
+        left, seconds = self.total - self.done, self.context.stop.mean_step_seconds
+        final = self.evaluation_seconds if left else 0.0
+        self.context.console.whole(self.done, self.total, left * seconds + final)
 
     def leave(self, reason: Reason) -> None:
         """Saves what is not saved yet and says that the run can go on."""

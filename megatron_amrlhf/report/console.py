@@ -4,24 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from megatron_amrlhf.report.heartbeat import RankProgress
+from megatron_amrlhf.report.progress import ProgressView
 from megatron_amrlhf.report.run_folder import RunFolder
 
 PLAIN_WIDTH = 110  # columns, where the output is a file
@@ -66,8 +58,7 @@ class RunConsole:
 
     Every rank's ``progress`` is kept, for its heartbeat.
 
-    Progress goes to stderr: bars on a terminal, else one line at the start and one at the end of
-    a phase. Tables go to stdout.
+    Progress goes to stderr, tables go to stdout.
     """
 
     def __init__(self, rank: int, out: TextIO | None = None, err: TextIO | None = None):
@@ -81,7 +72,7 @@ class RunConsole:
         self.progress = RankProgress()
         self._enabled = rank == 0
         self._out = _console(out or sys.stdout)
-        self._err = _console(err or sys.stderr)
+        self._view = ProgressView(_console(err or sys.stderr))
 
     @contextmanager
     def track(self, phase: str, total: int) -> Iterator[Phase]:
@@ -92,37 +83,25 @@ class RunConsole:
             total: units of work that ``advance`` will count.
         """
         self.progress.enter(phase)
-        with self._shown(phase, total) as shown:
+        showing = self._view.phase(phase, total) if self._enabled else nullcontext(_nothing)
+        with showing as show:
 
             def on_advance(n: int) -> None:
                 self.progress.advance()
-                shown.advance(n)
+                show(n)
 
             yield Phase(on_advance)
 
-    @contextmanager
-    def _shown(self, phase: str, total: int) -> Iterator[Phase]:
-        if not self._enabled:
-            yield Phase(lambda n: None)
-        elif self._err.is_terminal:
-            columns = (
-                TextColumn("{task.description:<12}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            with Progress(*columns, console=self._err, transient=True) as progress:
-                task = progress.add_task(phase, total=total)
-                yield Phase(lambda n: progress.advance(task, n))
-        else:
-            self._plain(f"{phase}: 0/{total}")
-            start = time.monotonic()
-            counted = Phase(lambda n: None)
-            yield counted
-            seconds = time.monotonic() - start
-            self._plain(f"{phase}: {counted.done}/{total} in {seconds:.1f} s")
+    def whole(self, done: int, total: int, seconds_left: float | None) -> None:
+        """Shows how many of the run's steps are done, and what is left of its time.
+
+        Args:
+            done: completed steps.
+            total: steps of the run.
+            seconds_left: as measured; None: not known yet.
+        """
+        if self._enabled:
+            self._view.whole(done, total, seconds_left)
 
     def line(self, text: str) -> None:
         """Prints one line on stdout."""
@@ -176,8 +155,9 @@ class RunConsole:
             if path.exists():
                 self.line(f"{path!s:<48} {meaning}")
 
-    def _plain(self, text: str) -> None:
-        self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+def _nothing(n: int) -> None:
+    """Shows no progress."""
 
 
 def format_metric(name: str, value: float | None) -> str:

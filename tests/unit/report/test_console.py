@@ -16,22 +16,17 @@ def make(rank=0, err=None):
     return RunConsole(rank, out, err), out, err
 
 
-def test_a_log_file_gets_two_lines_a_phase():
-    console, out, err = make()
-    with console.track("rollout", 100) as phase:
-        for _ in range(100):
-            phase.advance()
-    lines = err.getvalue().splitlines()
-    assert len(lines) == 2 and out.getvalue() == ""
-    assert lines[0] == "rollout: 0/100" and lines[1].startswith("rollout: 100/100 in ")
-
-
-def test_a_terminal_gets_a_bar_with_time_left(monkeypatch):
+def test_a_terminal_gets_a_bar_of_the_phase_and_one_of_the_whole(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     console, _, err = make(err=Terminal())
     with console.track("scoring", 4) as phase:
         phase.advance(4)
-    assert "scoring" in err.getvalue() and "4/4" in err.getvalue() and "left" in err.getvalue()
+    assert "scoring" in err.getvalue() and "4/4" in err.getvalue()
+    assert "whole" not in err.getvalue()  # no step has been timed
+    console.whole(2, 8, 300.0)
+    with console.track("scoring", 4):
+        pass
+    assert "whole" in err.getvalue() and "step 2 of 8, about 5 min left" in err.getvalue()
 
 
 def test_other_ranks_are_silent(tmp_path):
