@@ -26,27 +26,31 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_files_are_whole_and_train_and_heldout_are_disjoint(tmp_path):
-    assert write_demo_data(tmp_path / "d", 0, 60, 20)
+@pytest.mark.parametrize("kind", ["sums", "words"])
+def test_files_are_whole_and_train_and_heldout_are_disjoint(tmp_path, kind):
+    assert write_demo_data(tmp_path / "d", 0, 60, 20, kind)
     assert sorted(contents(tmp_path / "d")) == sorted([*FILES, "demo.json"])
     rows = {name: read_jsonl(tmp_path / "d" / name, {"prompt": str}) for name in FILES}
     prompts = {name: {row["prompt"] for row in rows[name]} for name in FILES}
     assert [len(rows[name]) for name in FILES[:2]] == [60, 20]
-    for kind in ("prm", "pairs", "prompts"):
-        assert not prompts[f"{kind}_train.jsonl"] & prompts[f"{kind}_heldout.jsonl"]
+    for name in ("prm", "pairs", "prompts"):
+        assert not prompts[f"{name}_train.jsonl"] & prompts[f"{name}_heldout.jsonl"]
     for split in ("train", "heldout"):
         assert prompts[f"pairs_{split}.jsonl"] == prompts[f"prm_{split}.jsonl"]
-        general = set(general_prompts(split))
+        general = set(general_prompts(split)) if kind == "words" else set()
         assert prompts[f"prompts_{split}.jsonl"] == prompts[f"prm_{split}.jsonl"] | general
         kinds = ["answer" in row for row in rows[f"prompts_{split}.jsonl"][:40]]
-        assert True in kinds and False in kinds  # mixed, not one after the other
+        assert set(kinds) == ({True, False} if general else {True})  # mixed
 
 
-def test_a_pair_is_a_right_and_a_wrong_solution_of_the_same_problem(tmp_path):
-    write_demo_data(tmp_path, 0, 60, 20)
+@pytest.mark.parametrize("kind", ["sums", "words"])
+def test_a_pair_is_a_right_and_a_wrong_solution_of_the_same_problem(tmp_path, kind):
+    write_demo_data(tmp_path, 0, 60, 20, kind)
     problems = read_jsonl(tmp_path / "prm_train.jsonl", {"steps": list})
+    shared = {"sums": {"system", "history"}, "words": set()}[kind]
     for pair, problem in zip(read_jsonl(tmp_path / "pairs_train.jsonl", {}), problems, strict=True):
         assert pair["prompt"] == problem["prompt"] and pair["chosen"] != pair["rejected"]
+        assert pair.keys() - {"prompt", "chosen", "rejected"} == shared
         answer = f"The answer is {problem['answer']}."
         assert pair["chosen"].endswith(answer)
         if all(problem["labels"]):
