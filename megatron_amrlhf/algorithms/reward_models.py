@@ -10,12 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import (
+    check_system_prompt,
     check_vocabulary,
     end_token_ids,
-    load_tokenizer,
     marker_token_id,
 )
 from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.expected import HEAD_NAMES, check_weights
@@ -142,6 +143,8 @@ def _load(
     own = load_tokenizer(folder)
     check_vocabulary(own, end_token_ids(own, folder), shape.vocab_size, folder)
     is_same = _same(own, policy_tokenizer)
+    if not is_same:
+        check_system_prompt(own, config.data.system_prompt, folder)
     if not is_same and config.data.format == "pairs":
         raise UserError(
             f"{key}: the tokenizer of {folder} is not that of {config.model.path}, which "

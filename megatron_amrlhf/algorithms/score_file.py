@@ -21,10 +21,11 @@ from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.answers import GivenAnswer, load_answers
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import end_token_ids
 from megatron_amrlhf.data.jsonl import dump_jsonl
 from megatron_amrlhf.data.order import PADDING, fingerprint, shard
 from megatron_amrlhf.data.rows import Selection
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded

@@ -20,7 +20,13 @@ from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.checks import check_total_steps
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import (
+    chat_notes,
+    check_system_prompt,
+    check_vocabulary,
+    end_token_ids,
+)
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
@@ -65,6 +71,7 @@ def run(config: Config) -> bool:
     tokenizer = load_tokenizer(model_folder)
     end_ids = end_token_ids(tokenizer, model_folder)
     check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
+    check_system_prompt(tokenizer, config.data.system_prompt, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
     check_total_steps(config, algorithm.total_steps)
     outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
@@ -120,7 +127,9 @@ def _banner(context: Context, algorithm) -> str:
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
     changed = context.folder.changed
     changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
-    return "\n".join([line, *attempt, *changes, *_long_rows(context), *describe_choices(trained)])
+    chat = [f"note: {note}" for note in chat_notes(context.tokenizer)]
+    notes = [*chat, *_long_rows(context)]
+    return "\n".join([line, *attempt, *changes, *notes, *describe_choices(trained)])
 
 
 def _long_rows(context: Context) -> list[str]:

@@ -7,7 +7,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from megatron_amrlhf.data.chat import PROBE, encode_prompt, encode_solution, load_tokenizer
+from megatron_amrlhf.data.chat import encode_prompt, encode_solution
+from megatron_amrlhf.data.tokenizer import PROBE, load_tokenizer
 from megatron_amrlhf.errors import UserError
 from tests.helpers import CHATML_TEMPLATE, SENTENCES
 
