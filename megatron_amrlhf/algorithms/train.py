@@ -25,11 +25,13 @@ from megatron_amrlhf.data.chat import (
     check_system_prompt,
     check_vocabulary,
     end_token_ids,
+    known_prompt,
 )
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.expected import check_weights
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import resolve_model_folder
@@ -93,6 +95,8 @@ def _context(
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
+    doing = "cannot compare the ranks' prompts"
+    check_same_prompts(on_all_ranks(lambda: known_prompt(tokenizer), doing))
     doing = f"cannot make {config.run.path}"
     folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]
     limit = config.run.max_minutes
@@ -107,6 +111,24 @@ def _context(
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),
     )
+
+
+def check_same_prompts(prompts: list[list[int]]) -> None:
+    """Whether all ranks write the same prompt: a template's clock, or files, may differ.
+
+    Args:
+        prompts: what `known_prompt` is on each rank.
+
+    Raises:
+        UserError: names the first rank that departs from rank 0.
+    """
+    other = next((rank for rank, prompt in enumerate(prompts) if prompt != prompts[0]), None)
+    if other is not None:
+        raise UserError(
+            f"rank {other} writes a prompt otherwise than rank 0: the time or time zone that the "
+            "chat template puts in, the tokenizer's files or the version of transformers differ "
+            "between their machines; make them equal"
+        )
 
 
 def _banner(context: Context, algorithm) -> str:

@@ -80,6 +80,13 @@ def _check_turns(template: Template, turns: Sequence[Message], system_prompt: st
         )
 
 
+def known_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one prompt, the same whatever the run; kept as it was when first written."""
+    if not tokenizer.chat_template:
+        return encode_prompt(tokenizer, PROBE, None)
+    return tokenizer.encode(read_template(tokenizer).prompt, add_special_tokens=False)
+
+
 def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that a given answer ends with: the template's, else the tokenizer's EOS.
 
@@ -133,8 +140,8 @@ def check_system_prompt(
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
     """Ids that end an answer that is sampled.
 
-    What the chat template ends turns with, the tokenizer's EOS, and those of
-    generation_config.json.
+    What the chat template ends turns with (or given answers end with) first, then the tokenizer's
+    EOS and those of generation_config.json.
 
     Raises:
         UserError: there is no token to end a given answer with, the template cannot be used, or
@@ -147,17 +154,26 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> lis
     ids = [token for token in ids if token is not None]
     if not ids:
         raise UserError(f"{folder}: the tokenizer has no end token; set eos_token in its config")
+    return list(dict.fromkeys([*ids, *end_tokens_listed(folder)]))
+
+
+def end_tokens_listed(folder: str | Path) -> list[int]:
+    """The end tokens of a folder's generation_config.json; none where it has no such file.
+
+    Raises:
+        UserError: the file is malformed.
+    """
     path = Path(folder) / "generation_config.json"
-    if path.is_file():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
-        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(token) is int and token >= 0 for token in listed):
-            raise UserError(f"{path}: eos_token_id must be token ids; restore the file")
-        ids += listed
-    return list(dict.fromkeys(ids))
+    if not path.is_file():
+        return []
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(token) is int and token >= 0 for token in listed):
+        raise UserError(f"{path}: eos_token_id must be token ids; restore the file")
+    return listed
 
 
 def check_vocabulary(
@@ -176,9 +192,7 @@ def check_vocabulary(
     Raises:
         UserError: an id is too large.
     """
-    needs_system = tokenizer.chat_template and read_template(tokenizer).needs_system
-    prompt = encode_prompt(tokenizer, PROBE, PROBE if needs_system else None)
-    ids = [*end_ids, *prompt, *tokenizer.encode(PROBE)]
+    ids = [*end_ids, *known_prompt(tokenizer), *tokenizer.encode(PROBE)]
     if (largest := max(ids)) >= vocab_size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(

@@ -41,6 +41,7 @@ class Template:
 
     Attributes:
         header: what opens the assistant's turn, where the template itself leaves it out of prompts.
+        prompt: the question of the known conversation, up to the answer.
         as_parts: it reads contents as lists of parts, not as texts.
         needs_system: it refuses conversations without a system message.
         system_problem: what becomes of a system message; empty: it stands in the prompt.
@@ -50,6 +51,7 @@ class Template:
     """
 
     header: str
+    prompt: str
     as_parts: bool
     needs_system: bool
     system_problem: str
@@ -113,6 +115,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     end_id, problem = _end(view)
     return Template(
         header=header,
+        prompt=view.prompt + header,
         as_parts=view.as_parts,
         needs_system=bool(view.before),
         system_problem=_system_problem(view),
@@ -220,11 +223,13 @@ def _opening_note(view: _View, header: str) -> str:
 
 def _end(view: _View) -> tuple[int | None, str]:
     """The token that ends the assistant's turn, and a note where there is none."""
+    tokenizer, between = view.tokenizer, _between_turns(view)
     _, found, tail = view.whole.rpartition(ANSWER["content"])
-    own = set(view.tokenizer.all_special_ids) | set(view.tokenizer.added_tokens_decoder)
-    ids = view.tokenizer.encode(tail, add_special_tokens=False)
-    for token in [*ids, *_without_common_end(view, _between_turns(view), _before_question(view))]:
-        if token in own:
+    ids = tokenizer.encode(tail, add_special_tokens=False)
+    ids += _without_common_end(view, between, _before_question(view))
+    own = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    for token in ids:  # some tokenizers have special tokens for single bytes
+        if token in own and tokenizer.convert_ids_to_tokens(token) in tail + between:
             return token, ""
     if not found:
         return None, "it refuses, or leaves out, a last turn of the assistant"

@@ -12,6 +12,7 @@ from megatron_amrlhf.data.chat import (
     encode_prompt,
     encode_solution,
     end_token_ids,
+    known_prompt,
 )
 from megatron_amrlhf.data.tokenizer import PROBE, load_tokenizer
 from megatron_amrlhf.errors import UserError
@@ -111,7 +112,7 @@ def test_a_model_folder_without_tokenizer_files_is_a_user_error(tmp_path):
 
 
 def test_a_token_that_the_model_has_no_embedding_for_is_named(tokenizer):
-    ids = [*encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
+    ids = [*known_prompt(tokenizer), *tokenizer.encode(PROBE)]
     check_vocabulary(tokenizer, [2], max(ids) + 1, "here")
     with pytest.raises(UserError, match=f"here: token .* has id {max(ids)}, but the model's"):
         check_vocabulary(tokenizer, [2], max(ids), "here")

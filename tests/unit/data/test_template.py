@@ -18,6 +18,7 @@ from megatron_amrlhf.data.chat import (
     user_turn,
 )
 from megatron_amrlhf.data.template import ANSWER, QUESTION, SECOND, SYSTEM, read_template
+from megatron_amrlhf.data.token_text import answer_text
 from megatron_amrlhf.errors import UserError
 from tests.unit.data.chat_templates import SHAPES, UNUSABLE, chat_tokenizer
 
@@ -170,6 +171,17 @@ def test_a_model_without_a_template_is_told():
         "the model has no chat template: a prompt is its text and a newline, an answer ends with "
         "'</s>'"
     )
+
+
+def test_an_end_token_that_is_not_special_is_no_part_of_an_answers_text():
+    tokenizer = chat_tokenizer(SHAPES["chatml of a base folder"].template)
+    tokenizer.add_tokens("[done]")
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "[done]")
+    end = turn_end_id(tokenizer)
+    assert tokenizer.decode(end) == "[done]"
+    ids = [*tokenizer.encode("It is 12.", add_special_tokens=False), end]
+    assert answer_text(tokenizer, ids, ended=True) == "It is 12."
+    assert answer_text(tokenizer, ids, ended=False) == "It is 12.[done]"
 
 
 def test_the_probes_are_what_they_test():
