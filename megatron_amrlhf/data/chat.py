@@ -10,7 +10,8 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.data.continuation import encode_continuation
-from megatron_amrlhf.data.template import TEMPLATE_ERRORS, Message, Template, read_template, render
+from megatron_amrlhf.data.known_chat import TEMPLATE_ERRORS, Message, render
+from megatron_amrlhf.data.template import Template, read_template
 from megatron_amrlhf.data.tokenizer import PROBE
 from megatron_amrlhf.errors import UserError
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_amrlhf.data.chat import user_turn
 from megatron_amrlhf.data.keys import is_text, need, need_steps, need_text, number
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.sentences import split_sentences
 from megatron_amrlhf.data.step_record import (
     ATTRIBUTES,
@@ -26,7 +27,6 @@ from megatron_amrlhf.data.step_record import (
     check_counts,
     scores_by_dimension,
 )
-from megatron_amrlhf.data.template import Message
 from megatron_amrlhf.errors import UserError
 
 PROMPT_KEYS = ("prompt", "instruction")

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import encode_turns
-from megatron_amrlhf.data.template import Message
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.errors import UserError
 
 ADVICE = "raise the limit or drop this line"

@@ -24,9 +24,9 @@ from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import turn_end_id, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_text
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
-from megatron_amrlhf.data.template import Message
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 

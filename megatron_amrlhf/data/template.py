@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from megatron_amrlhf.data.known_chat import (
+    ANSWER,
+    QUESTION,
+    SECOND,
+    SYSTEM,
+    TEMPLATE_ERRORS,
+    View,
+    first_look,
+    short,
+)
 from megatron_amrlhf.errors import UserError
 
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": str}``"""
-
-# A template is a program: what its expressions raise comes through beside Jinja's own errors.
-TEMPLATE_ERRORS = (
-    TemplateError,
-    ValueError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RuntimeError,
+CLOCK_NOTE = (
+    "it writes the present date or time into prompts: those of another day are others; put a fixed "
+    "date into the template to keep them"
 )
-
-# The known conversation: texts that no template holds, with what a careless one would change.
-SYSTEM = {"role": "system", "content": "Speak of quinces,\n\nand of nothing else."}
-QUESTION = {"role": "user", "content": 'Is 3  x 4 = 12?\n\nZoe, Ann & "Bo" <all> ask {it}.'}
-ANSWER = {"role": "assistant", "content": "Yes: 12 quinces.\n\nAll agree."}
-SECOND = {"role": "user", "content": "And 5 - 2 quinces?"}
-
-MOST_SHOWN = 160  # characters of a template's own text in a message
 
 
 @dataclass(frozen=True)
@@ -60,32 +51,6 @@ class Template:
     notes: tuple[str, ...]
 
 
-def render(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    generate: bool,
-    as_parts: bool = False,
-    **variables: str,
-) -> str:
-    """The template's text of a conversation.
-
-    Args:
-        tokenizer: has a template.
-        messages: the turns.
-        generate: with the header of the answer that comes next.
-        as_parts: give each content as a list of one part.
-        variables: what the template may read beside the messages.
-
-    Raises:
-        TEMPLATE_ERRORS: as the template does.
-    """
-    if as_parts:
-        messages = [x | {"content": [{"type": "text", "text": x["content"]}]} for x in messages]
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=generate, tokenize=False, **variables
-    )
-
-
 @lru_cache(maxsize=8)
 def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """Renders the known conversation and looks: header, question, end of turn, what else is there.
@@ -99,18 +64,16 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
             f"it has several chat templates ({', '.join(sorted(templates))}) and none of the name "
             "'default': give one of them that name"
         )
-    view = _first_look(tokenizer)
+    view = first_look(tokenizer)
     header, missing = _header(view)
-    asked = _try(view, [QUESTION], generate=True, strftime_now="no clock")
+    asked = view.attempt(QUESTION, generate=True, strftime_now="no clock")
     notes = [
+        "it changes white space within texts" if view.plain else "",
         missing,
         _opening_note(view, header),
         _preamble_note(view),
         *_bos_notes(view),
-        ""
-        if asked == view.prompt
-        else "it writes the present date or time into prompts: those of "
-        "another day are others; put a fixed date into the template to keep them",
+        "" if asked == view.prompt else CLOCK_NOTE,
     ]
     end_id, problem = _end(view)
     return Template(
@@ -119,68 +82,13 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         as_parts=view.as_parts,
         needs_system=bool(view.before),
         system_problem=_system_problem(view),
-        keeps_turns=_in_order(view.longer, (QUESTION, ANSWER, SECOND)),
+        keeps_turns=_keeps_turns(view),
         end_id=end_id,
         notes=tuple(note for note in [*notes, problem] if note),
     )
 
 
-@dataclass(frozen=True)
-class _View:
-    """The known conversation in a template's writing.
-
-    Attributes:
-        tokenizer: whose template.
-        as_parts: see `Template`.
-        before: a system message, where the template wants one.
-        prompt: the question, up to the answer.
-        whole: question and answer; empty where the template refuses that.
-        longer: question, answer, and a second question up to its answer; empty as this.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    as_parts: bool
-    before: tuple[Message, ...]
-    prompt: str
-    whole: str
-    longer: str
-
-
-def _first_look(tokenizer: PreTrainedTokenizerBase) -> _View:
-    """In the form of contents that makes the question appear.
-
-    Raises:
-        UserError: none does.
-    """
-    problems = []
-    for before in ((), (SYSTEM,)):
-        for as_parts in (False, True):
-            try:
-                prompt = render(tokenizer, [*before, QUESTION], True, as_parts)
-            except TEMPLATE_ERRORS as error:
-                problems.append(f"it fails: {error}")
-                continue
-            if QUESTION["content"] in prompt:
-                view = _View(tokenizer, as_parts, before, prompt, "", "")
-                whole = _try(view, [QUESTION, ANSWER], generate=False)
-                longer = _try(view, [QUESTION, ANSWER, SECOND], generate=True)
-                return _View(tokenizer, as_parts, before, prompt, whole, longer)
-            asked = repr(QUESTION["content"])
-            problems.append(f"the question {asked} does not stand in the prompt {_short(prompt)}")
-    advice = "correct the template (chat_template.jinja, or chat_template in tokenizer_config.json)"
-    raise UserError(f"the chat template cannot be used: {problems[0]}; {advice}")
-
-
-def _try(view: _View, messages: Sequence[Message], generate: bool, **variables: str) -> str:
-    """What the template makes of these messages; nothing where it refuses them."""
-    try:
-        messages = [*view.before, *messages]
-        return render(view.tokenizer, messages, generate, view.as_parts, **variables)
-    except TEMPLATE_ERRORS:
-        return ""
-
-
-def _header(view: _View) -> tuple[str, str]:
+def _header(view: View) -> tuple[str, str]:
     """The header that the template leaves out of prompts, from the whole conversation; and a note.
 
     Blanks at its end are left out: the first token of an answer often holds the one before it.
@@ -188,15 +96,15 @@ def _header(view: _View) -> tuple[str, str]:
     Raises:
         UserError: a prompt is not how the conversation begins.
     """
-    if view.prompt != _try(view, [QUESTION], generate=False):
+    if view.prompt != view.attempt(QUESTION, generate=False):
         return "", ""
-    start, found, _ = view.whole.rpartition(ANSWER["content"])
+    start, found, _ = view.whole.rpartition(view.text(ANSWER))
     if not found:
         return "", "it writes nothing to begin the assistant's turn, in prompts or else"
     if not start.startswith(view.prompt):
         raise UserError(
             "the chat template has no add_generation_prompt, and a prompt is not how a "
-            f"conversation begins: {_short(view.prompt)} against {_short(start)}; add the header "
+            f"conversation begins: {short(view.prompt)} against {short(start)}; add the header "
             "of the assistant's turn to it"
         )
     header = start[len(view.prompt) :].rstrip(" ")
@@ -204,27 +112,27 @@ def _header(view: _View) -> tuple[str, str]:
     return header, note if header else ""
 
 
-def _opening_note(view: _View, header: str) -> str:
+def _opening_note(view: View, header: str) -> str:
     """How a given answer begins otherwise than a sampled one, if it does."""
     prompt, encode = view.prompt + header, view.tokenizer.encode
-    start, found, _ = view.whole.rpartition(ANSWER["content"])
+    start, found, _ = view.whole.rpartition(view.text(ANSWER))
     if not found or start == prompt:
         return ""
-    row = [encode(text, add_special_tokens=False) for text in (prompt, ANSWER["content"])]
-    given = encode(start + ANSWER["content"], add_special_tokens=False)
+    row = [encode(text, add_special_tokens=False) for text in (prompt, view.text(ANSWER))]
+    given = encode(start + view.text(ANSWER), add_special_tokens=False)
     if [*row[0], *row[1]] == given:
         return ""
     common = len(os.path.commonprefix([prompt, start]))
     return (
-        f"it opens the assistant's turn with {_short(prompt[common:])} in prompts, and with "
-        f"{_short(start[common:])} where the answer is given: all answers stand behind the former"
+        f"it opens the assistant's turn with {short(prompt[common:])} in prompts, and with "
+        f"{short(start[common:])} where the answer is given: all answers stand behind the former"
     )
 
 
-def _end(view: _View) -> tuple[int | None, str]:
+def _end(view: View) -> tuple[int | None, str]:
     """The token that ends the assistant's turn, and a note where there is none."""
     tokenizer, between = view.tokenizer, _between_turns(view)
-    _, found, tail = view.whole.rpartition(ANSWER["content"])
+    _, found, tail = view.whole.rpartition(view.text(ANSWER))
     ids = tokenizer.encode(tail, add_special_tokens=False)
     ids += _without_common_end(view, between, _before_question(view))
     own = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
@@ -234,21 +142,21 @@ def _end(view: _View) -> tuple[int | None, str]:
     if not found:
         return None, "it refuses, or leaves out, a last turn of the assistant"
     if tail.strip():
-        return None, f"it ends turns with {_short(tail)}, which is no token of this tokenizer"
+        return None, f"it ends turns with {short(tail)}, which is no token of this tokenizer"
     return None, "it writes nothing to end the assistant's turn"
 
 
-def _before_question(view: _View) -> str:
-    return view.prompt.partition(QUESTION["content"])[0]
+def _before_question(view: View) -> str:
+    return view.prompt.partition(view.text(QUESTION))[0]
 
 
-def _between_turns(view: _View) -> str:
+def _between_turns(view: View) -> str:
     """What stands between an answer and the next question."""
-    behind = view.longer.rpartition(ANSWER["content"])[2]
-    return behind.partition(SECOND["content"])[0]
+    behind = view.longer.rpartition(view.text(ANSWER))[2]
+    return behind.partition(view.text(SECOND))[0]
 
 
-def _without_common_end(view: _View, text: str, other: str) -> list[int]:
+def _without_common_end(view: View, text: str, other: str) -> list[int]:
     """Tokens of a text up to where it goes on like the other: the header of a question."""
     ids, others = (view.tokenizer.encode(x, add_special_tokens=False) for x in (text, other))
     while ids and others and ids[-1] == others[-1]:
@@ -256,7 +164,7 @@ def _without_common_end(view: _View, text: str, other: str) -> list[int]:
     return ids
 
 
-def _preamble_note(view: _View) -> str:
+def _preamble_note(view: View) -> str:
     """A text of the template's own before the first question."""
     if view.before or not view.longer:
         return ""
@@ -264,11 +172,11 @@ def _preamble_note(view: _View) -> str:
     words = [token for token in own if token not in view.tokenizer.added_tokens_decoder]
     if not any(character.isalnum() for character in view.tokenizer.decode(words)):
         return ""
-    text = _short(view.tokenizer.decode(own))
+    text = short(view.tokenizer.decode(own))
     return f"it puts a text of its own before a prompt without a system message: {text}"
 
 
-def _bos_notes(view: _View) -> list[str]:
+def _bos_notes(view: View) -> list[str]:
     """A beginning-of-text token that is missing, or there twice."""
     tokenizer, bos = view.tokenizer, view.tokenizer.bos_token_id
     ids = tokenizer.encode(view.prompt, add_special_tokens=False)
@@ -281,25 +189,20 @@ def _bos_notes(view: _View) -> list[str]:
     return []
 
 
-def _system_problem(view: _View) -> str:
+def _system_problem(view: View) -> str:
     if view.before:
         return ""
     try:
-        text = render(view.tokenizer, [SYSTEM, QUESTION], True, view.as_parts)
+        text = view.write(SYSTEM, QUESTION, generate=True)
     except TEMPLATE_ERRORS as error:
         return f"refuses a system message ({error})"
-    return "" if SYSTEM["content"] in text else "leaves out, or changes, a system message"
+    return "" if view.text(SYSTEM) in text else "leaves out, or changes, a system message"
 
 
-def _in_order(text: str, turns: Sequence[Message]) -> bool:
+def _keeps_turns(view: View) -> bool:
     place = 0
-    for turn in turns:
-        place = text.find(turn["content"], place) + 1
+    for turn in (QUESTION, ANSWER, SECOND):
+        place = view.longer.find(view.text(turn), place) + 1
         if not place:
             return False
     return True
-
-
-def _short(text: str) -> str:
-    shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} ..."
-    return repr(shown)

@@ -248,6 +248,16 @@ SHAPES = {
         eos="<|endoftext|>",
         notes=("ends turns with '<|im_end|>', the tokenizer's EOS is '<|endoftext|>'",),
     ),
+    "white space changed": Shape(
+        _turns(
+            "'<|' + r + '|>' + (m.content.split() | join(' ')) + eos_token",
+            "'<|assistant|>'",
+        ),
+        "<|user|>Q?</s><|assistant|>",
+        "</s>",
+        "<|system|>S</s><|user|>Q?</s><|assistant|>",
+        notes=("it changes white space within texts",),
+    ),
     "no end": Shape(
         _turns("'<|' + r + '|>' + m.content", "'<|assistant|>'"),
         "<|user|>Q?<|assistant|>",
@@ -309,10 +319,6 @@ UNUSABLE = {
     ),
     "escapes": (_turns("m.content | e"), "does not stand in the prompt"),
     "lower case": (_turns("m.content | lower"), "does not stand in the prompt"),
-    "two blanks made one": (
-        _turns("m.content.split() | join(' ')"),
-        "does not stand in the prompt",
-    ),
     "a type error": (_turns("r + 1"), "it fails: can only concatenate str"),
     "a division": (_turns("1 // 0"), "it fails: integer division or modulo by zero"),
     "a missing attribute": (_turns("m.content.frob()"), "has no attribute 'frob'"),

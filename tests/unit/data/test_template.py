@@ -17,7 +17,8 @@ from megatron_amrlhf.data.chat import (
     turn_end_id,
     user_turn,
 )
-from megatron_amrlhf.data.template import ANSWER, QUESTION, SECOND, SYSTEM, read_template
+from megatron_amrlhf.data.known_chat import ANSWER, QUESTION, SECOND, SYSTEM
+from megatron_amrlhf.data.template import read_template
 from megatron_amrlhf.data.token_text import answer_text
 from megatron_amrlhf.errors import UserError
 from tests.unit.data.chat_templates import SHAPES, UNUSABLE, chat_tokenizer
