@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.data.continuation import encode_continuation
 from megatron_amrlhf.data.known_chat import TEMPLATE_ERRORS, Message, render
 from megatron_amrlhf.data.template import Template, read_template
-from megatron_amrlhf.data.tokenizer import PROBE
+from megatron_amrlhf.data.tokenizer import PROBE, unread_template
 from megatron_amrlhf.errors import UserError
 
 End = Literal["whole", "after step", "within step"]
@@ -100,8 +100,12 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if found is None else found
 
 
-def chat_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def chat_notes(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[str]:
     """What a user should know of how prompts and answers are written, a sentence each.
+
+    Args:
+        tokenizer: a model's.
+        folder: that it is from.
 
     Raises:
         UserError: the template cannot be used.
@@ -114,6 +118,8 @@ def chat_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
         text = "the model has no chat template: a prompt is its text and a newline"
         return [f"{text}, an answer ends with {end!r}"]
     notes = [f"the chat template: {note}" for note in read_template(tokenizer).notes]
+    if unread := unread_template(Path(folder)):
+        notes.append(unread)
     if end != eos:
         notes.append(
             f"the chat template ends turns with {end!r}, the tokenizer's EOS is {eos!r}: an answer "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from sentencepiece import SentencePieceProcessor
@@ -17,7 +18,9 @@ PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a local Hugging Face folder; never runs code from the folder.
 
-    It may be a ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` alone.
+    It may be a ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` alone. A template in
+    ``chat_template.json``, which transformers reads for processors alone, is taken where there is
+    no other.
 
     Raises:
         UserError: no such folder, no tokenizer in it that transformers can load, or transformers
@@ -26,8 +29,35 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; give a folder with a tokenizer in it")
-    if (folder / "tokenizer.json").is_file():
-        return _as_in_its_file(folder)
+    is_fast = (folder / "tokenizer.json").is_file()
+    tokenizer = _as_in_its_file(folder) if is_fast else _from_other_files(folder)
+    if not tokenizer.chat_template and (file := folder / "chat_template.json").is_file():
+        tokenizer.chat_template = _object_of(file).get("chat_template")
+    return tokenizer
+
+
+def unread_template(folder: Path) -> str:
+    """Says which of two different templates is used, where a folder has two."""
+    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not file.is_file() or not config.is_file():
+        return ""
+    other = _object_of(config).get("chat_template")
+    if other is None or other == file.read_text(encoding="utf-8"):
+        return ""
+    return f"{file.name} is used, and not the other chat template in {config.name}"
+
+
+def _object_of(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); restore the file") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: not a JSON object; restore the file")
+    return found
+
+
+def _from_other_files(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = _load(AutoTokenizer, folder)
     if not tokenizer.encode(PROBE, add_special_tokens=False):  # what transformers makes of nothing
         raise UserError(

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_amrlhf.data.chat import (
+    chat_notes,
     check_vocabulary,
     encode_prompt,
     encode_solution,
@@ -94,6 +95,33 @@ def test_a_file_that_holds_no_tokenizer_is_a_user_error(tmp_path, name, content,
     with pytest.raises(UserError, match=reason) as info:
         load_tokenizer(tmp_path)
     assert "\n" not in str(info.value)
+
+
+def test_of_two_templates_the_one_that_is_used_is_told(tmp_path):
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    assert chat_notes(tokenizer, tmp_path) == []
+    file = tmp_path / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"chat_template": tokenizer.chat_template}))
+    assert chat_notes(load_tokenizer(tmp_path), tmp_path) == []
+    file.write_text(json.dumps(said | {"chat_template": "other"}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    (note,) = chat_notes(loaded, tmp_path)
+    assert note.startswith("chat_template.jinja is used, and not the other chat template in")
+
+
+def test_a_template_in_a_file_for_processors_is_used_where_there_is_no_other(tmp_path):
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    file = tmp_path / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": "other"}))
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_tokenizer(tmp_path).chat_template == "other"
+    for broken in ("{", "[]"):
+        file.write_text(broken)
+        with pytest.raises(UserError, match="chat_template.json: not .*; restore the file"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):
