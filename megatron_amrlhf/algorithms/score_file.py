@@ -163,7 +163,8 @@ def score_answers(context: Context, job: Job) -> None:
     on_all_ranks(lambda: (job.folder / PARTS).mkdir(parents=True, exist_ok=True), doing)
     for model in job.models:
         context.role(model.role, model.folder, model.num_attributes)
-    for note in chat_notes(context.tokenizer, context.model_folder):
+    system_prompt = job.config.data.system_prompt
+    for note in chat_notes(context.tokenizer, context.model_folder, system_prompt):
         context.console.line(f"note: {note}")
     context.log_selections([job.selection])
     done = on_all_ranks(lambda: _done(job) if context.mesh.is_main else set(), doing)[0]

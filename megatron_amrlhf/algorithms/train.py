@@ -149,8 +149,9 @@ def _banner(context: Context, algorithm) -> str:
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
     changed = context.folder.changed
     changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
-    chat = [f"note: {note}" for note in chat_notes(context.tokenizer, context.model_folder)]
-    notes = [*chat, *_long_rows(context)]
+    system_prompt = config.data.system_prompt
+    chat = chat_notes(context.tokenizer, context.model_folder, system_prompt)
+    notes = [*(f"note: {note}" for note in chat), *_long_rows(context)]
     return "\n".join([line, *attempt, *changes, *notes, *describe_choices(trained)])
 
 

@@ -100,12 +100,15 @@ def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return tokenizer.eos_token_id if found is None else found
 
 
-def chat_notes(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[str]:
+def chat_notes(
+    tokenizer: PreTrainedTokenizerBase, folder: str | Path, system_prompt: str | None
+) -> list[str]:
     """What a user should know of how prompts and answers are written, a sentence each.
 
     Args:
         tokenizer: a model's.
         folder: that it is from.
+        system_prompt: of the run, or None.
 
     Raises:
         UserError: the template cannot be used.
@@ -117,7 +120,10 @@ def chat_notes(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[s
     if not tokenizer.chat_template:
         text = "the model has no chat template: a prompt is its text and a newline"
         return [f"{text}, an answer ends with {end!r}"]
-    notes = [f"the chat template: {note}" for note in read_template(tokenizer).notes]
+    template = read_template(tokenizer)
+    notes = [f"the chat template: {note}" for note in template.notes]
+    if template.preamble and not system_prompt:
+        notes.append(f"the chat template: {template.preamble}")
     if unread := unread_template(Path(folder)):
         notes.append(unread)
     if end != eos:

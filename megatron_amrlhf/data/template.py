@@ -39,6 +39,7 @@ class Template:
         keeps_turns: all turns of a longer conversation stand in the prompt, in their order.
         end_id: the token that it ends the assistant's turn with; None: none of its own.
         notes: what a user should know, a sentence each.
+        preamble: a sentence on a text of its own in prompts without a system message; or empty.
     """
 
     header: str
@@ -49,6 +50,7 @@ class Template:
     keeps_turns: bool
     end_id: int | None
     notes: tuple[str, ...]
+    preamble: str
 
 
 @lru_cache(maxsize=8)
@@ -71,7 +73,6 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         "it changes white space within texts" if view.plain else "",
         missing,
         _opening_note(view, header),
-        _preamble_note(view),
         *_bos_notes(view),
         "" if asked == view.prompt else CLOCK_NOTE,
     ]
@@ -85,6 +86,7 @@ def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         keeps_turns=_keeps_turns(view),
         end_id=end_id,
         notes=tuple(note for note in [*notes, problem] if note),
+        preamble=_preamble_note(view),
     )
 
 

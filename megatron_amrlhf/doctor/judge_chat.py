@@ -48,7 +48,7 @@ def _judge_folder(folder: Path, system_prompt: str | None) -> list[Finding]:
         end_ids = end_token_ids(tokenizer, folder)
         check_vocabulary(tokenizer, end_ids, vocab_size, folder)
         check_system_prompt(tokenizer, system_prompt, folder)
-        notes = chat_notes(tokenizer, folder)
+        notes = chat_notes(tokenizer, folder, system_prompt)
     except UserError as error:
         return [Finding("chat", "error", str(error), "the run does not start with this folder")]
     ends = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(end_ids)))

@@ -99,15 +99,15 @@ def test_a_file_that_holds_no_tokenizer_is_a_user_error(tmp_path, name, content,
 
 def test_of_two_templates_the_one_that_is_used_is_told(tmp_path):
     tokenizer = make_tiny_tokenizer(tmp_path)
-    assert chat_notes(tokenizer, tmp_path) == []
+    assert chat_notes(tokenizer, tmp_path, None) == []
     file = tmp_path / "tokenizer_config.json"
     said = json.loads(file.read_text())
     file.write_text(json.dumps(said | {"chat_template": tokenizer.chat_template}))
-    assert chat_notes(load_tokenizer(tmp_path), tmp_path) == []
+    assert chat_notes(load_tokenizer(tmp_path), tmp_path, None) == []
     file.write_text(json.dumps(said | {"chat_template": "other"}))
     loaded = load_tokenizer(tmp_path)
     assert loaded.chat_template == tokenizer.chat_template
-    (note,) = chat_notes(loaded, tmp_path)
+    (note,) = chat_notes(loaded, tmp_path, None)
     assert note.startswith("chat_template.jinja is used, and not the other chat template in")
 
 

@@ -64,7 +64,7 @@ def test_answers_end_with_what_the_template_ends_turns_with(shape, tmp_path):
 
 
 def test_what_a_user_should_know_is_said_once(shape, tmp_path):
-    notes = chat_notes(tokenizer_of(shape), tmp_path)
+    notes = chat_notes(tokenizer_of(shape), tmp_path, None)
     assert len(notes) == len(shape.notes), notes
     for note, expected in zip(notes, shape.notes, strict=True):
         assert expected in note and "\n" not in note
@@ -106,11 +106,13 @@ def test_one_of_several_templates_is_the_default():
 )
 def test_a_date_in_prompts_is_told(clock, tmp_path):
     text = "<|im_start|>system\n" + clock + "<|im_end|>\n"
-    (*_, note) = chat_notes(chat_tokenizer(text + CHATML, "<|im_end|>"), tmp_path)
+    note, own = chat_notes(chat_tokenizer(text + CHATML, "<|im_end|>"), tmp_path, None)
+    assert "a text of its own" in own
     assert "writes the present date or time into prompts" in note
     text = text.replace(clock, "26 Jul 2024")
-    fixed = chat_notes(chat_tokenizer(text + CHATML, "<|im_end|>"), tmp_path)
+    fixed = chat_notes(chat_tokenizer(text + CHATML, "<|im_end|>"), tmp_path, None)
     assert len(fixed) == 1 and "26 Jul 2024" in fixed[0]
+    assert chat_notes(chat_tokenizer(text + CHATML, "<|im_end|>"), tmp_path, "S") == []
 
 
 def test_a_template_may_want_a_system_message():
@@ -163,12 +165,12 @@ def test_a_model_needs_a_token_to_end_answers_with(tmp_path):
     tokenizer = chat_tokenizer(CHATML, None)
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert end_token_ids(tokenizer, tmp_path) == [im_end, 2]
-    (note,) = chat_notes(tokenizer, tmp_path)
+    (note,) = chat_notes(tokenizer, tmp_path, None)
     assert "ends turns with '<|im_end|>', the tokenizer's EOS is None" in note
 
 
 def test_a_model_without_a_template_is_told(tmp_path):
-    (note,) = chat_notes(chat_tokenizer(None), tmp_path)
+    (note,) = chat_notes(chat_tokenizer(None), tmp_path, None)
     assert note == (
         "the model has no chat template: a prompt is its text and a newline, an answer ends with "
         "'</s>'"
