@@ -76,8 +76,8 @@ def _check_turns(template: Template, turns: Sequence[Message], system_prompt: st
         raise UserError(f"the chat template {template.system_problem}; {advice}")
     if len(turns) > 1 and not template.keeps_turns:
         raise UserError(
-            "the chat template leaves earlier turns out, or changes their order or texts; use "
-            "single questions or another model"
+            "the chat template refuses or leaves out earlier turns, or changes their order or "
+            "texts; use single questions or another model"
         )
 
 

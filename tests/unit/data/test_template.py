@@ -15,7 +15,6 @@ from megatron_amrlhf.data.chat import (
     encode_turns,
     end_token_ids,
     turn_end_id,
-    user_turn,
 )
 from megatron_amrlhf.data.known_chat import ANSWER, QUESTION, SECOND, SYSTEM
 from megatron_amrlhf.data.template import read_template
@@ -135,7 +134,7 @@ def test_a_template_may_want_a_system_message():
 def test_turns_that_would_not_stand_in_the_prompt_are_refused(turns):
     tokenizer = chat_tokenizer(CHATML.replace("in messages", f"in {turns}"), "<|im_end|>")
     assert tokenizer.decode(encode_prompt(tokenizer, "Q?", None)) == SHAPES["chatml"].prompt
-    with pytest.raises(UserError, match="leaves earlier turns out, or changes their order"):
+    with pytest.raises(UserError, match="leaves out earlier turns, or changes their order"):
         encode_turns(tokenizer, [QUESTION, ANSWER, SECOND], None)
 
 
@@ -191,4 +190,4 @@ def test_an_end_token_that_is_not_special_is_no_part_of_an_answers_text():
 def test_the_probes_are_what_they_test():
     texts = [message["content"] for message in (SYSTEM, QUESTION, ANSWER, SECOND)]
     assert all(text == text.strip() for text in texts)  # templates may trim
-    assert not os.path.commonprefix(texts) and len(user_turn("x")) == 1
+    assert not os.path.commonprefix(texts)
