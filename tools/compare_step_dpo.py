@@ -19,7 +19,7 @@ from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import response_plan, update
 from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import load_tokenizer
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import writable_folder, write_atomic

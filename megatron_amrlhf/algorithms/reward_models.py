@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import (
+    check_system_prompt,
     end_token_ids,
-    load_tokenizer,
     marker_token_id,
 )
 from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.data.vocabulary import (
     check_rows,
     check_vocabulary,
@@ -178,6 +179,7 @@ def _load(
     is_same = _same(own, policy_tokenizer)
     if not is_same:  # it cuts what the policy writes, which may be the text of any token
         check_whole_vocabulary(own, shape.vocab_size, folder)
+        check_system_prompt(own, config.data.system_prompt, folder)
     if not is_same and config.data.format == "pairs":
         raise UserError(
             f"{key}: the tokenizer of {folder} is not that of {config.model.path}, which "

@@ -14,6 +14,7 @@ from megatron_amrlhf.algorithms.reward_models import RewardModel
 from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.algorithms.translation import read_back, translate
+from megatron_amrlhf.data.token_text import answer_text
 from megatron_amrlhf.engine.integrity import NotFinite, not_finite_weights
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
@@ -161,13 +162,17 @@ class Rewarder:
         """
         mesh, rewards, problem = self.context.mesh, [], ""
         first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
-        for row, length, group in zip(
-            rollout.rows, rollout.prompt_lengths.tolist(), rollout.group_ids.tolist(), strict=True
+        for row, length, group, ended in zip(
+            rollout.rows,
+            rollout.prompt_lengths.tolist(),
+            rollout.group_ids.tolist(),
+            rollout.ended.tolist(),
+            strict=True,
         ):
             if mesh.tp_rank != 0:
                 rewards.append(0.0)
                 continue
-            text = self.context.tokenizer.decode(row[length:], skip_special_tokens=True)
+            text = answer_text(self.context.tokenizer, row[length:].tolist(), ended)
             gold = prompts.answers[group - first]
             verdict = NO_REFERENCE if gold is None else self.verifier.judge(gold, text)
             rewards.append(torch.nan if verdict.reward is None else verdict.reward)

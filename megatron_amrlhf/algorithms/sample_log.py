@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.experience import Judged
-from megatron_amrlhf.data.token_text import token_texts
+from megatron_amrlhf.data.token_text import answer_text, token_texts
 from megatron_amrlhf.report.samples import Message, SampleRecord, write_samples
 from megatron_amrlhf.types import MaskedBatch, PromptBatch
 
@@ -62,7 +62,7 @@ def _record(
         group=int(rollout.group_ids[source]),
         prompt=prompt,
         rendered=tokenizer.decode(head),
-        answer=tokenizer.decode(ids, skip_special_tokens=True),
+        answer=answer_text(tokenizer, ids, ended),
         token_ids=ids,
         tokens=token_texts(tokenizer, ids),
         token_rewards=judged.scored.token_rewards[source, :length].tolist(),

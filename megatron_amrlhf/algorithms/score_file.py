@@ -26,10 +26,11 @@ from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.answers import GivenAnswer, load_answers
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import chat_notes, check_system_prompt, end_token_ids
 from megatron_amrlhf.data.jsonl import dump_jsonl
 from megatron_amrlhf.data.order import PADDING, fingerprint, shard
 from megatron_amrlhf.data.rows import Selection
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -87,6 +88,8 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
     """
     model_folder = resolve_model_folder(config.model.path, config.model.cache_folder)
     tokenizer = load_tokenizer(model_folder)
+    end_ids = end_token_ids(tokenizer, model_folder)
+    check_system_prompt(tokenizer, config.data.system_prompt, model_folder)
     job = prepare(config, tokenizer, path, folder, part_size)
     start_processes()
     try:
@@ -100,7 +103,7 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
             mesh=mesh,
             engine=Zero3Engine(config, mesh),
             tokenizer=tokenizer,
-            end_ids=tuple(end_token_ids(tokenizer, model_folder)),
+            end_ids=tuple(end_ids),
             model_folder=model_folder,
             console=RunConsole(mesh.rank),
             folder=RunFolder(job.folder, 0, False),
@@ -185,6 +188,9 @@ def score_answers(context: Context, job: Job) -> None:
     on_all_ranks(lambda: (job.folder / PARTS).mkdir(parents=True, exist_ok=True), doing)
     for model in job.models:
         context.role(model.role, model.folder, model.num_attributes)
+    system_prompt = job.config.data.system_prompt
+    for note in chat_notes(context.tokenizer, context.model_folder, system_prompt):
+        context.console.line(f"note: {note}")
     context.log_selections([job.selection])
     done = on_all_ranks(lambda: _done(job) if context.mesh.is_main else set(), doing)[0]
     if done:

@@ -23,11 +23,18 @@ from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.checks import check_total_steps
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import end_token_ids, load_tokenizer
+from megatron_amrlhf.data.chat import (
+    chat_notes,
+    check_system_prompt,
+    end_token_ids,
+    known_prompt,
+)
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.data.vocabulary import check_rows, check_vocabulary, usable_ids
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.expected import check_weights
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import resolve_model_folder
@@ -69,6 +76,7 @@ def run(config: Config) -> bool:
     tokenizer = load_tokenizer(model_folder)
     end_ids = end_token_ids(tokenizer, model_folder)
     check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
+    check_system_prompt(tokenizer, config.data.system_prompt, model_folder)
     algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
     usable = usable_ids(tokenizer, end_ids, shape.vocab_size)
     check_rows(algorithm.rows(), tokenizer, shape.vocab_size, model_folder)
@@ -100,6 +108,8 @@ def _context(
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
+    doing = "cannot compare the ranks' prompts"
+    check_same_prompts(on_all_ranks(lambda: known_prompt(tokenizer), doing))
     doing, given = f"cannot use {config.run.path}", config
     kept = on_all_ranks(lambda: kept_dtypes(given) if mesh.rank == 0 else None, doing)[0]
     config, notes = decide(given, kept)
@@ -123,6 +133,24 @@ def _context(
     return context
 
 
+def check_same_prompts(prompts: list[list[int]]) -> None:
+    """Whether all ranks write the same prompt: a template's clock, or files, may differ.
+
+    Args:
+        prompts: what `known_prompt` is on each rank.
+
+    Raises:
+        UserError: names the first rank that departs from rank 0.
+    """
+    other = next((rank for rank, prompt in enumerate(prompts) if prompt != prompts[0]), None)
+    if other is not None:
+        raise UserError(
+            f"rank {other} writes a prompt otherwise than rank 0: the time or time zone that the "
+            "chat template puts in, the tokenizer's files or the version of transformers differ "
+            "between their machines; make them equal"
+        )
+
+
 def _banner(context: Context, algorithm) -> str:
     """What runs, on what layout, in which attempt."""
     mesh, config = context.mesh, context.config
@@ -141,7 +169,8 @@ def _banner(context: Context, algorithm) -> str:
     attempt = [f"attempt {context.folder.attempt}"] if context.folder.attempt > 1 else []
     changed = context.folder.changed
     changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
-    notes = [*_unused_ids(context), *_long_rows(context)]
+    chat = chat_notes(context.tokenizer, context.model_folder, config.data.system_prompt)
+    notes = [*(f"note: {note}" for note in chat), *_unused_ids(context), *_long_rows(context)]
     return "\n".join([line, *attempt, *changes, *notes, *describe_choices(trained)])
 
 

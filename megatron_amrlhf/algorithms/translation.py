@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.data.chat import encode_turns
+from megatron_amrlhf.data.chat import encode_turns, turn_end_id
 from megatron_amrlhf.data.token_text import decode, token_ends
 from megatron_amrlhf.data.turns import split_system
 from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, mark_answer, newline_steps
@@ -43,9 +43,9 @@ def translate(
     """Cuts prompts and answers anew. The same on every rank of a replica.
 
     The prompt goes through the other tokenizer's chat template, or stays as it is where the
-    tokenizer is the policy's; an end token becomes the other's EOS. With a marker each step is cut
-    anew on its own, also by the policy's tokenizer, as in the PRM's training, and all tokens of a
-    step read its marker.
+    tokenizer is the policy's; an end token becomes what the other's turns end with. With a marker
+    each step is cut anew on its own, also by the policy's tokenizer, as in the PRM's training, and
+    all tokens of a step read its marker.
 
     Args:
         rollout: answers in the policy's tokens.
@@ -91,11 +91,12 @@ def _answer(
     other: PreTrainedTokenizerBase,
 ) -> tuple[list[int], list[int]]:
     """The answer's ids there, and for each id here the place there that it reads."""
-    end = [other.eos_token_id] if ended else []
+    end_id = turn_end_id(other)
+    end = [end_id] if ended else []
     text_ids = ids[:-1] if ended else ids
     there, there_ends = encode_with_ends(other, decode(tokenizer, text_ids))
     if not there:  # no text at all: everything is read at the end token
-        return [other.eos_token_id], [0] * len(ids)
+        return [end_id], [0] * len(ids)
     places = align(token_ends(tokenizer, text_ids), there_ends)
     return there + end, places + [len(there)] * len(end)
 

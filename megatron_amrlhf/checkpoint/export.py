@@ -24,6 +24,7 @@ from megatron_amrlhf.checkpoint.files import (
     write_text,
 )
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.chat import end_token_ids, end_tokens_listed
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -69,6 +70,7 @@ def export_role(
         if mesh.is_main:
             _write_index(temporary, maps)
             _write_config(temporary, role, engine.config)
+            write_end_tokens(role.spec.folder, temporary, tokenizer)
             tokenizer.save_pretrained(temporary)
             _replace(folder, temporary)
 
@@ -156,9 +158,23 @@ def _write_config(folder: Path, role: Role, run: Config) -> None:
     config["dtype"] = role.spec.dtype_name
     config = with_meaning(config, role.spec.name, run)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    source = role.spec.folder / GENERATION_FILE
-    if source.is_file():
-        shutil.copyfile(source, folder / GENERATION_FILE)
+
+
+def write_end_tokens(source: Path, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The source's generation_config.json, with the token that the export ends answers with.
+
+    Who generates stops at the tokenizer's EOS and at what this file lists; a base model's folder
+    may name neither the token that its template ends turns with.
+    """
+    file = source / GENERATION_FILE
+    end, *others = end_token_ids(tokenizer, source)
+    if end == tokenizer.eos_token_id or end in end_tokens_listed(source):
+        if file.is_file():
+            shutil.copyfile(file, folder / GENERATION_FILE)
+        return
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings["eos_token_id"] = [end, *others]
+    write_text(folder / GENERATION_FILE, json.dumps(settings, indent=2) + "\n")
 
 
 def _replace(folder: Path, temporary: Path) -> None:

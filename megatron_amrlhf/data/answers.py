@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import Message, encode_solution, user_turn
+from megatron_amrlhf.data.chat import encode_solution, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_steps, need_text
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.step_record import answer_end

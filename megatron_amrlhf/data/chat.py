@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from jinja2.exceptions import TemplateError
-from sentencepiece import SentencePieceProcessor
-from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
+from megatron_amrlhf.data.continuation import encode_continuation
+from megatron_amrlhf.data.known_chat import TEMPLATE_ERRORS, Message, render
+from megatron_amrlhf.data.template import Template, read_template
+from megatron_amrlhf.data.tokenizer import PROBE, unread_template
 from megatron_amrlhf.errors import UserError
-
-# Words, runs of blanks, digits, a line break, letters that many vocabularies lack.
-PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
-
-# Texts after which another one goes on; a step's predecessor ends with the first.
-BEFORE = ("\n", ".")
-
-Message = dict[str, str]
-"""``{"role": "system" | "user" | "assistant", "content": str}``"""
 
 End = Literal["whole", "after step", "within step"]
 """Where a solution ends: at its end, or it was cut off after or within its last step.
@@ -30,69 +21,6 @@ End = Literal["whole", "after step", "within step"]
 A solution that goes on after its last step has a separator there, as its other steps have: a PRM
 would else learn that the last step of what annotators cut at the first mistake looks different.
 """
-
-
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a local Hugging Face folder; never runs code from the folder.
-
-    It may be a ``tokenizer.json`` or a SentencePiece ``tokenizer.model`` alone.
-
-    Raises:
-        UserError: no such folder, no tokenizer in it that transformers can load, or transformers
-            would cut text otherwise than the SentencePiece model.
-    """
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such model folder; give a folder with a tokenizer in it")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        message = f"{folder}: cannot load a tokenizer ({reason}); copy the model's tokenizer files"
-        raise UserError(message) from error
-    if not tokenizer.encode(PROBE, add_special_tokens=False):  # what transformers makes of nothing
-        raise UserError(
-            f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model); copy the model's "
-            "tokenizer files"
-        )
-    if not (Path(folder) / "tokenizer.json").is_file():
-        _check_sentencepiece(tokenizer, Path(folder) / "tokenizer.model")
-        return tokenizer
-    return _as_in_its_file(tokenizer, Path(folder))
-
-
-def _as_in_its_file(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer, or transformers' general one where the model's class departs from the file.
-
-    Some classes of transformers 5 (that of qwen2) take no more than the vocabulary from
-    ``tokenizer.json`` and cut, or even lose, text by rules of their own.
-    """
-    expected = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if tokenizer.encode(PROBE, add_special_tokens=False) == (
-        expected.encode(PROBE, add_special_tokens=False).ids
-    ):
-        return tokenizer
-    return PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
-
-
-def _check_sentencepiece(tokenizer: PreTrainedTokenizerBase, file: Path) -> None:
-    """Compares transformers' translation of a SentencePiece model with the model itself.
-
-    The translation trusts ``tokenizer_class``, and with a wrong one cuts text otherwise in silence.
-    """
-    if not file.is_file():
-        return
-    try:
-        model = SentencePieceProcessor(model_file=str(file))
-    except RuntimeError:
-        return  # another format of that name, such as tiktoken's
-    if tokenizer.encode(PROBE, add_special_tokens=False) != model.encode(PROBE):
-        raise UserError(
-            f"{file}: as a {type(tokenizer).__name__} it cuts text otherwise than SentencePiece "
-            "does: set the right tokenizer_class in tokenizer_config.json (LlamaTokenizer for a "
-            "byte-fallback BPE), or add the model's tokenizer.json"
-        )
 
 
 def user_turn(text: str) -> tuple[Message, ...]:
@@ -113,13 +41,14 @@ def encode_turns(
     """Token ids of a conversation up to where the next answer starts.
 
     With a chat template: the system message (if any), the turns, and the header of the
-    assistant's turn. Some templates put in a system message of their own where none is given.
+    assistant's turn, also where the template itself leaves that out. Some templates put in a
+    system message of their own where none is given.
     Without a template: the one question and a newline, the system prompt before it with an empty
     line, and the special tokens (BOS) that the tokenizer puts at the start.
 
     Raises:
-        UserError: the template refuses the messages (some know no system role), or there are
-            several turns and no template.
+        UserError: the template cannot be used, or refuses or leaves out a message (some know no
+            system role), or there are several turns and no template.
     """
     if not tokenizer.chat_template:
         if len(turns) > 1:
@@ -127,58 +56,137 @@ def encode_turns(
             raise UserError(f"several turns need a chat template; {advice}")
         system = f"{system_prompt}\n\n" if system_prompt else ""
         return list(tokenizer.encode(f"{system}{turns[0]['content']}\n"))
+    template = read_template(tokenizer)
+    _check_turns(template, turns, system_prompt)
     system_turn = [{"role": "system", "content": system_prompt}] if system_prompt else []
     try:
-        ids = tokenizer.apply_chat_template(
-            [*system_turn, *turns], add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-    except TemplateError as error:
-        advice = "set data.system_prompt to null" if system_prompt else "use another model"
+        text = render(tokenizer, [*system_turn, *turns], True, template.as_parts)
+    except TEMPLATE_ERRORS as error:
+        advice = "use another model"
+        if template.needs_system and not system_prompt:
+            advice = "set data.system_prompt"
         raise UserError(f"the chat template refuses the prompt ({error}); {advice}") from error
-    return list(ids)
+    return list(tokenizer.encode(text + template.header, add_special_tokens=False))
+
+
+def _check_turns(template: Template, turns: Sequence[Message], system_prompt: str | None) -> None:
+    """Whether all of these messages would stand in the prompt."""
+    if system_prompt and template.system_problem:
+        advice = "set data.system_prompt to null, and have no system message in the rows"
+        raise UserError(f"the chat template {template.system_problem}; {advice}")
+    if len(turns) > 1 and not template.keeps_turns:
+        raise UserError(
+            "the chat template refuses or leaves out earlier turns, or changes their order or "
+            "texts; use single questions or another model"
+        )
+
+
+def known_prompt(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one prompt, the same whatever the run; kept as it was when first written."""
+    if not tokenizer.chat_template:
+        return encode_prompt(tokenizer, PROBE, None)
+    return tokenizer.encode(read_template(tokenizer).prompt, add_special_tokens=False)
+
+
+def turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that a given answer ends with: the template's, else the tokenizer's EOS.
+
+    A base model's EOS is often another token than its template ends turns with.
+
+    Raises:
+        UserError: the template cannot be used.
+    """
+    found = read_template(tokenizer).end_id if tokenizer.chat_template else None
+    return tokenizer.eos_token_id if found is None else found
+
+
+def chat_notes(
+    tokenizer: PreTrainedTokenizerBase, folder: str | Path, system_prompt: str | None
+) -> list[str]:
+    """What a user should know of how prompts and answers are written, a sentence each.
+
+    Args:
+        tokenizer: a model's.
+        folder: that it is from.
+        system_prompt: of the run, or None.
+
+    Raises:
+        UserError: the template cannot be used.
+    """
+    end, eos = (
+        None if token is None else tokenizer.convert_ids_to_tokens(token)
+        for token in (turn_end_id(tokenizer), tokenizer.eos_token_id)
+    )
+    if not tokenizer.chat_template:
+        text = "the model has no chat template: a prompt is its text and a newline"
+        return [f"{text}, an answer ends with {end!r}"]
+    template = read_template(tokenizer)
+    notes = [f"the chat template: {note}" for note in template.notes]
+    if template.preamble and not system_prompt:
+        notes.append(f"the chat template: {template.preamble}")
+    if unread := unread_template(Path(folder)):
+        notes.append(unread)
+    if end != eos:
+        notes.append(
+            f"the chat template ends turns with {end!r}, the tokenizer's EOS is {eos!r}: an answer "
+            f"that is sampled ends with either, a given one with {end!r}"
+        )
+    return notes
+
+
+def check_system_prompt(
+    tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, folder: str | Path
+) -> None:
+    """Whether a run's system prompt, if any, would stand in its prompts; before any row is read.
+
+    Raises:
+        UserError: the template refuses it, or leaves it out.
+    """
+    if system_prompt is None:
+        return
+    try:
+        encode_prompt(tokenizer, PROBE, system_prompt)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> list[int]:
-    """Ids that end an answer: the tokenizer's EOS first, then those of generation_config.json.
+    """Ids that end an answer that is sampled.
+
+    What the chat template ends turns with (or given answers end with) first, then the tokenizer's
+    EOS and those of generation_config.json.
 
     Raises:
-        UserError: there is none, or generation_config.json is malformed.
+        UserError: there is no token to end a given answer with, the template cannot be used, or
+            generation_config.json is malformed.
     """
-    ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    path = Path(folder) / "generation_config.json"
-    if path.is_file():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
-        listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(token) is int and token >= 0 for token in listed):
-            raise UserError(f"{path}: eos_token_id must be token ids; restore the file")
-        ids += listed
+    try:
+        ids = [turn_end_id(tokenizer), tokenizer.eos_token_id]
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    ids = [token for token in ids if token is not None]
     if not ids:
         raise UserError(f"{folder}: the tokenizer has no end token; set eos_token in its config")
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys([*ids, *end_tokens_listed(folder)]))
 
 
-def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text that stands after another one.
+def end_tokens_listed(folder: str | Path) -> list[int]:
+    """The end tokens of a folder's generation_config.json; none where it has no such file.
 
-    Tokenizers of the SentencePiece kind put a space before the first word of what they are given,
-    which the text does not have there. Where a tokenizer would join it with what stands before,
-    the ids are those of the text alone.
+    Raises:
+        UserError: the file is malformed.
     """
-    for before in BEFORE:
-        head = _ids_before(tokenizer, before)
-        ids = tokenizer.encode(before + text, add_special_tokens=False)
-        if ids[: len(head)] == head:
-            return ids[len(head) :]
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-@lru_cache(maxsize=8)
-def _ids_before(tokenizer: PreTrainedTokenizerBase, before: str) -> list[int]:
-    """Kept, as data have millions of steps."""
-    return tokenizer.encode(before, add_special_tokens=False)
+    path = Path(folder) / "generation_config.json"
+    if not path.is_file():
+        return []
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
+    listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(token) is int and token >= 0 for token in listed):
+        raise UserError(f"{path}: eos_token_id must be token ids; restore the file")
+    return listed
 
 
 def encode_solution(
@@ -195,10 +203,10 @@ def encode_solution(
     separator after it, and the ids are put one after the other, so that a step's end is known by
     counting tokens; no separator is ever searched for in text or ids. A step is judged at its last
     token, separator included, or at its marker. The last step of a whole solution has no separator
-    and is followed by the end-of-turn token (the tokenizer's EOS), which has no label.
+    and is followed by the end-of-turn token (`turn_end_id`), which has no label.
 
     Args:
-        tokenizer: any tokenizer with an EOS.
+        tokenizer: one that has a token to end turns with.
         prompt_ids: from `encode_prompt`.
         steps: texts; newlines at their ends are taken off where there is a separator.
         separator: text between steps; empty if the steps hold it themselves.
@@ -210,7 +218,8 @@ def encode_solution(
         ``ids`` (prompt, steps, end of turn) and ``step_end_positions`` (indices into ``ids``, one
         a step, increasing).
     """
-    assert tokenizer.eos_token_id is not None, "end_token_ids() refuses such tokenizers"
+    end_id = turn_end_id(tokenizer)
+    assert end_id is not None, "end_token_ids() refuses such tokenizers"
     ids = list(prompt_ids)
     step_end_positions = []
     for number, step in enumerate(steps, start=1):
@@ -227,7 +236,7 @@ def encode_solution(
         step_end_positions.append(len(ids) - 1)
         ids.extend(encode_continuation(tokenizer, between) if between else [])
     if end == "whole":
-        ids.append(tokenizer.eos_token_id)
+        ids.append(end_id)
     assert len(step_end_positions) == len(steps)
     return ids, step_end_positions
 

@@ -16,8 +16,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from megatron_amrlhf.data.chat import Message, user_turn
+from megatron_amrlhf.data.chat import user_turn
 from megatron_amrlhf.data.keys import is_text, need, need_steps, need_text, number
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.sentences import split_sentences
 from megatron_amrlhf.data.step_record import (
     ATTRIBUTES,

@@ -21,9 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import Message, user_turn
+from megatron_amrlhf.data.chat import turn_end_id, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_text
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.turns import conversation, read_turn
@@ -120,6 +121,6 @@ def _encode_row(
 ) -> Tensor:
     """Prompt, answer and end-of-turn token."""
     answer = tokenizer.encode(text, add_special_tokens=False)
-    ids = [*prompt_ids, *answer, tokenizer.eos_token_id]
+    ids = [*prompt_ids, *answer, turn_end_id(tokenizer)]
     check_row(len(ids), section, where)
     return torch.tensor(ids, dtype=torch.int64)

@@ -10,9 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import Message, user_turn
+from megatron_amrlhf.data.chat import user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_text
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.limits import encode_limited
 from megatron_amrlhf.data.rows import Selection, select_rows
 from megatron_amrlhf.data.turns import conversation

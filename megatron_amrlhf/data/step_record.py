@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_amrlhf.data.chat import End, Message
+from megatron_amrlhf.data.chat import End
 from megatron_amrlhf.data.keys import number
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.errors import UserError
 
 MAX_SCORE = 4

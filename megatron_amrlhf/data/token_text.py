@@ -24,6 +24,11 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
     )
 
 
+def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], ended: bool) -> str:
+    """What an answer says, without special tokens and its end token, which need not be one."""
+    return tokenizer.decode(list(ids[:-1] if ended else ids), skip_special_tokens=True)
+
+
 def token_ends(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     """Where the text of each token ends, in characters of ``decode(ids)``; never decreasing.
 

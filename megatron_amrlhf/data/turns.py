@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import Message
 from megatron_amrlhf.data.keys import is_text, need_text
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.errors import UserError
 
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")

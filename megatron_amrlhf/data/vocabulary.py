@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.data.chat import PROBE, encode_prompt
+from megatron_amrlhf.data.chat import known_prompt
+from megatron_amrlhf.data.tokenizer import PROBE
 from megatron_amrlhf.errors import UserError
 
 ADVICE = "use the model's own tokenizer files, and name its eos_token in tokenizer_config.json"
@@ -58,7 +59,7 @@ def check_vocabulary(
         UserError: an id is too large.
     """
     added = set(tokenizer.get_added_vocab().values())
-    used = [*end_ids, *encode_prompt(tokenizer, PROBE, None), *tokenizer.encode(PROBE)]
+    used = [*end_ids, *known_prompt(tokenizer), *tokenizer.encode(PROBE)]
     used += [token for token in tokenizer.get_vocab().values() if token not in added]
     refuse_beyond(max(used), tokenizer, vocab_size, folder, ADVICE)
 

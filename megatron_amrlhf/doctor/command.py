@@ -49,7 +49,8 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
-ROOM = "megatron_amrlhf.doctor.checkpoint_room"  # loads transformers; only for a CONFIG.yaml
+# These load transformers; only for a CONFIG.yaml.
+ROOM, CHAT = "megatron_amrlhf.doctor.checkpoint_room", "megatron_amrlhf.doctor.judge_chat"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -130,6 +131,7 @@ class Examination:
         self._hosts = meeting.gather("arrival", meeting.host)
         if meeting.is_main and self._config:
             report.findings += judge_run(self._config, meeting.world_size)
+            report.findings += self._judge_chat()
         self._examine_ranks()
         hosts = meeting.answer(ranks_by_host(report.facts))
         sights = look_from_everywhere(meeting, self._folder)
@@ -142,6 +144,13 @@ class Examination:
             report.values["clocks"] = [asdict(clock) for clock in clocks]
         if meeting.world_size > 1:
             self._examine_network(hosts)
+
+    def _judge_chat(self) -> list[Finding]:
+        """Of the run's models; nothing where transformers is not installed, which is told apart."""
+        try:
+            return importlib.import_module(CHAT).judge_chat(self._config)
+        except ImportError:
+            return []
 
     def _examine_ranks(self) -> None:
         """Versions, devices, limits, disks and locks."""

@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from megatron_amrlhf.algorithms.train import ALGORITHMS
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.data.prompts import load_prompts
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.errors import tells_user_errors
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder

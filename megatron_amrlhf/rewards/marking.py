@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.data.chat import encode_solution
+from megatron_amrlhf.data.chat import encode_solution, turn_end_id
 from megatron_amrlhf.data.lines import line_numbers, written_lines
 from megatron_amrlhf.data.token_text import token_texts
 
@@ -83,7 +83,7 @@ def mark_answer(
     """
     end = "whole" if ended else "within step"
     if not steps.texts:
-        ids = [marker.token_id] + [tokenizer.eos_token_id] * ended
+        ids = [marker.token_id] + [turn_end_id(tokenizer)] * ended
         return ids, [0] * len(steps.numbers)
     ids, places = encode_solution(
         tokenizer, [], steps.texts, marker.separator, marker.token_id, end

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import load_tokenizer
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine import role
 from megatron_amrlhf.engine.role import RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine

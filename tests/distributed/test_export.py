@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.data.chat import load_tokenizer
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.role import RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError

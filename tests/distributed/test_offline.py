@@ -11,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.chat import load_tokenizer
 from megatron_amrlhf.data.scored_pairs import load_scored_pairs
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.runs import (
     assert_same_numbers,

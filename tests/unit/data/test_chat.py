@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_amrlhf.data.chat import (
+    chat_notes,
     encode_prompt,
     encode_solution,
     end_token_ids,
-    load_tokenizer,
 )
+from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.errors import UserError
 from tests.helpers import make_tiny_tokenizer
 from tests.helpers_models import make_tiny_model
@@ -34,12 +35,6 @@ def test_a_prompt_without_a_template_is_a_plain_line(tmp_path):
     assert plain.decode(encode_prompt(plain, "3 x 4?", "Be brief.")) == "Be brief.\n\n3 x 4?\n"
 
 
-def test_a_template_that_refuses_the_system_role_is_a_user_error(tmp_path):
-    refusing = make_tiny_tokenizer(tmp_path, chat_template="{{ raise_exception('no system') }}")
-    with pytest.raises(UserError, match="no system.*data.system_prompt to null"):
-        encode_prompt(refusing, "3 x 4?", "Be brief.")
-
-
 def test_a_saved_tokenizer_is_loaded_with_the_same_ids(tokenizer, tokenizer_folder):
     loaded = load_tokenizer(tokenizer_folder)
     assert len(loaded) == 321 and loaded.eos_token == "<|im_end|>"
@@ -56,6 +51,75 @@ def test_the_tokenizer_is_the_one_of_its_file_whatever_the_models_class(tmp_path
     assert tokenizer.encode(text, add_special_tokens=False) == expected.encode(text).ids
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert tokenizer.chat_template and tokenizer.eos_token_id is not None
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("declared", [None, "Qwen2Tokenizer", "LlamaTokenizer"])
+def test_a_file_of_another_kind_than_the_models_class_is_used(tmp_path, family, declared):
+    """Of whole words transformers' class of qwen2 makes no tokens at all."""
+    words = {token: number for number, token in enumerate("<unk> <|im_end|> Ann buys".split())}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    said = {"eos_token": "<|im_end|>"} | ({"tokenizer_class": declared} if declared else {})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("Ann buys", add_special_tokens=False) == [2, 3]
+    assert tokenizer.eos_token_id == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("tokenizer.json", "{", "tokenizer.json: cannot be used .EOF while parsing"),
+        ("tokenizer.json", "[]", "tokenizer.json: cannot be used .invalid type"),
+        ("tokenizer.json", '{"model": {"type": "Frob"}}', "tokenizer.json: cannot be used"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "no token for"),
+        (
+            "tokenizer.json",
+            '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "u"}}',
+            "tokenizer.json: cannot be used .WordLevel error: Missing",
+        ),
+        ("tokenizer_config.json", "[]", "cannot load a tokenizer"),
+        ("tokenizer_config.json", '{"eos_token": 2}', "cannot load a tokenizer .Special token"),
+        ("added_tokens.json", "[]", "cannot load a tokenizer"),
+    ],
+)
+def test_a_file_that_holds_no_tokenizer_is_a_user_error(tmp_path, name, content, reason):
+    make_tiny_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=reason) as info:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(info.value)
+
+
+def test_of_two_templates_the_one_that_is_used_is_told(tmp_path):
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    assert chat_notes(tokenizer, tmp_path, None) == []
+    file = tmp_path / "tokenizer_config.json"
+    said = json.loads(file.read_text())
+    file.write_text(json.dumps(said | {"chat_template": tokenizer.chat_template}))
+    assert chat_notes(load_tokenizer(tmp_path), tmp_path, None) == []
+    file.write_text(json.dumps(said | {"chat_template": "other"}))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.chat_template == tokenizer.chat_template
+    (note,) = chat_notes(loaded, tmp_path, None)
+    assert note.startswith("chat_template.jinja is used, and not the other chat template in")
+
+
+def test_a_template_in_a_file_for_processors_is_used_where_there_is_no_other(tmp_path):
+    tokenizer = make_tiny_tokenizer(tmp_path)
+    file = tmp_path / "chat_template.json"
+    file.write_text(json.dumps({"chat_template": "other"}))
+    assert load_tokenizer(tmp_path).chat_template == tokenizer.chat_template
+    (tmp_path / "chat_template.jinja").unlink()
+    assert load_tokenizer(tmp_path).chat_template == "other"
+    for broken in ("{", "[]"):
+        file.write_text(broken)
+        with pytest.raises(UserError, match="chat_template.json: not .*; restore the file"):
+            load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer_is_a_user_error(tmp_path):

@@ -7,7 +7,8 @@ import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from transformers import AutoTokenizer
 
-from megatron_amrlhf.data.chat import PROBE, encode_prompt, encode_solution, load_tokenizer
+from megatron_amrlhf.data.chat import chat_notes, encode_prompt, encode_solution
+from megatron_amrlhf.data.tokenizer import PROBE, load_tokenizer
 from megatron_amrlhf.errors import UserError
 from tests.helpers import CHATML_TEMPLATE, SENTENCES
 
@@ -56,6 +57,24 @@ def test_a_sentencepiece_file_alone_gives_its_own_ids_and_the_chat_template(fold
     text = "Ann buys 3 apples.\n\u7b2c"
     assert again.encode(text) == tokenizer.encode(text)
     assert again.chat_template == CHATML_TEMPLATE
+
+
+def test_the_blank_before_a_given_answer_is_in_its_first_token(folder):
+    """So a template that writes it, as Llama 2's and Mistral's do, writes what rows hold."""
+    turns = "{% if m.role == 'user' %}[ {{ m.content }} ]{% else %} {{ m.content + eos_token }}"
+    loop = "{% for m in messages %}" + turns + "{% endif %}{% endfor %}"
+    (folder / "chat_template.jinja").write_text("{{ bos_token }}" + loop)
+    tokenizer = load_tokenizer(folder)
+    assert chat_notes(tokenizer, folder, None) == []
+    prompt = encode_prompt(tokenizer, "Hi", None)
+    ids, _ = encode_solution(tokenizer, prompt, ["Ann buys."])
+    text = "<s>[ Hi ] Ann buys.</s>"
+    assert ids == tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_an_end_of_turn_that_is_no_token_is_told(folder):
+    (note,) = chat_notes(load_tokenizer(folder), folder, None)
+    assert "ends turns with '<|im_end|>\\n', which is no token of this tokenizer" in note
 
 
 STEPS = ["Ann buys 3 apples.", "Ben drives 12 km.", "\u7b2c\u4e00"]

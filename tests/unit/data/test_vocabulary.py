@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 
-from megatron_amrlhf.data.chat import PROBE, encode_prompt
+from megatron_amrlhf.data.chat import encode_prompt
+from megatron_amrlhf.data.tokenizer import PROBE
 from megatron_amrlhf.data.vocabulary import (
     check_rows,
     check_vocabulary,

@@ -11,10 +11,26 @@ from megatron_amrlhf import cli
 from megatron_amrlhf.doctor import command, machine, software
 from megatron_amrlhf.doctor.judge_ranks import judge_versions
 from megatron_amrlhf.doctor.judge_run import judge_run
+from tests.helpers_models import CHATML, tiny_tokenizer
 from tests.unit.config.samples import PRM, make_config
 from tests.unit.doctor.samples import facts, only
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID")
+
+
+MODEL = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -82,12 +98,8 @@ def test_an_existing_run_folder_is_left_as_it_was(tmp_path):
 
 
 def test_checkpoints_are_compared_with_the_free_space(tmp_path, monkeypatch):
-    model = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 8}
-    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 16}
-    model |= {"vocab_size": 32, "max_position_embeddings": 64, "rms_norm_eps": 1e-6}
-    model |= {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(model))
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL))
     (tmp_path / "runs" / "demo" / "checkpoints" / "step-1").mkdir(parents=True)
     (tmp_path / "run.yaml").write_text(
         "run: {name: demo}\nmodel: {path: model}\nalgorithm: {kind: ppo}\ndata: {train: x.jsonl}\n"
@@ -194,3 +206,33 @@ def test_a_driver_without_a_gpu_is_hidden_unless_asked_for(monkeypatch, tmp_path
     assert machine.driver_version() == "550.54.15"
     assert machine.has_hidden_gpu({})
     assert not machine.has_hidden_gpu({"CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "level", "words"),
+    [
+        (CHATML, "<|im_end|>", "ok", "answers end with '<|im_end|>'"),
+        (CHATML, "<unk>", "warning", "turns with '<|im_end|>', the tokenizer's EOS is '<unk>'"),
+        (None, "<|im_end|>", "warning", "no chat template"),
+        ("{{ 1 // 0 }}", "<|im_end|>", "error", "the chat template cannot be used: it fails"),
+        (CHATML, "<|frob|>", "error", "token '<|frob|>' has id 131, but the model's vocab_size"),
+        (CHATML.replace("in messages", "in messages[-1:]"), "<|im_end|>", "error", "a system mess"),
+    ],
+)
+def test_tokenizer_and_template_are_judged_as_at_a_runs_start(
+    tmp_path, template, eos, level, words
+):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 131}))
+    file = tmp_path / "model" / "tokenizer_config.json"
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    said = json.loads(file.read_text()) | {"eos_token": eos, "chat_template": template}
+    file.write_text(json.dumps(said))
+    (tmp_path / "run.yaml").write_text(
+        "run: {name: demo}\nmodel: {path: model}\nalgorithm: {kind: dpo}\n"
+        "data: {train: x.jsonl, system_prompt: Be brief.}\n"
+    )
+    code, record = doctor("run.yaml")
+    found = by_check(record)["chat"]
+    assert found["level"] == level and words in found["message"]
+    assert code == 1 or level != "error"
