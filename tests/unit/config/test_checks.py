@@ -309,6 +309,7 @@ def test_right_runs_pass():
         ),
         (OFFLINE, {"reward": {"verifiable_weight": 1}}, 1, "are not compared with anything"),
         (PPO, {"reward": {"prm_weight": 0}}, 1, "one of the reward's weights must be above 0"),
+        (PPO, {"rollout": {"temperature": 1e-6}}, 1, "rollout.temperature = 1e-06 is too small"),
         (PPO, {"reward": {"orm_weight": 1}}, 1, "reward_model.orm_path: is required by"),
         (PPO, {"reward_model": {"orm_path": "x"}}, 1, "is read by reward.orm_weight only"),
         (PPO, {"mask": {"offline_file": "x"}}, 1, "mask.offline_file: is read by mask.threshold"),

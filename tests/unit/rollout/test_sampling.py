@@ -118,15 +118,15 @@ def test_ids_that_are_no_token_are_never_sampled(temperature, top_k, top_p):
     assert next_tokens(logits[None], uniform[:1], greedy).tolist() == [int(masked.argmax())]
 
 
-@pytest.mark.parametrize("scale", [0.5, 0.7, 1.0, 3.0, 20.0])
-def test_the_largest_uniform_finds_a_token_whatever_rounding_does(scale):
-    """The sum of the probabilities is rounded, and so is its product with the uniform."""
+def test_rounding_of_the_sums_finds_no_token_without_probability(monkeypatch):
+    """A scan on a GPU adds in another order, so sums may grow where nothing is added."""
+    plain, growth = torch.Tensor.cumsum, 1e-16 * torch.arange(VOCAB_SIZE)
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: plain(x, dim=dim) + growth)
     usable = torch.zeros(VOCAB_SIZE, dtype=torch.bool)
     usable[::3] = True
-    rows = scale * torch.randn(300, VOCAB_SIZE, generator=torch.Generator().manual_seed(9))
-    uniform = torch.full((300,), 1.0 - 2.0**-53, dtype=torch.float64)
-    found = next_tokens(rows, uniform, replace(settings(1.0, 0, 1.0), usable=usable))
-    assert usable[found].all()
+    uniform = torch.full((1,), 1.0 - 2.0**-53, dtype=torch.float64)
+    chosen = replace(settings(1.0, 0, 1.0), usable=usable)
+    assert usable[next_tokens(logits_of(9)[None], uniform, chosen)].all()
 
 
 def test_temperature_zero_takes_the_likeliest_token():
