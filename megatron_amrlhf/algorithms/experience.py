@@ -163,7 +163,8 @@ class ExperienceMaker:
         )
         by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
         logratio = torch.where(by_policy, scored.logprobs - reference, 0.0)
-        return scored, {
+        verified = rewards.reasons() if context.config.reward.verifiable_weight else {}
+        return scored, verified | {
             "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
             "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
             "reward/failed_fraction": count_metric(rewards.failed.sum(), len(rollout.rows)),

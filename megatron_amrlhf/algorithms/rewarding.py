@@ -1,4 +1,4 @@
-"""Rewards of answers: PRM, ORM and verified numbers, weighted; failures never become numbers."""
+"""Rewards of answers: PRM, ORM and verified answers, weighted; failures never become numbers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.reward_models import RewardModel
 from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
+from megatron_amrlhf.rewards.judge.outcomes import DOUBTS, REASONS
 from megatron_amrlhf.rewards.marking import AnswerSteps
 from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rewards.verifiable import Verdict, Verifier
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
-NO_REFERENCE = Verdict(None, "no reference answer")
+NO_REFERENCE = Verdict(None, "no_reference", "no reference answer")
+JUDGED = -1  # in the place of a reason's number
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Whether answers meet their reference answers.
+
+    Attributes:
+        rewards: ``[B]`` 1, 0, or NaN where an answer is not judged.
+        not_judged: ``[B]`` int64 place in ``REASONS`` of why it is not, ``JUDGED`` where it is.
+        problem: the first one in words, or an empty text.
+    """
+
+    rewards: Tensor
+    not_judged: Tensor
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -33,18 +51,33 @@ class Rewards:
         tokens: ``[B, R]`` weighted sum at each token, raw units; 0 outside ``valid``.
         sequences: ``[B]`` weighted sum of each answer; NaN if it failed.
         valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
+        not_judged: ``[B]`` int64, of `Verdicts`; all judged where nothing is verified.
         problem: why the first failed answer failed, or an empty text.
     """
 
     tokens: Tensor
     sequences: Tensor
     valid: Tensor
+    not_judged: Tensor
     problem: str
 
     @property
     def failed(self) -> Tensor:
         """``[B]`` bool."""
         return ~self.valid.any(dim=1)
+
+    @property
+    def doubted(self) -> Tensor:
+        """``[B]`` bool, where the reward failed for a doubt about the answer, not by a fault."""
+        return (self.not_judged >= 0) & (self.not_judged < len(DOUBTS))
+
+    def reasons(self) -> Metrics:
+        """``not_judged/REASON``, the share of answers of each reason."""
+        count = self.not_judged.numel()
+        return {
+            f"not_judged/{reason}": count_metric((self.not_judged == place).sum(), count)
+            for place, reason in enumerate(REASONS)
+        }
 
     def where_finite(self, *numbers: Tensor | None) -> Rewards:
         """These rewards where the models' ``[B, R, ...]`` log-probs and values are finite too.
@@ -60,6 +93,7 @@ class Rewards:
             self.tokens,
             torch.where(finite, self.sequences, torch.nan),
             self.valid,
+            self.not_judged,
             self.problem or problem,
         )
 
@@ -106,6 +140,7 @@ class Rewarder:
         valid = rollout.response_mask.to(device)
         tokens = torch.zeros(valid.shape, device=device)
         sequences, problem = torch.zeros(valid.shape[0], device=device), ""
+        not_judged = torch.full((valid.shape[0],), JUDGED, device=device)
         if "prm" in found:
             tokens += weights.prm_weight * found["prm"]
             sequences += weights.prm_weight * sequence_rewards(
@@ -116,36 +151,39 @@ class Rewarder:
             sequences += (whole := weights.orm_weight * found["orm"].gather(1, last)[:, 0])
             tokens += whole[:, None]
         if weights.verifiable_weight:
-            verdicts, problem = self.verdicts(rollout, prompts)
-            sequences += (whole := weights.verifiable_weight * verdicts)
+            verdicts = self.verdicts(rollout, prompts)
+            sequences += (whole := weights.verifiable_weight * verdicts.rewards)
             tokens += whole[:, None]
-        return without_failures(tokens, sequences, valid, problem)
+            not_judged, problem = verdicts.not_judged, verdicts.problem
+        return without_failures(tokens, sequences, valid, not_judged, problem)
 
-    def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
-        """Whether answers meet their prompts' reference answers. Entered by a last stage's ranks.
+    def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> Verdicts:
+        """Whether answers meet their prompts' reference answers, the same on all tensor ranks.
 
-        Returns:
-            ``[B]`` 1, 0 or NaN (no reference answer, or it cannot be told), the same on all
-            tensor ranks, and the first problem.
+        Entered by a last stage's ranks.
         """
-        mesh, rewards, problem = self.context.mesh, [], ""
+        mesh, found, problem = self.context.mesh, [], ""
         first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
         for row, length, group in zip(
             rollout.rows, rollout.prompt_lengths.tolist(), rollout.group_ids.tolist(), strict=True
         ):
             if mesh.tp_rank != 0:
-                rewards.append(0.0)
+                found.append((0.0, JUDGED))
                 continue
             text = self.context.tokenizer.decode(row[length:], skip_special_tokens=True)
             gold = prompts.answers[group - first]
             verdict = NO_REFERENCE if gold is None else self.verifier.judge(gold, text)
-            rewards.append(torch.nan if verdict.reward is None else verdict.reward)
+            if verdict.reward is None:
+                found.append((torch.nan, REASONS.index(verdict.reason)))
+            else:
+                found.append((verdict.reward, JUDGED))
             problem = problem or verdict.problem
-        verdicts = torch.tensor(rewards, dtype=torch.float32, device=mesh.device)
+        verdicts = torch.tensor(found, dtype=torch.float32, device=mesh.device)
+        verdicts = verdicts.reshape(len(found), 2)
         if mesh.tp_size > 1:
             source = dist.get_process_group_ranks(mesh.tp_group)[0]
             dist.broadcast(verdicts, source, group=mesh.tp_group)
-        return verdicts, problem
+        return Verdicts(verdicts[:, 0], verdicts[:, 1].long(), problem)
 
 
 def model_rewards(
@@ -194,13 +232,16 @@ def end_as_before(scores: Tensor, rollout: RolloutBatch) -> Tensor:
     return scores.scatter(1, last, scores.gather(1, before))
 
 
-def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: str) -> Rewards:
+def without_failures(
+    tokens: Tensor, sequences: Tensor, valid: Tensor, not_judged: Tensor, problem: str
+) -> Rewards:
     """Takes answers with a reward that is not finite out of the valid ones.
 
     Args:
         tokens: ``[B, R]`` rewards, NaN or infinite where one failed.
         sequences: ``[B]`` as this.
         valid: ``[B, R]`` bool, response tokens.
+        not_judged: ``[B]`` int64, of `Verdicts`.
         problem: why the first one failed, if that is known.
     """
     finite = torch.where(valid, tokens, 0.0).isfinite().all(dim=1) & sequences.isfinite()
@@ -211,6 +252,7 @@ def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: 
         tokens=torch.where(valid, tokens, 0.0),
         sequences=torch.where(finite, sequences, torch.nan),
         valid=valid,
+        not_judged=not_judged,
         problem=problem,
     )
 
@@ -218,18 +260,20 @@ def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: 
 def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> None:
     """Tells of failed rewards of a step, and ends the run where they are too many.
 
-    Entered by every rank.
+    Answers that are in doubt (``not_judged/*``) do not end it: small steps have one now and then.
+    They are told where they are as many. Entered by every rank.
 
     Raises:
         UserError: on every rank, more than ``reward.max_failed_fraction`` of all replicas' answers.
     """
     found = None
     if rewards is not None:
-        mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem)
+        failed, doubted = rewards.failed.sum(), (rewards.failed & rewards.doubted).sum()
+        mine = (int(failed - doubted), int(doubted), rewards.failed.numel(), rewards.problem)
         everyone = gather_objects(mine, context.mesh.dp_group)
-        problems = [problem for _, _, problem in everyone if problem]
-        found = (sum(x[0] for x in everyone), sum(x[1] for x in everyone), [*problems, ""][0])
-    failed, total, problem = broadcast_object_from_last_stage(found, context.mesh)
+        problems = [problem for *_, problem in everyone if problem]
+        found = (*(sum(x[k] for x in everyone) for k in range(3)), [*problems, ""][0])
+    failed, doubted, total, problem = broadcast_object_from_last_stage(found, context.mesh)
     limit = context.config.reward.max_failed_fraction
     what = f"step {step}: the reward of {failed} of {total} answers failed"
     if failed > limit * total:
@@ -239,3 +283,8 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
         )
     if failed:
         context.console.line(f"{what}; the first: {problem}")
+    elif doubted > limit * total:
+        context.console.line(
+            f"step {step}: {doubted} of {total} answers are not judged (not_judged/* says why); "
+            f"the first: {problem}"
+        )
