@@ -29,6 +29,7 @@ from megatron_amrlhf.rewards.judge.kinds import (
     assigned,
     name_of,
     read,
+    split,
 )
 from megatron_amrlhf.rewards.judge.outcomes import Doubt, Outcome, all_of
 from megatron_amrlhf.rewards.judge.plain import (
@@ -71,7 +72,7 @@ def _chain(reference: str, answer: str) -> Outcome | str:
     *others, last = (tidy(side) for side in answer.split("="))
     if not last or any(mark in answer for mark in ("<", ">", r"\le", r"\ge", "!=", ",", "==")):
         return ""
-    if any(side.count("{") != side.count("}") for side in others):
+    if len(split(answer)) > 1 or any(side.count("{") != side.count("}") for side in others):
         return ""
     values = [side for side in others if re.search(r"\d", side)]
     if name_of(answer) or not values:

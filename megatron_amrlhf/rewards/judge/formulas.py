@@ -9,7 +9,7 @@ from megatron_amrlhf.rewards.judge.kinds import Equation, Formula, Kind
 from megatron_amrlhf.rewards.judge.outcomes import Doubt, Outcome
 from megatron_amrlhf.rewards.judge.plain import is_same_unit, share_digits
 from megatron_amrlhf.rewards.judge.quantities import Number, is_rounding
-from megatron_amrlhf.rewards.judge.symbolic import Expression, UnreadError, same_value
+from megatron_amrlhf.rewards.judge.symbolic import UnreadError, read_expression, same_value
 from megatron_amrlhf.rewards.judge.text import same_spelling
 
 _INFINITE = re.compile(r"\s*[-+]?\s*\\infty\s*")
@@ -28,11 +28,11 @@ def compare_expressions(reference: str, answer: str) -> Outcome:
     if _INFINITE.fullmatch(reference) or _INFINITE.fullmatch(answer):
         return same_spelling(reference).lstrip("+") == same_spelling(answer).lstrip("+")
     try:
-        one = Expression(reference)
+        one = read_expression(reference)
     except UnreadError as error:
         return Doubt("bad_reference", str(error))
     try:
-        other = Expression(answer)
+        other = read_expression(answer)
         is_same = same_value(one, other)
     except UnreadError as error:
         return Doubt("unreadable", str(error))
@@ -57,7 +57,7 @@ def _bare(kind: Kind, text: str) -> str:
 
 def _is_rounded(latex: str, number: Number) -> bool:
     try:
-        expression = Expression(latex)
+        expression = read_expression(latex)
         if expression.symbols:
             return False
         value = expression.value()
@@ -101,6 +101,6 @@ def compare_with_formula(reference: Kind, answer: Kind, ref_text: str, text: str
 
 def is_equal_value(one: str, other: str) -> bool:
     try:
-        return same_value(Expression(one), Expression(other)) is True
+        return same_value(read_expression(one), read_expression(other)) is True
     except UnreadError:
         return False

@@ -11,10 +11,9 @@ from megatron_amrlhf.rewards.judge.outcomes import Doubt, Outcome
 from megatron_amrlhf.rewards.judge.text import tidy
 
 _PLACEHOLDERS = {"unknown", "n/a", "nan", "null", "tbd", "todo"}
-_CLAUSE = re.compile(
-    r"\s+(?:because|since)\b|\s+(?:as|so|which|where|when|after|given|due|for)\b|[,;:]\s+(?!\d)|\s+\("
-)
-_REASON = re.compile(r"\s+(?:because|since)\b")
+_REASON = re.compile(r"[,;]?\s+(?:because|since)\b")
+_CLAUSE = re.compile(r"\s+(?:as|so|which|where|when|after|given|due|for)\b|[,;:]\s+(?!\d)|\s+\(")
+# In a clause that may change what stands before it.
 _OPEN = re.compile(
     r"\d|\b(?:not|or|but|maybe|perhaps|possibly|probably|guess|unless|if|and|alternatively|think|"
     r"half|hundred|thousand|million|dozen)\b",
@@ -48,12 +47,13 @@ def judge(reference: str, text: str) -> Outcome:
 def _meets(reference: str, statement: Statement) -> Outcome:
     """Whether a statement gives the reference answer, without the clause that explains it."""
     outcome = compare(reference, statement.text)
-    if outcome is True or not isinstance(read(tidy(statement.text)), Words | Formula | Equation):
+    said = _REASON.split(statement.text)[0]
+    if outcome is True or not said.strip():
         return outcome
-    cut = _CLAUSE.search(statement.text)
-    if cut is None:
+    if said != statement.text:
+        outcome = compare(reference, said)
+    cut = _CLAUSE.search(said)
+    is_open = cut is None or _OPEN.search(said[cut.start() :])
+    if outcome is True or is_open or not isinstance(read(tidy(said)), Words | Formula | Equation):
         return outcome
-    rest = statement.text[cut.start() :]
-    if _OPEN.search(rest) and not _REASON.match(rest):
-        return outcome
-    return compare(reference, statement.text[: cut.start()])
+    return compare(reference, said[: cut.start()])

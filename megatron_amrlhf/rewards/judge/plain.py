@@ -86,6 +86,8 @@ def compare_words(reference: Words, answer: Words) -> Outcome:
     one, other = (_ARTICLE.sub("", kind.text).strip() for kind in (reference, answer))
     if one == other:
         return True
+    if max(len(one), len(other)) <= 3 and sorted(one) == sorted(other):
+        return Doubt("form", f"{other!r} for {one!r}: words or products")
     agree = any({one, other} <= words for words in _AGREEING)
     common = set(re.findall(r"[a-z\d]+", one)) & set(re.findall(r"[a-z\d]+", other))
     if agree or common - {"the", "a", "an", "of", "is", "and", "or"}:

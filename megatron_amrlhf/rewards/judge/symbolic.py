@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from fractions import Fraction
+from functools import lru_cache
 
 import sympy
 from latex2sympy2_extended import latex2sympy
@@ -100,6 +101,9 @@ class Expression:
         return _leaves(self.tree)
 
 
+read_expression = lru_cache(maxsize=512)(Expression)  # a reference answer is read once a group
+
+
 def _leaves(tree: sympy.Expr) -> int:
     if isinstance(tree, sympy.Rational):
         return (abs(tree.p) != 1) + (tree.q != 1)
@@ -164,11 +168,17 @@ def _is_near(a: sympy.Expr, b: sympy.Expr) -> bool:
 
 
 def same_value(one: Expression, other: Expression) -> bool | None:
-    """Whether two expressions are equal; None where the two comparisons differ."""
-    near = one.symbols == other.symbols or not (one.symbols and other.symbols)
-    near = near and all(_is_near(one.value(k), other.value(k)) for k in range(POINTS))
-    verified = verify(
-        one.number, other.number, float_rounding=30, numeric_precision=DIGITS, timeout_seconds=None,
+    """Whether two expressions are equal; None where points say so and math-verify does not."""
+    if one.symbols != other.symbols and one.symbols and other.symbols:
+        return False
+    if not all(_is_near(one.value(k), other.value(k)) for k in range(POINTS)):
+        return False
+    is_verified = verify(
+        one.number,
+        other.number,
+        float_rounding=30,
+        numeric_precision=DIGITS,
+        timeout_seconds=None,
         raise_on_error=True,
-    )  # fmt: skip
-    return near if near == verified else None
+    )
+    return True if is_verified else None
