@@ -22,9 +22,9 @@ from megatron_amrlhf.rewards.judge.quantities import (
 )
 from megatron_amrlhf.rewards.judge.text import (
     closing,
+    one_spelling,
     plain_signs,
     tidy,
-    without_delimiters,
     without_markdown,
 )
 
@@ -45,7 +45,8 @@ _STATED = re.compile(
     r"\s*|\u7b54\u6848(?:\u662f|\u4e3a|:)\s*",
     re.IGNORECASE | re.MULTILINE,
 )
-_CONCLUDED = re.compile(r"\b(?:is|are|was|were|be|equals?|gives?|get|=)\s+(?=\S)|:\s+")
+_CONCLUDED = re.compile(r"\b(?:is|are|was|were|be|equals?|gives?|get|=)\s+(?=\S)|(?<=[A-Za-z]):\s+")
+_PHRASE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}")
 _MATHS = re.compile(r"\$\$?([^$]+?)\$\$?|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _SMALL = (
     r"(?:\s+(?:the|an?|answer|it|is|be|equal|to|that|value|of|final|really|exactly|just|[$\\(:]+))*"
@@ -71,6 +72,20 @@ _RETHOUGHT = re.compile(
 _JOINED = re.compile(
     r"\s*(?:,|;|/|\+|-|\*|:|\^|&|[xX]|or|and|to|plus|minus|times|\\times|\\cdot|\\\\)"
     r"(?:\s*(?:or|and))?[\s$({]*"
+)
+# What stands around a number that is not the answer itself: powers, names, bounds, commands, dates.
+_PART_OF = re.compile(
+    r"[\w^/:*_{}\\.<>#]$|\\(?!(?:approx|quad|qquad|implies|Rightarrow|to|rightarrow)\b)[A-Za-z]+\s*$|"
+    r"[<>]=?\s+$|\b(?:than|least|most|between|over|under|below|above|step|problem|question|example|"
+    r"exercise|chapter|lesson|page|part|case|equation|up to|jan\w*|feb\w*|march|april|may|june|"
+    r"july|aug\w*|sept?\w*|oct\w*|nov\w*|dec\w*)\s+$",
+    re.IGNORECASE,
+)
+_GOES_ON = re.compile(r"[\w^/:*_!({]|\s*(?:[-+*/^=]|\\times|\\cdot|\\pi|\\sqrt|\\frac)")
+# x = 5 says what 5 is, and 2x = 5 that it is something else; "kg = 5" is a line of units.
+_NAMED = re.compile(
+    r"(?<![\w/%$\\^}.)])(?!(?:kg|cm|mm|km|ft|in|lb|oz|ml|hr)\b)"
+    r"(?:[\d.]*[A-Za-z](?:\^\{?\w\}?)?){1,2}\s*=\s*$"
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 SPAM = 3  # different answers in a row, without a second thought between them: none counts
@@ -204,19 +219,21 @@ def _is_one_sentence(text: str, one: Statement, other: Statement) -> bool:
 
 def _last_number(text: str) -> Final | None:
     """The last number, with the percent sign or unit behind it."""
-    text = without_delimiters(text)
+    text = one_spelling(text)
     numbers = [n for n in NUMBER.finditer(text) if number_of(n) is not None]
     if not numbers:
         return None
     found = numbers[-1]
     rest = text[found.end() : _sentence_end(text, found.end())]
     tail = next((t for t in _tails(rest) if read_number(tidy(found[0] + t)) is not None), "")
-    chosen = Statement(found[0] + tail, found.start(), found.end() + len(tail))
+    before = text[: found.start()]
+    named = _NAMED.search(before)
+    start = named.start() if named else found.start()
+    chosen = Statement(text[start : found.end() + len(tail)], start, found.end() + len(tail))
     doubt = _doubt(text, chosen.start, chosen.end)
     unsigned = found.start() + re.search(r"[^-+\s]", found[0]).start()
     between = text[numbers[-2].end() : unsigned] if len(numbers) > 1 else "none"
-    before, behind = text[: found.start()][-1:], rest[len(tail) :]
-    if re.match(r"[\w^/:*_{}\\.]", before) or re.match(r"[\w^/:*_!({]|\s*[-+*/^=]", behind):
+    if _PART_OF.search(before) or _GOES_ON.match(rest[len(tail) :]):
         doubt = "it is a part of something else"
     elif _JOINED.fullmatch(between):
         doubt = "it is one of several numbers"
@@ -243,7 +260,8 @@ def _conclusion(text: str, kind: type) -> Statement | None:
     A short text that is all of the reference answer's kind is the answer itself.
     """
     text = text.rstrip()
-    if len(text) <= MAX_WHOLE and kind is not Words and type(read(tidy(text))) is kind:
+    is_bare = len(text) <= MAX_WHOLE and not _PHRASE.search(re.sub(r"\\[A-Za-z]+", " ", text))
+    if is_bare and kind is not Words and type(read(tidy(text))) is kind:
         return Statement(text, 0, len(text))
     end = len(text)
     start = _sentence_start(text, max(end - 1, 0))

@@ -121,7 +121,7 @@ _MATRIX = re.compile(
 )
 # What an answer gives a value to: x, x_1, f(x), AB, \\angle ABC, area. "xy" is a product.
 _NAME = (
-    r"(?:\\angle [A-Z]+|\\(?!frac|sqrt|pi(?![a-z]))[A-Za-z]+|[A-Z]{2,4}|[A-Za-z]{4,}|"
+    r"(?:\\angle [A-Z]+|\\(?!frac|sqrt|pi(?![a-z]))[A-Za-z]+|[A-Z]{2,4}|[A-Za-z]{3,}|"
     r"[A-Za-z](?:_\w|_\{\w+\}|\([A-Za-z]\))?)"
 )
 _ASSIGNED = re.compile(rf"({_NAME})\s*(?:=|\\in(?![A-Za-z])|\\approx)\s*(?!=)(.+)", re.DOTALL)
@@ -131,6 +131,7 @@ _BOUNDED = re.compile(
 )
 _RELATION = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|<=|>=|<|>")
 _SEPARATORS = re.compile(r"\s*(?:;|,)\s*(?:and\s+|or\s+)?|\s+(?:and|or)\s+")
+_THOUSAND = re.compile(r"(?<!\d\d\d)\d,\d{3}(?!\d)")
 _WORDY = re.compile(r"[A-Za-z][A-Za-z'.,\s-]*")
 _UNIT = re.compile(
     r"(?P<value>.*?[\d)}]|.*\\pi)\s*(?P<unit>\^\s*\{?\s*\\circ\s*\}?|"
@@ -142,7 +143,7 @@ _UNIT = re.compile(
 def read(text: str) -> Kind:
     """The kind of a tidied answer."""
     text = assigned(text)
-    if text[:1] == "(" and _closes_at_end(text) and len(split(text[1:-1])) == 1:
+    if text[:1] == "(" and _closes_at_end(text) and len(split(text[1:-1], True)) == 1:
         inner = tidy(text[1:-1])
         return read(inner) if len(inner) > 1 or inner.isdigit() else Letter(inner.upper())
     date = _DATE.fullmatch(text)
@@ -237,7 +238,7 @@ def _intervals(text: str) -> Intervals | None:
 
 def _interval(text: str) -> tuple[str, str, str] | None:
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
-        items = split(text[1:-1])
+        items = split(text[1:-1], True)
         return (text[0] + text[-1], *map(tidy, items)) if len(items) == 2 else None
     sides, signs = _RELATION.split(text), _RELATION.findall(text)
     signs = [sign.replace("<=", r"\le").replace(">=", r"\ge") for sign in signs]
@@ -271,7 +272,7 @@ def _group(text: str) -> Group | None:
     brackets = {"(": ")", "[": "]", r"\{": r"\}"}
     for opening, ending in brackets.items():
         if text.startswith(opening) and text.endswith(ending) and _closes_at_end(text):
-            items = split(text[len(opening) : -len(ending)])
+            items = split(text[len(opening) : -len(ending)], True)
             kind = "{}" if opening == r"\{" else "[]" if opening == "[" else "()"
             if len(items) > 1 or kind == "{}":
                 return Group(kind, tuple(map(tidy, items)), kind == "{}")
@@ -298,8 +299,11 @@ def _closes_at_end(text: str) -> bool:
     return False
 
 
-def split(text: str) -> list[str]:
-    """A text's parts between commas, semicolons, ``and`` and ``or`` outside of brackets."""
+def split(text: str, in_brackets: bool = False) -> list[str]:
+    """A text's parts between commas, semicolons, ``and`` and ``or`` outside of brackets.
+
+    In brackets a comma between digits separates; elsewhere it may be a thousand's.
+    """
     parts, start, place = [], 0, 0
     while place < len(text):
         if text[place] == "{" and text[place - 1 : place] != "\\" or text[place] in "([":
@@ -307,7 +311,8 @@ def split(text: str) -> list[str]:
             place = end + 1 if end > 0 else place + 1
             continue
         found = _SEPARATORS.match(text, place)
-        if found and found.end() > place:
+        is_thousand = not in_brackets and _THOUSAND.match(text, max(place - 1, 0))
+        if found and found.end() > place and not is_thousand:
             parts.append(text[start:place])
             start = place = found.end()
             continue

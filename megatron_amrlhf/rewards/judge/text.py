@@ -102,8 +102,8 @@ def without_delimiters(text: str) -> str:
     return _MATH.sub(r"\1", text).replace("\0", "$")
 
 
-def tidy(text: str) -> str:
-    """An answer's text in one spelling: no delimiters, spacing commands, wrappers or final stop.
+def one_spelling(text: str) -> str:
+    """``text`` without delimiters, spacing commands, wrappers and markdown; its lines stay.
 
     A dollar sign that is left is money, braces that are left are LaTeX groups and ``\\{ \\}`` sets.
     """
@@ -118,7 +118,12 @@ def tidy(text: str) -> str:
     text = _SHORT_FRACTION.sub(lambda f: rf"\frac{{{f[1] or f[3]}}}{{{f[2] or f[4]}}}", text)
     text = _HALF_SHORT_FRACTION.sub(r"\1{\2}", text)
     text = _SHORT_ROOT.sub(r"\\sqrt{\1}", text)
-    text = re.sub(r"\s+", " ", without_markdown(text)).strip()
+    return re.sub(r"[^\S\n]+", " ", without_markdown(text))
+
+
+def tidy(text: str) -> str:
+    """An answer's text in one spelling, on one line, without a final stop and outer braces."""
+    text = re.sub(r"\s+", " ", one_spelling(text)).strip()
     # A mark behind a number may be a factorial's.
     text = re.sub(r"(?<!\\)(?:[.,;:?\s]|(?<=[A-Za-z])!)+$", "", text)
     while (inner := whole_group(text)) is not None:
