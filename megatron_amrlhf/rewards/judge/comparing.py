@@ -45,11 +45,14 @@ from megatron_amrlhf.rewards.judge.plain import (
 from megatron_amrlhf.rewards.judge.quantities import Number, read_number
 from megatron_amrlhf.rewards.judge.text import same_spelling, tidy
 
+MAX_ANSWER = 1000  # characters
 _NOTHING = {r"\emptyset", "no solution", "no solutions", "none", "dne", "does not exist", r"\{\}"}
 
 
 def compare(reference: str, answer: str) -> Outcome:
     """Whether one answer's text, as it was written, is the reference answer."""
+    if len(answer) > MAX_ANSWER:
+        return Doubt("unreadable", f"an answer of {len(answer)} characters")
     return _compare(tidy(reference), tidy(answer))
 
 

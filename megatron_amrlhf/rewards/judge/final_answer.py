@@ -90,7 +90,8 @@ _NAMED = re.compile(
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 SPAM = 3  # different answers in a row, without a second thought between them: none counts
 MAX_ANSWERS = 5  # different ones in all
-MAX_WHOLE = 200  # characters of a text that may be nothing but an answer
+MAX_STATEMENTS = 20  # the last ones, which are read
+MAX_WHOLE = 200  # characters of a text that may be nothing but an answer, or of a hedge before one
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,14 @@ def final_of(text: str, kind: type) -> Final | None:
         kind: the reference answer's. If it is a number, the last number counts where nothing is
             stated as the answer; else what the last sentence ends with.
     """
-    text = without_markdown(_spoken(plain_signs(text)))
+    text = re.sub(r"[^\S\n]+", " ", without_markdown(_spoken(plain_signs(text))))
+    text = re.sub(r"\n\s*\n", "\n\n", text)
     found = _boxed(text), _hashed(text), _stated(text)
     for place, statements in enumerate(found):
         if statements:
             chosen = statements[-1]
-            later = [s for kind in found[place + 1 :] for s in kind if s.start >= chosen.end]
-            beside = [s for s in statements[:-1] if _is_one_sentence(text, s, chosen)]
+            later = [s for k in found[place + 1 :] for s in k[-SPAM:] if s.start >= chosen.end]
+            beside = [s for s in statements[-SPAM:-1] if _is_one_sentence(text, s, chosen)]
             end = max(s.end for s in (chosen, *later))
             doubt = _doubt(text, chosen.start, end) or _spam(text, statements)
             return Final(chosen, (*beside, *later), doubt)
@@ -163,14 +165,14 @@ def _boxed(text: str) -> list[Statement]:
     while box := _BOX.search(text, place):
         end = closing(text, box.end() - 1)
         if end < 0:
-            return [*found, Statement("", box.start(), len(text))]  # cut off within
+            return [*found[-MAX_STATEMENTS:], Statement("", box.start(), len(text))]  # cut off
         one = Statement(text[box.end() : end], box.start(), end + 1)
         if found and _BETWEEN.fullmatch(text, found[-1].end, one.start):
             one = Statement(f"{found[-1].text}, {one.text}", found[-1].start, one.end)
             found.pop()
         found.append(one)
         place = end + 1
-    return found
+    return found[-MAX_STATEMENTS:]
 
 
 def _hashed(text: str) -> list[Statement]:
@@ -184,7 +186,7 @@ def _hashed(text: str) -> list[Statement]:
 
 def _stated(text: str) -> list[Statement]:
     found = []
-    for start in _STATED.finditer(text):
+    for start in list(_STATED.finditer(text))[-MAX_STATEMENTS:]:
         end = _sentence_end(text, start.end())
         if content := text[start.end() : end].strip():
             found.append(Statement(content, start.start(), end))
@@ -282,7 +284,8 @@ def _conclusion(text: str, kind: type) -> Statement | None:
 
 def _doubt(text: str, start: int, end: int) -> str:
     """Why a statement may not be meant: a hedge before it, a question, taken back behind it."""
-    if _HEDGED.search(text[_sentence_start(text, start) : start]):
+    first = max(_sentence_start(text, start), start - MAX_WHOLE)
+    if _HEDGED.search(text[first:start]):
         return "it is denied or only guessed"
     if _TAKEN_BACK.search(text[end:]):
         return "it is taken back or put in question"

@@ -6,6 +6,7 @@ computed, the tree is walked: what could be large (towers of powers, factorials)
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from fractions import Fraction
@@ -37,7 +38,7 @@ _NODES = (
     sympy.functions.elementary.trigonometric.InverseTrigonometricFunction,
     sympy.functions.elementary.hyperbolic.HyperbolicFunction,
 )  # fmt: skip
-MAX_LENGTH, MAX_NODES, MAX_NUMBER, MAX_POWER = 200, 60, 10**30, 64
+MAX_LENGTH, MAX_DEPTH, MAX_NODES, MAX_NUMBER, MAX_POWER = 200, 8, 60, 10**30, 64
 DIGITS, POINTS = 50, 3
 _EQUAL = sympy.Rational(1, 10**30)
 _AS_WRITTEN = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
@@ -116,6 +117,9 @@ def _checked(latex: str) -> str:
     """The text for the parser: decimals and mixed numbers as fractions."""
     if len(latex) > MAX_LENGTH:
         raise UnreadError("an expression of more than 200 characters")
+    depths = itertools.accumulate((c in "([{|") - (c in ")]}") for c in latex)
+    if max(depths, default=0) > MAX_DEPTH:  # the parser's time grows with a power of it
+        raise UnreadError("an expression of many brackets")
     commands = {name for name in _COMMAND.findall(latex)}
     words = set(_WORD.findall(_COMMAND.sub(" ", latex)))
     if commands - _COMMANDS or not _ALLOWED.fullmatch(latex) or any(len(w) > 3 for w in words):
