@@ -200,7 +200,7 @@ def test_a_run_on_all_rewards_is_invariant_to_layout(folder):
 def with_bad_answers(folder: Path, count: int, **reward) -> Path:
     """Four prompts a step, of which the reference answers of ``count`` cannot be read."""
     path = config_of(folder, reward=WEIGHTS | reward, run={"name": f"bad-{count}", "steps": 1})
-    lines = [{"prompt": f"Say {n}", "answer": "?" if n < count else str(n)} for n in range(4)]
+    lines = [{"prompt": f"Say {n}", "answer": "?" if n < count else 1000 + n} for n in range(4)]
     config = json.loads(path.read_text())
     config["data"] |= {"train": str(write_lines(folder / f"bad-{count}.jsonl", lines))}
     config["data"] |= {"heldout": None}

@@ -117,11 +117,13 @@ class Final:
         statement: the one that counts.
         others: what the text says after it, or beside it in the same sentence: it has to agree.
         doubt: why this may not be meant as the answer; empty if it is.
+        is_stated: it is in a box, behind hashes, or named the answer.
     """
 
     statement: Statement
     others: tuple[Statement, ...]
     doubt: str
+    is_stated: bool
 
 
 def final_of(text: str, kind: type) -> Final | None:
@@ -142,11 +144,11 @@ def final_of(text: str, kind: type) -> Final | None:
             beside = [s for s in statements[-SPAM:-1] if _is_one_sentence(text, s, chosen)]
             end = max(s.end for s in (chosen, *later))
             doubt = _doubt(text, chosen.start, end) or _spam(text, statements)
-            return Final(chosen, (*beside, *later), doubt)
+            return Final(chosen, (*beside, *later), doubt, True)
     if kind is Number:
         return _last_number(text)
     chosen = _conclusion(text, kind)
-    return chosen and Final(chosen, (), _doubt(text, chosen.start, chosen.end))
+    return chosen and Final(chosen, (), _doubt(text, chosen.start, chosen.end), False)
 
 
 def _spoken(text: str) -> str:
@@ -241,7 +243,7 @@ def _last_number(text: str) -> Final | None:
         doubt = "it is one of several numbers"
     elif not tail and rest.split() and not read_unit(rest.split()[0].strip(".,;:)$\\")):
         doubt = doubt or _changed(rest)
-    return Final(chosen, (), doubt)
+    return Final(chosen, (), doubt, False)
 
 
 def _tails(rest: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from megatron_amrlhf.rewards.judge.outcomes import Doubt, Outcome
 from megatron_amrlhf.rewards.judge.text import tidy
 
 _PLACEHOLDERS = {"unknown", "n/a", "nan", "null", "tbd", "todo"}
+_WORD = re.compile(r"[A-J]|[A-Za-z]{2,}(?: [A-Za-z]+)*")
 _REASON = re.compile(r"[,;]?\s+(?:because|since)\b")
 _CLAUSE = re.compile(r"\s+(?:as|so|which|where|when|after|given|due|for)\b|[,;:]\s+(?!\d)|\s+\(")
 # In a clause that may change what stands before it.
@@ -41,7 +42,15 @@ def judge(reference: str, text: str) -> Outcome:
         return Doubt("ambiguous", final.doubt or "another answer stands beside it")
     if outcome is False and True in others:
         return Doubt("ambiguous", "another answer stands beside it")
+    is_named = not final.is_stated and _WORD.fullmatch(tidied) and _holds(text, tidied)
+    if outcome is False and is_named:
+        return Doubt("ambiguous", "it is named, but not as the answer")
     return outcome
+
+
+def _holds(text: str, word: str) -> bool:
+    flags = 0 if len(word) == 1 else re.IGNORECASE  # "a" is no choice
+    return bool(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, flags))
 
 
 def _meets(reference: str, statement: Statement) -> Outcome:

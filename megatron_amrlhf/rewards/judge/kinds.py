@@ -286,7 +286,8 @@ def _group(text: str) -> Group | None:
 
 
 def _is_sentence(item: str) -> bool:
-    return len(re.findall(r"(?<!\\)\b[A-Za-z]{2,}", item)) > 2
+    words = re.findall(r"(?<!\\)\b[A-Za-z]{2,}", item.lower())
+    return len(words) > 2 or "not" in words
 
 
 def _closes_at_end(text: str) -> bool:
