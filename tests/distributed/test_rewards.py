@@ -26,7 +26,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.parallel.mesh import build_mesh
 from megatron_amrlhf.report.files import read_jsonl
-from megatron_amrlhf.rewards.judge.outcomes import REASONS
+from megatron_amrlhf.rewards.judge.outcomes import FAILURES, REASONS
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.distributed.contexts import make_context
 from tests.distributed.processes import run_on
@@ -192,7 +192,10 @@ def test_a_run_on_all_rewards_is_invariant_to_layout(folder):
         run_on(world, run_config, str(path), overrides)
         (found[name],) = numbers(folder / "runs" / f"all-{name}")
     assert found["one"].keys() == found["four"].keys()
-    assert found["one"]["reward/failed_fraction"] == 0
+    reasons = {k: v for k, v in found["one"].items() if k.startswith("not_judged/")}
+    assert found["one"]["reward/failed_fraction"] == pytest.approx(sum(reasons.values()))
+    assert reasons.keys() == {f"not_judged/{reason}" for reason in REASONS}
+    assert all(reasons[f"not_judged/{reason}"] == 0 for reason in FAILURES)
     for key, value in found["one"].items():
         assert found["four"][key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
 
