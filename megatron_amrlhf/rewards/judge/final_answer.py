@@ -75,7 +75,8 @@ _JOINED = re.compile(
 )
 # What stands around a number that is not the answer itself: powers, names, bounds, commands, dates.
 _PART_OF = re.compile(
-    r"[\w^/:*_{}\\.<>#]$|\\(?!(?:approx|quad|qquad|implies|Rightarrow|to|rightarrow)\b)[A-Za-z]+\s*$|"
+    r"[\w^/:*_{}\\.<>#]$|"
+    r"\\(?!(?:approx|quad|qquad|implies|Rightarrow|to|rightarrow)\b)[A-Za-z]+\s*$|"
     r"[<>]=?\s+$|\b(?:than|least|most|between|over|under|below|above|step|problem|question|example|"
     r"exercise|chapter|lesson|page|part|case|equation|up to|jan\w*|feb\w*|march|april|may|june|"
     r"july|aug\w*|sept?\w*|oct\w*|nov\w*|dec\w*)\s+$",

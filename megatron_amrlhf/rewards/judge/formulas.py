@@ -17,6 +17,7 @@ _WORKED = re.compile(r"[\\^*+/!(]")  # in what has to be worked out
 
 
 def compare_formulas(reference: Formula, answer: Formula) -> Outcome:
+    """Two expressions with their units; a unit that only one has is no fault."""
     if reference.unit and answer.unit and not is_same_unit(reference.unit, answer.unit):
         return Doubt("unit", f"{answer.unit!r} for {reference.unit!r}")
     if same_spelling(reference.latex) == same_spelling(answer.latex):
@@ -25,6 +26,7 @@ def compare_formulas(reference: Formula, answer: Formula) -> Outcome:
 
 
 def compare_expressions(reference: str, answer: str) -> Outcome:
+    """Two expressions in LaTeX: equal in value, and written in the same form."""
     if _INFINITE.fullmatch(reference) or _INFINITE.fullmatch(answer):
         return same_spelling(reference).lstrip("+") == same_spelling(answer).lstrip("+")
     try:
@@ -100,6 +102,7 @@ def compare_with_formula(reference: Kind, answer: Kind, ref_text: str, text: str
 
 
 def is_equal_value(one: str, other: str) -> bool:
+    """Whether two texts are expressions of the same value."""
     try:
         return same_value(read_expression(one), read_expression(other)) is True
     except UnreadError:

@@ -23,14 +23,17 @@ _AGREEING = ({"yes", "true", "correct"}, {"no", "false", "incorrect"})
 
 
 def digits_of(text: str) -> list[str]:
+    """The numbers' digits in a text, thousands in one."""
     return re.findall(r"\d+", re.sub(r"(?<=\d)[, ]+(?=\d{3})", "", text))
 
 
 def share_digits(one: str, other: str) -> bool:
+    """Whether a number of one text is in the other."""
     return bool(set(digits_of(one)) & set(digits_of(other)))
 
 
 def compare_numbers(reference: Number, answer: Number) -> Outcome:
+    """Exactly, with percent signs, units, rounding and fractions as the page says."""
     is_added = answer.is_percent and not reference.is_percent
     if is_added and answer.value * 100 == reference.value != 0:
         return Doubt("unit", "a percent sign that the reference answer does not have")
@@ -56,6 +59,7 @@ def compare_numbers(reference: Number, answer: Number) -> Outcome:
 
 
 def is_same_unit(one: str, other: str) -> bool:
+    """Whether two units are one, maybe with words behind (eggs, eggs a day)."""
     if one == other:
         return True
     short, long = sorted((one, other), key=len)
@@ -63,6 +67,7 @@ def is_same_unit(one: str, other: str) -> bool:
 
 
 def compare_letters(reference: Letter, answer: Kind, text: str) -> Outcome:
+    """A letter of a choice, also with the choice's text behind it."""
     if isinstance(answer, Formula) and re.fullmatch(r"[a-j]", text):
         answer = Letter(text.upper())
     answer = read_choice(text) or answer
@@ -74,6 +79,7 @@ def compare_letters(reference: Letter, answer: Kind, text: str) -> Outcome:
 
 
 def compare_dates(reference: Date, answer: Date) -> Outcome:
+    """Day and month; a year that only one has is a doubt."""
     if (reference.month, reference.day) != (answer.month, answer.day):
         return False
     if reference.year == answer.year:
@@ -83,6 +89,7 @@ def compare_dates(reference: Date, answer: Date) -> Outcome:
 
 
 def compare_words(reference: Words, answer: Words) -> Outcome:
+    """Words without articles; other words for the same, or more of them, are a doubt."""
     one, other = (_ARTICLE.sub("", kind.text).strip() for kind in (reference, answer))
     if one == other:
         return True
@@ -96,6 +103,7 @@ def compare_words(reference: Words, answer: Words) -> Outcome:
 
 
 def compare_with_words(reference: Kind, answer: Kind, ref_text: str, text: str) -> Outcome:
+    """Words against anything else: nothing in common is wrong."""
     words = set(re.findall(r"[a-z]+", text.lower()))
     if isinstance(reference, Words):
         common = words & set(re.findall(r"[a-z]+", ref_text.lower()))
@@ -106,6 +114,7 @@ def compare_with_words(reference: Kind, answer: Kind, ref_text: str, text: str) 
 
 
 def compare_based(reference: Based, answer: Based) -> Outcome:
+    """Digits in a named base; another base is a doubt."""
     if (reference.digits, reference.base) == (answer.digits, answer.base):
         return True
     if reference.base == answer.base:
