@@ -152,6 +152,8 @@ class ExperienceMaker:
         if rewards is None:
             return None, {}
         metrics = _sampled_metrics(rollout, rewards, policy, reference)
+        if context.config.reward.verifiable_weight:
+            metrics |= rewards.reasons()
         rewards = treat_truncated(context.config.rollout, rewards, rollout)
         valid = rewards.valid
         if states is None:

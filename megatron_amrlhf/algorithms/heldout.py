@@ -11,6 +11,7 @@ from megatron_amrlhf.algorithms.preemption import until_stopped
 from megatron_amrlhf.data.order import PADDING, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.rewards.judge.outcomes import REASONS
 from megatron_amrlhf.rollout.generator import generate
 from megatron_amrlhf.types import PromptBatch
 
@@ -22,8 +23,9 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
 
     Returns:
         ``eval/reward_mean``: mean raw sequence reward; ``eval/answer_accuracy``: share of
-        reference answers met, by math-verify (prompts that have one); ``eval/response_tokens``;
-        ``eval/ended_fraction``. Empty without held-out prompts.
+        reference answers met, by the judge of the verifiable reward (of the answers that it
+        judges); ``eval/not_judged``: share of those that it does not (prompts that have one);
+        ``eval/response_tokens``; ``eval/ended_fraction``. Empty without held-out prompts.
     """
     context = maker.context
     mesh, config = context.mesh, context.config
@@ -60,11 +62,16 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
     metrics = {}
     if rewards is not None:
         judged = ~rewards.failed & is_own.to(rewards.failed.device)
-        verdicts = maker.rewarder.verdicts(rollout, batch)[0][is_own]
+        verdicts = maker.rewarder.verdicts(rollout, batch)
+        met, reasons = verdicts.rewards[is_own], verdicts.not_judged[is_own]
+        has_reference = reasons != REASONS.index("no_reference")
         tokens, own = rollout.response_lengths[is_own].sum(), is_own.sum()
         metrics = {
             "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
-            "eval/answer_accuracy": count_metric(verdicts.nansum(), (~verdicts.isnan()).sum()),
+            "eval/answer_accuracy": count_metric(met.nansum(), (~met.isnan()).sum()),
+            "eval/not_judged": count_metric(
+                (met.isnan() & has_reference).sum(), has_reference.sum()
+            ),
             "eval/response_tokens": count_metric(tokens, own),
             "eval/ended_fraction": count_metric(rollout.ended[is_own].sum(), own),
         }

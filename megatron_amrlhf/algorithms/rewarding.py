@@ -1,4 +1,4 @@
-"""Rewards of answers: PRM, ORM and verified numbers, weighted; failures never become numbers."""
+"""Rewards of answers: PRM, ORM and verified answers, weighted; failures never become numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import Context
+from megatron_amrlhf.algorithms.context import Context, count_metric
 from megatron_amrlhf.algorithms.reward_models import RewardModel
 from megatron_amrlhf.algorithms.scoring import read_reward, score_tokens
 from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
@@ -18,13 +18,31 @@ from megatron_amrlhf.data.token_text import answer_text
 from megatron_amrlhf.engine.integrity import NotFinite, not_finite_weights
 from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
+from megatron_amrlhf.rewards.judge.outcomes import DOUBTS, REASONS
 from megatron_amrlhf.rewards.marking import AnswerSteps
 from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.rewards.verifiable import Verdict, Verifier
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
-NO_REFERENCE = Verdict(None, "no reference answer")
+NO_REFERENCE = Verdict(None, "no_reference", "no reference answer")
+JUDGED = -1  # in the place of a reason's number
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Whether answers meet their reference answers.
+
+    Attributes:
+        rewards: ``[B]`` 1, 0, or NaN where an answer is not judged.
+        not_judged: ``[B]`` int64 place in ``REASONS`` of why it is not, ``JUDGED`` where it is.
+        problem: the first one in words, or an empty text.
+    """
+
+    rewards: Tensor
+    not_judged: Tensor
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class Rewards:
         tokens: ``[B, R]`` weighted sum at each token, raw units; 0 outside ``valid``.
         sequences: ``[B]`` weighted sum of each answer; NaN if it failed.
         valid: ``[B, R]`` bool, response tokens of the answers whose reward did not fail.
+        not_judged: ``[B]`` int64, of `Verdicts`; all judged where nothing is verified.
         problem: why the first failed answer failed, or an empty text.
         broken: role whose numbers are not finite, or an empty text.
         num_broken: answers for which they are not.
@@ -43,6 +62,7 @@ class Rewards:
     tokens: Tensor
     sequences: Tensor
     valid: Tensor
+    not_judged: Tensor
     problem: str
     broken: str = ""
     num_broken: int = 0
@@ -51,6 +71,19 @@ class Rewards:
     def failed(self) -> Tensor:
         """``[B]`` bool."""
         return ~self.valid.any(dim=1)
+
+    @property
+    def doubted(self) -> Tensor:
+        """``[B]`` bool, where the reward failed for a doubt about the answer, not by a fault."""
+        return (self.not_judged >= 0) & (self.not_judged < len(DOUBTS))
+
+    def reasons(self) -> Metrics:
+        """``not_judged/REASON``, the share of answers of each reason."""
+        count = self.not_judged.numel()
+        return {
+            f"not_judged/{reason}": count_metric((self.not_judged == place).sum(), count)
+            for place, reason in enumerate(REASONS)
+        }
 
     def where_finite(self, **numbers: Tensor | None) -> Rewards:
         """These rewards where the roles' ``[B, R, ...]`` log-probs and values are finite too.
@@ -68,27 +101,27 @@ class Rewards:
             self.tokens,
             torch.where(finite, self.sequences, torch.nan),
             self.valid,
+            self.not_judged,
             self.problem or _not_finite(broken),
         )
         return replace(left, broken=broken, num_broken=count)
 
     def without(self, rows: Tensor) -> Rewards:
         """These rewards with the answers at ``rows`` (``[B]`` bool) as if they were not there."""
-        return Rewards(
+        return replace(
+            self,
             tokens=self.tokens.masked_fill(rows[:, None], 0.0),
             sequences=self.sequences.masked_fill(rows, torch.nan),
             valid=self.valid & ~rows[:, None],
-            problem=self.problem,
         )
 
     def less(self, amount: float, rows: Tensor) -> Rewards:
         """These rewards with ``amount`` taken off at all tokens of the answers at ``rows``."""
         is_there = rows[:, None] & self.valid
-        return Rewards(
+        return replace(
+            self,
             tokens=torch.where(is_there, self.tokens - amount, self.tokens),
             sequences=torch.where(rows, self.sequences - amount, self.sequences),
-            valid=self.valid,
-            problem=self.problem,
         )
 
 
@@ -136,6 +169,7 @@ class Rewarder:
         sequences, problem = torch.zeros(valid.shape[0], device=device), ""
         wrong = {role: _num_not_finite(x, valid) for role, x in found.items()}
         broken = next((role for role, count in wrong.items() if count), "")
+        not_judged = torch.full((valid.shape[0],), JUDGED, device=device)
         if "prm" in found:
             tokens += weights.prm_weight * found["prm"]
             sequences += weights.prm_weight * sequence_rewards(
@@ -146,21 +180,20 @@ class Rewarder:
             sequences += (whole := weights.orm_weight * found["orm"].gather(1, last)[:, 0])
             tokens += whole[:, None]
         if weights.verifiable_weight:
-            verdicts, problem = self.verdicts(rollout, prompts)
-            sequences += (whole := weights.verifiable_weight * verdicts)
+            verdicts = self.verdicts(rollout, prompts)
+            sequences += (whole := weights.verifiable_weight * verdicts.rewards)
             tokens += whole[:, None]
+            not_judged, problem = verdicts.not_judged, verdicts.problem
         problem = _not_finite(broken) or problem
-        rewards = without_failures(tokens, sequences, valid, problem)
+        rewards = without_failures(tokens, sequences, valid, not_judged, problem)
         return replace(rewards, broken=broken, num_broken=wrong.get(broken, 0))
 
-    def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> tuple[Tensor, str]:
-        """Whether answers meet their prompts' reference answers. Entered by a last stage's ranks.
+    def verdicts(self, rollout: RolloutBatch, prompts: PromptBatch) -> Verdicts:
+        """Whether answers meet their prompts' reference answers, the same on all tensor ranks.
 
-        Returns:
-            ``[B]`` 1, 0 or NaN (no reference answer, or it cannot be told), the same on all
-            tensor ranks, and the first problem.
+        Entered by a last stage's ranks.
         """
-        mesh, rewards, problem = self.context.mesh, [], ""
+        mesh, found, problem = self.context.mesh, [], ""
         first = int(prompts.group_ids[0]) if len(prompts.texts) else 0
         for row, length, group, ended in zip(
             rollout.rows,
@@ -170,18 +203,22 @@ class Rewarder:
             strict=True,
         ):
             if mesh.tp_rank != 0:
-                rewards.append(0.0)
+                found.append((0.0, JUDGED))
                 continue
             text = answer_text(self.context.tokenizer, row[length:].tolist(), ended)
             gold = prompts.answers[group - first]
             verdict = NO_REFERENCE if gold is None else self.verifier.judge(gold, text)
-            rewards.append(torch.nan if verdict.reward is None else verdict.reward)
+            if verdict.reward is None:
+                found.append((torch.nan, REASONS.index(verdict.reason)))
+            else:
+                found.append((verdict.reward, JUDGED))
             problem = problem or verdict.problem
-        verdicts = torch.tensor(rewards, dtype=torch.float32, device=mesh.device)
+        verdicts = torch.tensor(found, dtype=torch.float32, device=mesh.device)
+        verdicts = verdicts.reshape(len(found), 2)
         if mesh.tp_size > 1:
             source = dist.get_process_group_ranks(mesh.tp_group)[0]
             dist.broadcast(verdicts, source, group=mesh.tp_group)
-        return verdicts, problem
+        return Verdicts(verdicts[:, 0], verdicts[:, 1].long(), problem)
 
 
 def model_rewards(
@@ -230,13 +267,16 @@ def end_as_before(scores: Tensor, rollout: RolloutBatch) -> Tensor:
     return scores.scatter(1, last, scores.gather(1, before))
 
 
-def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: str) -> Rewards:
+def without_failures(
+    tokens: Tensor, sequences: Tensor, valid: Tensor, not_judged: Tensor, problem: str
+) -> Rewards:
     """Takes answers with a reward that is not finite out of the valid ones.
 
     Args:
         tokens: ``[B, R]`` rewards, NaN or infinite where one failed.
         sequences: ``[B]`` as this.
         valid: ``[B, R]`` bool, response tokens.
+        not_judged: ``[B]`` int64, of `Verdicts`.
         problem: why the first one failed, if that is known.
     """
     finite = torch.where(valid, tokens, 0.0).isfinite().all(dim=1) & sequences.isfinite()
@@ -247,6 +287,7 @@ def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: 
         tokens=torch.where(valid, tokens, 0.0),
         sequences=torch.where(finite, sequences, torch.nan),
         valid=valid,
+        not_judged=not_judged,
         problem=problem,
     )
 
@@ -254,7 +295,8 @@ def without_failures(tokens: Tensor, sequences: Tensor, valid: Tensor, problem: 
 def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> None:
     """Tells of failed rewards of a step, and ends the run where they are too many.
 
-    Entered by every rank.
+    Answers that are in doubt (``not_judged/*``) do not end it: small steps have one now and then.
+    They are told where they are as many. Entered by every rank.
 
     Raises:
         UserError: on every rank, more than ``reward.max_failed_fraction`` of all replicas' answers.
@@ -262,15 +304,18 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
     """
     found = None
     if rewards is not None:
-        mine = (int(rewards.failed.sum()), rewards.failed.numel(), rewards.problem)
+        failed, doubted = rewards.failed.sum(), (rewards.failed & rewards.doubted).sum()
+        mine = (int(failed - doubted), int(doubted), rewards.failed.numel(), rewards.problem)
         everyone = gather_objects(
             (*mine, rewards.broken, rewards.num_broken), context.mesh.dp_group
         )
-        failed, total, problems, roles, counts = zip(*everyone, strict=True)
+        *counts, problems, roles, broken_rows = zip(*everyone, strict=True)
         problem, broken = (next(filter(None, x), "") for x in (problems, roles))
-        count = sum(n for role, n in zip(roles, counts, strict=True) if role == broken)
-        found = sum(failed), sum(total), problem, broken, count
-    failed, total, problem, broken, count = broadcast_object_from_last_stage(found, context.mesh)
+        count = sum(n for role, n in zip(roles, broken_rows, strict=True) if role == broken)
+        found = (*map(sum, counts), problem, broken, count)
+    failed, doubted, total, problem, broken, count = broadcast_object_from_last_stage(
+        found, context.mesh
+    )
     limit = context.config.reward.max_failed_fraction
     if broken and count > limit * total:
         _stop_on_a_broken_model(context, broken, step, f"{count} of {total} answers")
@@ -282,6 +327,11 @@ def stop_on_failures(context: Context, rewards: Rewards | None, step: int) -> No
         )
     if failed:
         context.console.line(f"{what}; the first: {problem}")
+    elif doubted > limit * total:
+        context.console.line(
+            f"step {step}: {doubted} of {total} answers are not judged (not_judged/* says why); "
+            f"the first: {problem}"
+        )
 
 
 def _stop_on_a_broken_model(context: Context, name: str, step: int, answers: str) -> None:

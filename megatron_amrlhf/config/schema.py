@@ -234,16 +234,16 @@ class RewardSection(Section):
     )
     verifiable_weight: NonNegativeFloat = Field(
         0.0,
-        description="weight of 1 for a right answer, 0 for a wrong one (prompts with 'answer', "
-        "compared by math-verify), the same at all tokens",
+        description="weight of 1 for a right answer, 0 for a wrong one (prompts with 'answer'; "
+        "what is not sure is not judged), the same at all tokens",
     )
     verify_seconds: Annotated[float, Field(gt=0, le=86400, strict=False)] = Field(
         5.0, description="longest comparison of an answer, seconds; then it counts as failed"
     )
     max_failed_fraction: Fraction = Field(
         0.1,
-        description="stop when a step has a larger share of answers whose reward failed; those "
-        "answers are never learned from",
+        description="stop when a step has a larger share of answers whose reward failed (doubts "
+        "about an answer apart); those answers are never learned from",
     )
     normalise: Literal["none", "batch", "offline"] = Field(
         "batch",

@@ -1,4 +1,4 @@
-"""Verifiable rewards: whether an answer's number is the reference answer, by math-verify."""
+"""Verifiable rewards: whether a text gives the reference answer, by the judge in a process."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from dataclasses import dataclass
 from megatron_amrlhf.errors import UserError
 
 WORKER = "megatron_amrlhf.rewards.verify_worker"
-DIED = {"problem": "the worker that compares answers has died"}
+DIED = {"reason": "worker", "problem": "the worker that compares answers has died"}
 START_SECONDS = 120.0  # importing sympy on a busy machine
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """``reward`` is 1 or 0, or None with the ``problem`` that kept the answer from being judged."""
+    """``reward`` is 1 or 0, or None where the answer is not judged.
+
+    Attributes:
+        reward: 1 right, 0 wrong.
+        reason: why there is none, one of ``REASONS``.
+        problem: the same in words.
+    """
 
     reward: float | None
+    reason: str = ""
     problem: str = ""
 
 
@@ -44,21 +51,20 @@ class Verifier:
     def judge(self, gold: str, text: str) -> Verdict:
         """1 if ``text`` gives the answer ``gold``, else 0; neither if it cannot be told."""
         if self._process is None and (problem := self._start()):
-            return Verdict(None, problem)
+            return Verdict(None, "worker", problem)
         try:
             self._process.stdin.write(json.dumps({"gold": gold, "text": text}) + "\n")
             self._process.stdin.flush()
         except OSError as error:
             self.close()
-            return Verdict(None, f"the worker has ended ({error})")
+            return Verdict(None, "worker", f"the worker has ended ({error})")
         reply = self._reply(self.timeout_seconds)
         if reply is None or reply is DIED:
             self.close()
-            late = f"no verdict within {self.timeout_seconds:g} s"
-            return Verdict(None, late if reply is None else DIED["problem"])
-        if "reward" in reply:
-            return Verdict(reply["reward"])
-        return Verdict(None, reply["problem"])
+            if reply is DIED:
+                return Verdict(None, **DIED)
+            return Verdict(None, "timeout", f"no verdict within {self.timeout_seconds:g} s")
+        return Verdict(**reply)
 
     def close(self) -> None:
         """Ends the worker; the next answer starts a new one."""

@@ -1,7 +1,7 @@
-"""The process that compares answers with math-verify: one JSON object a line in, one out.
+"""The process that judges answers: one JSON object a line in, one out.
 
-It is a process of its own because what answers say may keep sympy busy for hours inside one
-call that no signal interrupts (``9**9**9**9``); the caller kills it then.
+It is a process of its own because what answers say may keep sympy busy for hours inside one call
+that no signal interrupts; the caller kills it then.
 """
 
 from __future__ import annotations
@@ -10,19 +10,12 @@ import ctypes
 import json
 import logging
 import os
-import re
 import signal
 import sys
-from decimal import Decimal
+from collections.abc import Callable
 from typing import TextIO
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-# math-verify finds no number that touches a Chinese character or full stop.
-_CHINESE = re.compile(r"[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]+")
-_SCIENTIFIC = re.compile(r"[-+]?\d+(\.\d+)?[eE][-+]?\d+")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
-_FORMULA = re.compile(r"[0-9\\]")
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 
 
 def end_with_parent() -> None:
@@ -31,41 +24,27 @@ def end_with_parent() -> None:
 
 
 def serve(lines: TextIO, out: TextIO) -> None:
-    """Answers ``{"gold", "text"}`` lines by ``{"reward": 0 or 1}`` or ``{"problem"}``."""
-    # After the caller has this process: the import takes seconds.
-    from math_verify import parse, verify  # noqa: PLC0415
+    """Answers ``{"gold", "text"}`` lines by the fields of a ``Verdict``."""
+    # After the caller has this process: the import of sympy takes seconds.
+    from megatron_amrlhf.rewards.judge.judging import judge  # noqa: PLC0415
 
     logging.disable(logging.WARNING)  # "timeout is disabled": the caller has one
     print(json.dumps({"ready": True}), file=out, flush=True)
     for line in lines:
         request = json.loads(line)
-        print(json.dumps(_compare(request, parse, verify)), file=out, flush=True)
+        verdict = _verdict(request["gold"], request["text"], judge)
+        print(json.dumps(verdict), file=out, flush=True)
 
 
-def as_mathematics(gold: str) -> str:
-    """A reference answer as math-verify reads it whole.
-
-    Without delimiters it reads the first number that it finds: 2 of ``2\\sqrt{3}``. A text with
-    words (``18 dollars``), or without a digit or command, is left to that.
-    """
-    gold = gold.strip()
-    if _SCIENTIFIC.fullmatch(gold):
-        return f"{Decimal(gold):f}"
-    is_formula = _FORMULA.search(gold) and not _WORD.search(gold)
-    return f"${gold}$" if is_formula and not _DELIMITED.search(gold) else gold
-
-
-def _compare(request: dict, parse, verify) -> dict:
+def _verdict(gold: str, text: str, judge: Callable) -> dict:
     try:
-        gold = parse(as_mathematics(request["gold"]), parsing_timeout=None, raise_on_error=True)
-        if not gold:
-            return {"problem": f"no number in the reference answer {request['gold'][:40]!r}"}
-        text = _CHINESE.sub(r" \g<0> ", request["text"])
-        found = parse(text, parsing_timeout=None, raise_on_error=True)
-        right = verify(gold, found, timeout_seconds=None, raise_on_error=True)
+        outcome = judge(gold, text)
     except Exception as error:  # whatever sympy raises on an answer: the answer is not judged
-        return {"problem": f"{type(error).__name__}: {error}"[:200]}
-    return {"reward": float(right)}
+        problem = f"{type(error).__name__}: {error}"[:200]
+        return {"reward": None, "reason": "undecided", "problem": problem}
+    if isinstance(outcome, bool):
+        return {"reward": float(outcome)}
+    return {"reward": None, "reason": outcome.reason, "problem": outcome.detail}
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.parallel.mesh import build_mesh
 from megatron_amrlhf.report.files import read_jsonl
+from megatron_amrlhf.rewards.judge.outcomes import FAILURES, REASONS
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.distributed.contexts import make_context
 from tests.distributed.processes import run_on
@@ -116,8 +117,9 @@ def score_here(path: str) -> dict:
     rewards = rewarder.score(rollout, prompts)
     if rewards is None:
         return {}
-    found["verdicts"], _ = rewarder.verdicts(rollout, prompts)
-    found["unasked"], _ = rewarder.verdicts(rollout, replace(prompts, answers=(None,)))
+    found["verdicts"] = rewarder.verdicts(rollout, prompts).rewards
+    unasked = rewarder.verdicts(rollout, replace(prompts, answers=(None,)))
+    found["unasked"], found["reasons"] = unasked.rewards, unasked.not_judged
     rewarder.verifier.close()
     return found | {"sum": rewards.tokens, "sequences": rewards.sequences, "valid": rewards.valid}
 
@@ -127,6 +129,7 @@ def test_the_sum_has_every_reward_with_its_weight_on_every_layout(folder):
     (one,) = run_on(1, score_here, str(path))
     valid, expected = one["valid"], torch.tensor([1.0, 1.0, 0.0])
     assert torch.equal(one["verdicts"], expected) and one["unasked"].isnan().all()
+    assert {REASONS[place] for place in one["reasons"].tolist()} == {"no_reference"}
     assert torch.equal(one["prm by text"], one["prm"])
     assert torch.equal(one["orm by text"], one["orm"])
     assert one["orm"].std() > 0 and one["prm"].std() > 0
@@ -190,7 +193,10 @@ def test_a_run_on_all_rewards_is_invariant_to_layout(folder):
         run_on(world, run_config, str(path), overrides)
         (found[name],) = numbers(folder / "runs" / f"all-{name}")
     assert found["one"].keys() == found["four"].keys()
-    assert found["one"]["reward/failed_fraction"] == 0
+    reasons = {k: v for k, v in found["one"].items() if k.startswith("not_judged/")}
+    assert found["one"]["reward/failed_fraction"] == pytest.approx(sum(reasons.values()))
+    assert reasons.keys() == {f"not_judged/{reason}" for reason in REASONS}
+    assert all(reasons[f"not_judged/{reason}"] == 0 for reason in FAILURES)
     for key, value in found["one"].items():
         assert found["four"][key] == pytest.approx(value, rel=TOLERANCE, abs=TOLERANCE), key
 
@@ -198,7 +204,7 @@ def test_a_run_on_all_rewards_is_invariant_to_layout(folder):
 def with_bad_answers(folder: Path, count: int, **reward) -> Path:
     """Four prompts a step, of which the reference answers of ``count`` cannot be read."""
     path = config_of(folder, reward=WEIGHTS | reward, run={"name": f"bad-{count}", "steps": 1})
-    lines = [{"prompt": f"Say {n}", "answer": "?" if n < count else str(n)} for n in range(4)]
+    lines = [{"prompt": f"Say {n}", "answer": "?" if n < count else 1000 + n} for n in range(4)]
     config = json.loads(path.read_text())
     config["data"] |= {"train": str(write_lines(folder / f"bad-{count}.jsonl", lines))}
     config["data"] |= {"heldout": None}
@@ -213,7 +219,8 @@ def test_an_answer_whose_reward_failed_is_not_learned_from(folder, kind):
     run = folder / "runs" / f"bad-{kind[:4]}"
     run_on(1, run_config, str(path), [f"algorithm={{kind: {kind}}}", f"run.name={run.name}"])
     (line,) = read_metrics(run)
-    assert line["reward/failed_fraction"] == 0.25 and line["engine/skipped_steps"] == 0
+    assert line["reward/failed_fraction"] == line["not_judged/bad_reference"] == 0.25
+    assert line["engine/skipped_steps"] == 0
     samples = read_jsonl(run / "samples.jsonl")
     failed = [sum(sample["mask"]) for sample in samples if sample["prompt"] == "Say 0"]
     others = [sum(sample["mask"]) for sample in samples if sample["prompt"] != "Say 0"]
@@ -241,7 +248,7 @@ def test_too_many_failures_stop_the_run_on_every_rank(folder):
     layout = ["parallel.pipeline=2", "run.name=stopped"]
     line = error_of(2, "train", str(path), "--set", *layout)
     assert "step 1: the reward of 6 of 12 answers failed, more than" in line
-    assert "no number in the reference answer '?'" in line
+    assert "nothing to compare with in '?'" in line
 
 
 def test_a_prompt_without_a_reference_answer_is_named(folder):

@@ -8,7 +8,7 @@ import torch
 
 from megatron_amrlhf.algorithms import rewarding
 from megatron_amrlhf.algorithms.experience import treat_truncated
-from megatron_amrlhf.algorithms.rewarding import end_as_before, without_failures
+from megatron_amrlhf.algorithms.rewarding import JUDGED, end_as_before, without_failures
 from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.engine.integrity import NotFinite
 from megatron_amrlhf.errors import UserError
@@ -16,6 +16,7 @@ from megatron_amrlhf.losses.grpo import group_advantages
 from megatron_amrlhf.losses.reduce import global_count
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.mask.statistics import whiten
+from megatron_amrlhf.rewards.judge.outcomes import DOUBTS, FAILURES, REASONS
 from megatron_amrlhf.types import RolloutBatch
 from tests.unit.config.samples import make_config
 
@@ -23,8 +24,13 @@ NAN, INF = math.nan, math.inf
 VALID = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1], [1, 0, 0]]).bool()
 
 
-def rewards(tokens, sequences, problem=""):
-    return without_failures(torch.tensor(tokens), torch.tensor(sequences), VALID, problem)
+def rewards(tokens, sequences, problem="", reasons=()):
+    not_judged = torch.tensor([JUDGED] * 6)
+    for row, reason in reasons:
+        not_judged[row] = REASONS.index(reason)
+    return without_failures(
+        torch.tensor(tokens), torch.tensor(sequences), VALID, not_judged, problem
+    )
 
 
 TOKENS = [[1.0, 2, 3], [1, NAN, 0], [5, 0, 0], [1, 1, 0], [INF, 1, 1], [2, 0, 0]]
@@ -40,6 +46,16 @@ def test_failed_answers_leave_the_valid_tokens():
     assert found.tokens[found.failed].eq(0).all() and found.tokens[0].tolist() == [1.0, 2.0, 3.0]
     assert "not finite" in found.problem
     assert rewards(TOKENS, SEQUENCES, "no verdict").problem == "no verdict"
+
+
+def test_every_reason_has_its_metric_and_doubts_are_no_faults():
+    found = rewards(TOKENS, SEQUENCES, "", [(1, "form"), (5, "timeout"), (4, "form")])
+    shares = {key: float(total / count) for key, (total, count) in found.reasons().items()}
+    assert shares.keys() == {f"not_judged/{reason}" for reason in (*DOUBTS, *FAILURES)}
+    assert shares.pop("not_judged/form") == 2 / 6 and shares.pop("not_judged/timeout") == 1 / 6
+    assert set(shares.values()) == {0.0}
+    assert found.doubted.tolist() == [False, True, False, False, True, False]
+    assert torch.equal(found.where_finite().not_judged, found.not_judged)
 
 
 def test_what_stands_outside_an_answer_is_not_read():

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.rewards.verifiable import Verifier
+from megatron_amrlhf.rewards import verify_worker
+from megatron_amrlhf.rewards.verifiable import Verdict, Verifier
 
 SLOW_SECONDS = 60.0  # for a busy machine
 
@@ -24,43 +25,59 @@ def verifier():
     verifier.close()
 
 
+# Answers as the package's worker does, but for the reference answer "hang".
+SLEEPER = """
+import sys, time
+from megatron_amrlhf.rewards import verify_worker
+from megatron_amrlhf.rewards.judge import judging
+judge = judging.judge
+judging.judge = lambda gold, text: time.sleep(3600) if gold == "hang" else judge(gold, text)
+verify_worker.end_with_parent()
+verify_worker.serve(sys.stdin, sys.stdout)
+"""
+
+
 @pytest.mark.parametrize(
     ("gold", "text", "reward"),
     [
         ("72", "24 + 48 = 72 clips.\n#### 72", 1.0),
         ("72", "The answer is 71.", 0.0),
         ("72", "I do not know.", 0.0),
-        ("0.5", "It is $\\frac{1}{2}$", 1.0),
-        ("1200", "It costs 1,200 dollars", 1.0),
-        ("12", "\u7b54\u6848\u662f12\u3002", 1.0),
-        ("-3", "The answer is 3", 0.0),
-        ("2\\sqrt{3}", "So it is 2.", 0.0),  # LaTeX without delimiters is read whole
         ("2\\sqrt{3}", "So it is $2\\sqrt{3}$.", 1.0),
-        ("3+4i", "$3$", 0.0),
-        ("\\pi", "$\\pi$", 1.0),
-        ("1e3", "1000", 1.0),
-        ("18 dollars", "It costs 18", 1.0),
-        ("50%", "50%", 1.0),
     ],
 )
-def test_a_number_is_right_or_wrong(verifier, gold, text, reward):
-    verdict = verifier.judge(gold, text)
-    assert (verdict.reward, verdict.problem) == (reward, "")
+def test_an_answer_is_right_or_wrong(verifier, gold, text, reward):
+    assert verifier.judge(gold, text) == Verdict(reward)
 
 
 @pytest.mark.parametrize("gold", ["unknown", "?", "n/a", "..."])
-def test_a_reference_answer_without_a_number_is_no_wrong_answer(verifier, gold):
+def test_a_reference_answer_that_says_nothing_is_no_wrong_answer(verifier, gold):
     verdict = verifier.judge(gold, "12")
-    assert verdict.reward is None and repr(gold) in verdict.problem
+    assert verdict.reward is None and verdict.reason == "bad_reference"
+    assert repr(gold) in verdict.problem
+
+
+def test_an_answer_in_doubt_has_its_reason(verifier):
+    verdict = verifier.judge("391", r"\boxed{17 \times 23}")
+    assert (verdict.reward, verdict.reason) == (None, "form")
+
+
+def test_an_error_of_the_library_is_no_wrong_answer():
+    def fail(gold, text):
+        raise RecursionError("too deep")
+
+    verdict = Verdict(**verify_worker._verdict("1", "1", fail))
+    assert verdict == Verdict(None, "undecided", "RecursionError: too deep")
 
 
 def test_an_answer_that_keeps_it_busy_fails_and_the_next_one_is_judged():
-    verifier = Verifier(2.0)
+    verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", SLEEPER])
     try:
         verifier.judge("1", "1")
-        start = time.monotonic()
-        verdict = verifier.judge("9", "$9^{9^{9^{9^9}}}$")
-        assert verdict.reward is None and "within 2 s" in verdict.problem
+        verifier.timeout_seconds, start = 1.0, time.monotonic()
+        verdict = verifier.judge("hang", "9")
+        assert (verdict.reward, verdict.reason) == (None, "timeout")
+        assert "within 1 s" in verdict.problem
         assert time.monotonic() - start < SLOW_SECONDS
         verifier.timeout_seconds = SLOW_SECONDS
         assert verifier.judge("9", "9").reward == 1.0
@@ -68,12 +85,12 @@ def test_an_answer_that_keeps_it_busy_fails_and_the_next_one_is_judged():
         verifier.close()
 
 
-PARENT = """
+PARENT = f"""
 import os, sys
 from megatron_amrlhf.rewards.verifiable import Verifier
-verifier = Verifier(60.0)
+verifier = Verifier(60.0, [sys.executable, "-c", {SLEEPER!r}])
 assert verifier.judge("1", "1").reward == 1.0
-verifier._process.stdin.write('{"gold": "9", "text": "$9^{9^{9^{9^9}}}$"}\\n')
+verifier._process.stdin.write('{{"gold": "hang", "text": "9"}}\\n')
 verifier._process.stdin.flush()
 print(verifier._process.pid, flush=True)
 sys.stdin.readline()
@@ -109,7 +126,7 @@ def test_a_worker_that_dies_is_a_failure():
     code = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.readline()"
     verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", code])
     verdict = verifier.judge("1", "1")
-    assert verdict.reward is None and "has died" in verdict.problem
+    assert verdict.reward is None and verdict.reason == "worker" and "has died" in verdict.problem
     # One that has died between two answers has not read the second: that is lost, no more.
     verifier = Verifier(SLOW_SECONDS)
     assert verifier.judge("1", "1").reward == 1.0
