@@ -14,7 +14,7 @@ from megatron_amrlhf.algorithms.dpo import Dpo
 from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged, treat_truncated
 from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
-from megatron_amrlhf.algorithms.rewarding import without_failures
+from megatron_amrlhf.algorithms.rewarding import JUDGED, without_failures
 from megatron_amrlhf.algorithms.sample_log import log_samples
 from megatron_amrlhf.losses.reduce import finish_metrics
 from megatron_amrlhf.mask.threshold import RunningBaseline
@@ -49,7 +49,8 @@ def rollout_and_rewards():
     tokens[FAILED, 1] = torch.nan
     tokens = torch.where(rollout.response_mask, tokens, 0.0)
     whole = tokens.sum(1) / rollout.response_mask.sum(1)
-    return rollout, without_failures(tokens, whole, rollout.response_mask, "")
+    judged = torch.full((count,), JUDGED)
+    return rollout, without_failures(tokens, whole, rollout.response_mask, judged, "")
 
 
 def step_of(tmp_path, kind: str, log: int = 100, **sections: dict):

@@ -55,7 +55,7 @@ def by_check(record: dict) -> dict[str, dict]:
 def test_one_process_has_a_line_for_each_check_and_leaves_nothing(capsys, tmp_path):
     code, record = doctor()
     lines = capsys.readouterr().out.splitlines()
-    checks = ("versions", "devices", "limits", "disk", "locks", "shared files", "clocks")
+    checks = ("versions", "devices", "dtype", "limits", "disk", "locks", "shared files", "clocks")
     assert set(by_check(record)) == set(checks)
     assert code == record["exit_code"] == any(x["level"] == "error" for x in record["findings"])
     for finding in record["findings"]:
