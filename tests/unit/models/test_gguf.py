@@ -196,7 +196,7 @@ def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "_convert_into", lambda file, target: target.mkdir())
     file = tmp_path / "b.gguf"
     file.write_bytes(b"GGUF" + bytes(range(100)))
-    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60-2"
+    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60-3"
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/cache"])

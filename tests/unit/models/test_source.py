@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models import source
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
+from megatron_amrlhf.models.weight_files import INDEX_FILE
 from tests.helpers_models import llama_folder_as_qwen2, make_tiny_model
 
 
@@ -28,7 +29,7 @@ def _shard(folder: Path) -> None:
     for file, part in halves.items():
         save_file({name: weights[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
-    (folder / source.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
 
