@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from megatron_amrlhf.models.expected import FLOATS
 from megatron_amrlhf.models.gguf import NOTE_FILE
 from megatron_amrlhf.models.source import ShardedWeights
 
@@ -23,17 +24,21 @@ def contents_line(folder: str | Path, wanted: Collection[str]) -> str:
     read = [name for name in headers if name in wanted]
     left = [weights.stored_name(name) for name in headers if name not in wanted]
     places = {files.file_of[weights.stored_name(name)] for name in read}
-    dtypes = ", ".join(sorted({headers[name][1] for name in read}))
-    where = next(iter(places)) if len(places) == 1 else f"{len(places)} files"
-    unread = [f"{len(left)} tensors ({_some(left)})"] if left else []
+    dtypes = ", ".join(sorted({FLOATS[headers[name][1]] for name in read}))
+    where = next(iter(places)) if len(places) == 1 else _count(places, "file")
+    unread = [f"{_count(left, 'tensor')} ({_some(left)})"] if left else []
     if files.conflict:
         unread.append(f"{files.conflict}, which names other files")
     if files.unread:
-        unread.append(f"{len(files.unread)} files ({_some(files.unread)})")
+        unread.append(f"{_count(files.unread, 'file')} ({_some(files.unread)})")
     note = weights.folder / NOTE_FILE
     made = [note.read_text(encoding="utf-8").strip()] if note.is_file() else []
     rest = f"not read: {'; '.join(unread)}" if unread else "nothing is left unread"
-    return "; ".join([f"{len(read)} tensors ({dtypes}) from {where} of {folder}", rest, *made])
+    return "; ".join([f"{_count(read, 'tensor')} ({dtypes}) from {where} of {folder}", rest, *made])
+
+
+def _count(things: Collection[str], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"
 
 
 def _some(names: Collection[str]) -> str:

@@ -16,7 +16,8 @@ from megatron_amrlhf.models.shards import NamedWeights
 from megatron_amrlhf.models.source import EMBEDDING_NAME, ShardedWeights, read_hf_config
 
 LM_HEAD, HEAD_NAMES = "lm_head.weight", tuple(f"head.{part}" for part in HEAD_PARTS)
-FLOATS = ("F64", "F32", "BF16", "F16")  # as safetensors names them
+# By the name that safetensors has for it.
+FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 # Parts of quantized weights: GPTQ and AWQ, bitsandbytes, FP8, compressed-tensors.
 QUANTIZED_PARTS = (
     *(".qweight", ".qzeros", ".g_idx", ".scales"),
@@ -91,8 +92,9 @@ def check_weights(folder: str | Path, head_outputs: int | None) -> None:
     others = [name for name in found if name not in expected and not is_beside(name)]
     if others := [name for name in others if name != LM_HEAD]:
         raise UserError(
-            f"{folder} has {len(others)} tensors that the model of its config.json does not have "
-            f"and that would be left out ({_some(others)}): is it the config.json of this model?"
+            f"{folder} has {len(others)} of {len(found)} tensors that are no part of its "
+            f"config.json's model and would be left out ({_some(others)}): take the config.json of "
+            "these weights, or take them away"
         )
     if head_outputs is None:
         check_tied(weights, hf_config)

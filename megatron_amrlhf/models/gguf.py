@@ -190,7 +190,8 @@ def _note(reader: gguf.GGUFReader, file: Path) -> str:
     family = f"{gguf_field(reader, 'general.architecture')}."
     unread = [key for key in told if key not in TOKENIZER_KEYS and not key.startswith(family)]
     shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
-    rest = f", not read: {len(unread)} keys ({shown})" if unread else ""
+    noun = "key" if len(unread) == 1 else "keys"
+    rest = f", not read: {len(unread)} {noun} ({shown})" if unread else ""
     return (
         f"made of {file.name}: {len(reader.tensors)} tensors and {len(told) - len(unread)} keys "
         f"read{rest}\n"

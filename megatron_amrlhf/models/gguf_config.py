@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.families import config_object
 
 GGUF_FAMILIES = ("llama", "qwen2", "qwen3")
 ROPE_SCALINGS = ("linear", "yarn")
@@ -67,8 +68,8 @@ def gguf_config(reader: gguf.GGUFReader, file: Path) -> PretrainedConfig:
         raise UserError(f"{file}: lacks the key {family}.attention.layer_norm_rms_epsilon")
     head_dim = _head_dim(reader, family, said, file)
     groups = gguf_field(reader, f"{family}.attention.head_count_kv")
-    config = AutoConfig.for_model(
-        family,
+    keys = dict(
+        model_type=family,
         **said,
         num_key_value_heads=groups or said["num_attention_heads"],
         head_dim=head_dim,
@@ -80,6 +81,10 @@ def gguf_config(reader: gguf.GGUFReader, file: Path) -> PretrainedConfig:
         eos_token_id=gguf_field(reader, "tokenizer.ggml.eos_token_id"),
         pad_token_id=gguf_field(reader, "tokenizer.ggml.padding_token_id"),
     )
+    try:
+        config = config_object(keys)
+    except UserError as error:
+        raise UserError(f"{file}: {str(error).removeprefix('config.json: ')}") from None
     config.dtype = "float32"
     return config
 
