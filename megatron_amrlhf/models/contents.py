@@ -7,7 +7,7 @@ from pathlib import Path
 
 from megatron_amrlhf.models.expected import FLOATS
 from megatron_amrlhf.models.gguf import NOTE_FILE
-from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.models.source import ShardedWeights, read_hf_config
 
 SHOWN = 3
 
@@ -31,6 +31,8 @@ def contents_line(folder: str | Path, wanted: Collection[str]) -> str:
         unread.append(f"{files.conflict}, which names other files")
     if files.unread:
         unread.append(f"{_count(files.unread, 'file')} ({_some(files.unread)})")
+    if dropout := read_hf_config(folder).get("attention_dropout"):
+        unread.append(f"attention_dropout {dropout}")
     note = weights.folder / NOTE_FILE
     made = [note.read_text(encoding="utf-8").strip()] if note.is_file() else []
     rest = f"not read: {'; '.join(unread)}" if unread else "nothing is left unread"

@@ -75,7 +75,9 @@ def read_hf_config(folder: str | Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model folder {folder} has no config.json") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: malformed JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: must hold a JSON object")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from megatron_amrlhf.errors import UserError
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+HEAD_FILE = "head.safetensors"  # a linear head of ours, beside either
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 # Weights, or code that would compute with them otherwise; what else lies in a folder is no matter.
 NOTABLE = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".py")
@@ -36,8 +37,8 @@ class WeightFiles:
 def find_weight_files(folder: Path) -> WeightFiles:
     """Chooses as transformers does: ``model.safetensors`` before an index and its shards.
 
-    An index that also names ``model.safetensors`` lists more than that file (a head beside it), and
-    a folder with neither is all of its safetensors files.
+    An index that also names ``model.safetensors`` lists more than that file, and a folder with
+    neither is all of its safetensors files.
 
     Raises:
         UserError: no safetensors file, a malformed index, a file that the index names is missing,
@@ -58,6 +59,8 @@ def find_weight_files(folder: Path) -> WeightFiles:
         files, conflict = [SINGLE_FILE], INDEX_FILE if index is not None else ""
     else:
         files = _all_files(folder)
+    if HEAD_FILE not in files and (folder / HEAD_FILE).is_file():
+        files = [*files, HEAD_FILE]
     file_of: dict[str, str] = {}
     for file in files:  # what an index says of single tensors is not read: the files know
         for name in tensors_in(folder / file):
@@ -76,10 +79,13 @@ def _read_index(folder: Path) -> list[str] | None:
     if not index.is_file():
         return None
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        files = {str(folder / file): file for file in content["weight_map"].values()}
+    except OSError as error:
+        raise UserError(f"{index}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: malformed index: {error}") from None
-    return files
+    return sorted(files.values())
 
 
 def _there(folder: Path, files: list[str]) -> list[str]:

@@ -149,6 +149,7 @@ SAME = [
         "qwen2",
         (file("generation_config.json", '{"eos_token_id": 5}'),),
     ),
+    S("dropout", "llama", (config(attention_dropout=0.1),), left="not read: attention_dropout 0.1"),
     S("no architectures", "qwen2", (config(architectures=...),)),
     S("architecture of the base", "llama", (config(architectures=["LlamaModel"]),)),
     S(
