@@ -38,11 +38,12 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     world_size = options.gpus or replica
     policy = model_config(options.model or config.model.path, config.model.cache_folder)
     rewards, notes = reward_configs(config, policy)
-    hf_configs = [policy, *(hf_config for hf_config, _ in rewards.values())]
+    read = [policy, *(hf_config for hf_config, _ in rewards.values())]
+    hf_configs = [complete_config(hf_config) for hf_config in read]
     check_run(config, world_size)
     resolve_deepspeed(config, world_size // replica, "actor", trainable=True)
     for hf_config in hf_configs:
-        check_model(config, complete_config(hf_config))
+        check_model(config, hf_config)
     roles = planned_roles(config, policy, rewards)
     machine = Machine(int(options.memory * GIB), options.gpus_a_node)
     usable = int(options.share * machine.memory)

@@ -35,6 +35,7 @@ from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.contents import contents_line
 from megatron_amrlhf.models.expected import check_weights
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import resolve_model_folder
@@ -171,7 +172,19 @@ def _banner(context: Context, algorithm) -> str:
     changes = [f"changed since the last attempt: {'; '.join(changed)}"] if changed else []
     chat = chat_notes(context.tokenizer, context.model_folder, config.data.system_prompt)
     notes = [*(f"note: {note}" for note in chat), *_unused_ids(context), *_long_rows(context)]
-    return "\n".join([line, *attempt, *changes, *notes, *describe_choices(trained)])
+    lines = [line, *attempt, *changes, *_contents(context), *notes]
+    return "\n".join([*lines, *describe_choices(trained)])
+
+
+def _contents(context: Context) -> list[str]:
+    """A line for each model's folder: what is read of it, and what is not."""
+    roles: dict[tuple, list[str]] = {}
+    for name, role in context.engine.roles.items():
+        roles.setdefault((role.spec.folder, role.tensor_names), []).append(name)
+    return [
+        f"{', '.join(names)}: {contents_line(folder, wanted)}"
+        for (folder, wanted), names in roles.items()
+    ]
 
 
 def _unused_ids(context: Context) -> list[str]:

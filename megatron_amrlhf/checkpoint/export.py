@@ -30,11 +30,11 @@ from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import remove
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
-from megatron_amrlhf.models.source import INDEX_FILE, read_hf_config
+from megatron_amrlhf.models.source import read_hf_config
+from megatron_amrlhf.models.weight_files import HEAD_FILE, INDEX_FILE
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.rewards.kinds import with_meaning
 
-HEAD_FILE = "head.safetensors"
 GENERATION_FILE = "generation_config.json"
 
 

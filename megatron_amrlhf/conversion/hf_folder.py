@@ -16,7 +16,8 @@ from megatron_amrlhf.conversion.folders import copy_travelling, write_config
 from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.families import family_of
-from megatron_amrlhf.models.source import CLASSIFIER_NAMES, INDEX_FILE
+from megatron_amrlhf.models.source import CLASSIFIER_NAMES
+from megatron_amrlhf.models.weight_files import INDEX_FILE
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 Kind = Literal["causal-lm", "token-classification"]

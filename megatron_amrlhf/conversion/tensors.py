@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.models.expected import HEAD_NAMES, LM_HEAD, expected_shapes
+from megatron_amrlhf.models.expected import HEAD_NAMES, LM_HEAD, check_tied, expected_shapes
 from megatron_amrlhf.models.shards import NamedWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,5 +104,7 @@ def checked(
             raise UserError(
                 f"{weights.folder} {what} {len(names)} tensors of its config.json's model: {listed}"
             )
+    if not has_head:
+        check_tied(weights, hf_config)
     one = weights.get("model.norm.weight").dtype
     return CheckedWeights(weights, shapes, DTYPES.get(dtype, one), head_outputs, dtype is not None)

@@ -90,7 +90,8 @@ def compare_logits(
         hf_config: the parsed config.json of the model.
         casts: whether the target's weights were rounded to another dtype.
     """
-    sizes, found = (hf_config["vocab_size"], hf_config["max_position_embeddings"]), []
+    shape, found = read_shape(hf_config), []
+    sizes = shape.vocab_size, shape.max_positions
     for name in TOLERANCES:
         dtype, probe = getattr(torch, name), Probe.of(*sizes, spread=name == "float32")
         before, after = (_logits(x, hf_config, dtype, probe) for x in (source, target))

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
@@ -18,6 +17,7 @@ from megatron_amrlhf.engine.disk import Disk
 from megatron_amrlhf.engine.partitioned import PartitionedWeights
 from megatron_amrlhf.engine.replicated import ReplicatedWeights
 from megatron_amrlhf.engine.weights import Weights, make_optimizer
+from megatron_amrlhf.models.families import config_object
 from megatron_amrlhf.models.loading import load_stage
 from megatron_amrlhf.models.mapping import stage_entries, tied_name
 from megatron_amrlhf.models.shape import ModelShape, read_shape
@@ -75,8 +75,9 @@ class Role:
 
     def __init__(self, spec: RoleSpec, config: Config, mesh: Mesh):
         self.spec, self.mesh = spec, mesh
-        self.shape: ModelShape = read_shape(read_hf_config(spec.folder))
-        self.hf_config = AutoConfig.from_pretrained(spec.folder)
+        hf_config = read_hf_config(spec.folder)
+        self.shape: ModelShape = read_shape(hf_config)
+        self.hf_config = config_object(hf_config)
         place = (self.shape, mesh.cut, mesh.pp_rank, spec.head_outputs)
         self.entries, self.tied = stage_entries(*place), tied_name(*place)
         options = StageOptions(
@@ -88,6 +89,13 @@ class Role:
         load_stage(module, spec.head_outputs, ShardedWeights(spec.folder), mesh)
         self.loaded_not_finite = self.not_finite(module)
         self.weights = self._share(module, options, config)
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """Hugging Face names of all tensors of the model, of every stage."""
+        cut, outputs = self.mesh.cut, self.spec.head_outputs
+        stages = (stage_entries(self.shape, cut, x, outputs) for x in range(cut.stages))
+        return frozenset(name for entries in stages for entry in entries for name in entry.hf)
 
     def _build(self, options: StageOptions) -> StageModel:
         spec, mesh = self.spec, self.mesh

@@ -13,16 +13,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import gguf
 import torch
 from safetensors.torch import save_file
-from tokenizers import pre_tokenizers
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
@@ -30,16 +26,28 @@ from transformers import (
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, hash_ends
+from megatron_amrlhf.models.gguf_config import ROPE_FREQS, gguf_config, gguf_field
+from megatron_amrlhf.models.gguf_tokenizer import END_KEYS, end_ids, gguf_tokenizer
 
 DIGEST_BYTES = 32 * 1024 * 1024
-VERSION = 2  # of what is written: folders of another one are not taken from the cache
-GGUF_FAMILIES = ("llama", "qwen2")
-ROPE_SCALINGS = ("linear", "yarn")
+VERSION = 3  # of what is written: folders of another one are not taken from the cache
+NOTE_FILE = "made_of_gguf.txt"  # in a converted folder: what of the file was read
+TOKENIZER_KEYS = tuple(
+    f"tokenizer.{key}"
+    for key in (
+        *("chat_template", "ggml.model", "ggml.pre", "ggml.tokens", "ggml.scores", "ggml.merges"),
+        *("ggml.token_type", "ggml.bos_token_id", "ggml.unknown_token_id"),
+        *("ggml.padding_token_id", "ggml.add_space_prefix", "ggml.add_bos_token"),
+        *("ggml.add_eos_token", *(f"ggml.{key}" for key in END_KEYS)),
+    )
+)
 GGUF_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_output": "self_attn.o_proj",
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
@@ -149,22 +157,12 @@ def _convert_into(file: Path, target: Path) -> None:
 def _write_hf_folder(file: Path, folder: Path) -> None:
     """Dequantizes a GGUF model to float32 (exact) and saves it with its tokenizer.
 
-    The tensors are read here and not by ``from_pretrained(gguf_file=...)``: that needs
-    accelerate and gives a model which refuses ``save_pretrained``.
+    Nothing is read by ``from_pretrained(gguf_file=...)`` but the tokenizer: for the model that
+    needs accelerate and gives one which refuses ``save_pretrained``.
     """
     reader = open_gguf(file)
-    family = _gguf_field(reader, "general.architecture")
-    if family not in GGUF_FAMILIES:
-        raise UserError(f"{file}: GGUF family {family!r}; known are {', '.join(GGUF_FAMILIES)}")
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    if _gguf_field(reader, "tokenizer.ggml.pre") == "smollm":
-        _split_digits(tokenizer)
-    config = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
-    config.__dict__.pop("_model_name_or_path", None)
-    config.rms_norm_eps = float(f"{config.rms_norm_eps:.6g}")  # GGUF holds a rounded float32
-    config.dtype = "float32"
-    config.rope_parameters = config.rope_parameters | _rope_scaling(reader, family, file)
-
+    config = gguf_config(reader, file)
+    tokenizer = gguf_tokenizer(reader, file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     config.architectures = [type(model).__name__]
@@ -181,39 +179,31 @@ def _write_hf_folder(file: Path, folder: Path) -> None:
         raise UserError(f"{file}: tensors missing, unknown or of another shape: {wrong[:5]}")
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
-    _generation_config(config, tokenizer).save_pretrained(folder)
+    _generation_config(config, tokenizer, end_ids(reader, tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / NOTE_FILE).write_text(_note(reader, file), encoding="utf-8")
 
 
-def _rope_scaling(reader: gguf.GGUFReader, family: str, file: Path) -> dict[str, Any]:
-    """The part of ``rope_parameters`` that transformers does not read from a file."""
-
-    def scaling(key: str) -> Any:
-        return _gguf_field(reader, f"{family}.rope.scaling.{key}")
-
-    kind = scaling("type") or "none"
-    if kind == "none":
-        return {}
-    if kind not in ROPE_SCALINGS or scaling("factor") is None:
-        raise UserError(
-            f"{file}: rope scaling {kind!r} is not supported here (known: "
-            f"{', '.join(ROPE_SCALINGS)}, with a factor): use the model's Hugging Face folder"
-        )
-    found = {"rope_type": kind, "factor": float(f"{scaling('factor'):.6g}")}
-    if kind == "yarn" and (length := scaling("original_context_length")):
-        found["original_max_position_embeddings"] = int(length)
-    return found
-
-
-def _gguf_field(reader: gguf.GGUFReader, key: str):
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+def _note(reader: gguf.GGUFReader, file: Path) -> str:
+    """What of the file was read, and which keys that say more than its name and origin were not."""
+    told = [key for key in reader.fields if not key.startswith(("GGUF.", "general."))]
+    family = f"{gguf_field(reader, 'general.architecture')}."
+    unread = [key for key in told if key not in TOKENIZER_KEYS and not key.startswith(family)]
+    shown = ", ".join(unread[:3]) + (", ..." if len(unread) > 3 else "")
+    noun = "key" if len(unread) == 1 else "keys"
+    rest = f", not read: {len(unread)} {noun} ({shown})" if unread else ""
+    return (
+        f"made of {file.name}: {len(reader.tensors)} tensors and {len(told) - len(unread)} keys "
+        f"read{rest}\n"
+    )
 
 
 def _gguf_state_dict(reader: gguf.GGUFReader, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """All tensors under Hugging Face names, float32; unknown ones keep their GGUF name."""
     state = {}
     for tensor in reader.tensors:
+        if tensor.name == ROPE_FREQS:  # rope_parameters say it
+            continue
         weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()).float()
         name = _hf_name(tensor.name)
         if config.model_type == "llama" and ".q_proj." in name:
@@ -237,28 +227,9 @@ def _undo_llama_rotary_order(weight: torch.Tensor, num_heads: int) -> torch.Tens
     return halves.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
-def _split_digits(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Gives a SmolLM tokenizer its digit splitting back, which transformers' reader leaves out.
-
-    Without it, blanks before a digit are cut otherwise than the model has seen them.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-
-
 def _generation_config(
-    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, ends: list[int]
 ) -> GenerationConfig:
-    """End tokens: the file's, the tokenizer's, and ChatML's ``<|im_end|>`` where it is used."""
-    ends = {config.eos_token_id, tokenizer.eos_token_id}
-    if "<|im_end|>" in (tokenizer.chat_template or ""):
-        ends.add(tokenizer.get_vocab().get("<|im_end|>"))
-    ends = sorted(end for end in ends if end is not None)
     return GenerationConfig(
         bos_token_id=config.bos_token_id,
         eos_token_id=ends[0] if len(ends) == 1 else ends or None,

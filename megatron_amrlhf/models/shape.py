@@ -10,7 +10,13 @@ from typing import Any
 from megatron_amrlhf.config.checks import check_model
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.models.families import complete_config, family_of, window_of
+from megatron_amrlhf.models.families import (
+    FAMILIES,
+    complete_config,
+    config_object,
+    head_dim_of,
+    window_of,
+)
 from megatron_amrlhf.models.source import read_hf_config
 
 
@@ -51,23 +57,23 @@ def read_shape(hf_config: Mapping[str, Any]) -> ModelShape:
     Raises:
         UserError: the model, or its rope type, is not supported; names it.
     """
-    family, hf_config = family_of(hf_config), complete_config(hf_config)
-    heads = hf_config["num_attention_heads"]
+    config = config_object(hf_config)
+    family = FAMILIES[config.model_type]
     return ModelShape(
-        family=hf_config["model_type"],
-        num_layers=hf_config["num_hidden_layers"],
-        hidden_size=hf_config["hidden_size"],
-        num_heads=heads,
-        num_kv_heads=hf_config.get("num_key_value_heads") or heads,
-        head_dim=hf_config.get("head_dim") or hf_config["hidden_size"] // heads,
-        ffn_size=hf_config["intermediate_size"],
-        vocab_size=hf_config["vocab_size"],
-        max_positions=hf_config["max_position_embeddings"],
-        norm_eps=hf_config["rms_norm_eps"],
-        tied=bool(hf_config.get("tie_word_embeddings", False)),
+        family=config.model_type,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=head_dim_of(config),
+        ffn_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        norm_eps=config.rms_norm_eps,
+        tied=bool(config.tie_word_embeddings),
         qkv_bias=family.qkv_bias,
         qk_norm=family.qk_norm,
-        window=window_of(hf_config),
+        window=window_of(config),
     )
 
 

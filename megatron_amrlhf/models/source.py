@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import convert_gguf, gguf_of_package
+from megatron_amrlhf.models.weight_files import find_weight_files, open_safetensors
 
-INDEX_FILE = "model.safetensors.index.json"
+CONFIG_FILE = "config.json"
+BASE_PREFIX = "model."
+BARE_NAMES = ("embed_tokens.", "layers.", "norm.")  # of a model that was saved without its head
+EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A linear head's names in folders that AutoModelForTokenClassification reads, and ours.
 CLASSIFIER_NAMES = {"score.weight": "head.weight", "score.bias": "head.bias"}
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -67,12 +70,14 @@ def read_hf_config(folder: str | Path) -> dict:
     Raises:
         UserError: the file is missing or malformed.
     """
-    file = Path(folder) / "config.json"
+    file = Path(folder) / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"model folder {folder} has no config.json") from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: malformed JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: must hold a JSON object")
@@ -82,102 +87,94 @@ def read_hf_config(folder: str | Path) -> dict:
 class ShardedWeights:
     """Lazy reader of the tensors in a folder of safetensors files, with or without an index.
 
-    The head of a token classification model (``score.*``) goes by our names (``head.*``).
+    Tensors go by the names of the language model: the head of a token classification model
+    (``score.*``) by ours (``head.*``), those of a model that was saved without its head with
+    ``model.`` before them, and a tied embedding that was saved as the head alone as the embedding.
 
     Args:
         folder: a Hugging Face folder.
 
+    Attributes:
+        folder: as given.
+        files: which files are read.
+
     Raises:
-        UserError: no safetensors file, a malformed index, or a file that the index names is
-            missing or damaged.
+        UserError: as ``find_weight_files``.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._file_of: dict[str, str] = _weight_map(self.folder)
-        self._stored = {name: name for name in self._file_of}  # names in the files
+        self.files = find_weight_files(self.folder)
+        self._stored = {name: name for name in self.files.file_of}  # names in the files
+        for name in [name for name in self._stored if name.startswith(BARE_NAMES)]:
+            self._rename(name, f"{BASE_PREFIX}{name}")
         for stored, ours in CLASSIFIER_NAMES.items():
-            if stored in self._file_of and ours not in self._file_of:
-                self._file_of[ours], self._stored[ours] = self._file_of.pop(stored), stored
-        for file in sorted(set(self._file_of.values())):
-            if not (self.folder / file).is_file():
-                raise UserError(f"model folder {self.folder} lacks the file {file}")
+            if stored in self._stored:
+                self._rename(stored, ours)
+        if EMBEDDING_NAME not in self._stored and HEAD_NAME in self._stored and self._is_tied():
+            self._rename(HEAD_NAME, EMBEDDING_NAME)
+
+    def _rename(self, stored: str, ours: str) -> None:
+        if ours not in self._stored:
+            self._stored[ours] = self._stored.pop(stored)
+
+    def _is_tied(self) -> bool:
+        file = self.folder / CONFIG_FILE
+        return file.is_file() and bool(read_hf_config(self.folder).get("tie_word_embeddings"))
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
-        return sorted(self._file_of)
+        return sorted(self._stored)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all tensors by name, from the files' headers.
+    def stored_name(self, name: str) -> str:
+        """What a tensor is called in its file."""
+        return self._stored[name]
+
+    def headers(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and dtype (as safetensors names it) of all tensors by name.
 
         Raises:
-            UserError: a file is damaged, or lacks a tensor that the index says it has.
+            UserError: a file is damaged.
         """
         in_file: dict[str, list[str]] = {}
-        for name, file in self._file_of.items():
-            in_file.setdefault(file, []).append(name)
-        shapes = {}
+        for name, stored in self._stored.items():
+            in_file.setdefault(self.files.file_of[stored], []).append(name)
+        headers = {}
         for file, names in in_file.items():
-            with _open_safetensors(self.folder / file) as opened:
-                for name in names:
-                    with self._naming(file, name):
-                        shapes[name] = tuple(opened.get_slice(self._stored[name]).get_shape())
-        return shapes
+            opened = open_safetensors(self.folder / file)
+            for name in names:
+                tensor = opened.get_slice(self._stored[name])
+                headers[name] = tuple(tensor.get_shape()), tensor.get_dtype()
+        return headers
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor ``name``, read now, on CPU, in the dtype of the file.
 
         Raises:
-            UserError: there is no such tensor, or its file is damaged.
+            UserError: there is no such tensor, its file is damaged, or it is quantized.
         """
-        if name not in self._file_of:
+        if name not in self._stored:
             raise UserError(f"model folder {self.folder} has no tensor {name!r}")
-        file = self._file_of[name]
+        file = self.folder / self.files.file_of[self._stored[name]]
         # Opened anew each time: a handle keeps all pages that were read in memory.
-        with self._naming(file, name), _open_safetensors(self.folder / file) as opened:
-            return opened.get_tensor(self._stored[name])
-
-    @contextmanager
-    def _naming(self, file: str, name: str) -> Iterator[None]:
         try:
-            yield
+            tensor = open_safetensors(file).get_tensor(self._stored[name])
         except SafetensorError as error:
-            raise UserError(f"{self.folder / file}: cannot read {name!r}: {error}") from None
+            raise UserError(f"{file}: cannot read {name!r}: {error}") from None
+        if tensor.dtype not in FLOATS:
+            raise UserError(
+                f"{file}: {name} is {tensor.dtype}: quantized weights are not supported"
+            )
+        return tensor
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """File name of each tensor in the folder."""
-    index = folder / INDEX_FILE
-    if index.is_file():
-        try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{index}: malformed index: {error}") from None
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"model folder {folder} has no *.safetensors file")
-    return {name: file for file in files for name in _open_safetensors(folder / file).keys()}
-
-
-def _open_safetensors(file: Path) -> safe_open:
-    try:
-        return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+        return name in self._stored
 
 
 def _checked(folder: Path) -> Path:
     """The folder itself, after a look at what it must hold."""
-    missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not (folder / INDEX_FILE).is_file() and not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        raise UserError(f"model folder {folder} has no {' and no '.join(missing)}")
+    ShardedWeights(folder)  # an adapter's folder has no config.json either, and says so first
     read_hf_config(folder)
-    ShardedWeights(folder)
     return folder
 
 

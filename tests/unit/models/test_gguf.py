@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import gguf
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models import gguf as ours
+from megatron_amrlhf.models.contents import contents_line
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
 from tests.helpers_models import make_tiny_model
 
@@ -53,8 +57,28 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, rope: dict) -> None:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
-def _write_gguf(folder: Path, file: Path) -> None:
-    """Writes the model of a Hugging Face folder as an unquantized GGUF file."""
+def _add_rope_freqs(writer: gguf.GGUFWriter, rope: dict, head_dim: int) -> None:
+    """What each frequency is divided by, as llama.cpp's converter computes it."""
+    longest = rope["original_max_position_embeddings"] / rope["low_freq_factor"]
+    shortest = rope["original_max_position_embeddings"] / rope["high_freq_factor"]
+    factors = []
+    for i in range(head_dim // 2):
+        wavelength = 2 * math.pi * rope["rope_theta"] ** (2 * i / head_dim)
+        smooth = rope["original_max_position_embeddings"] / wavelength - rope["low_freq_factor"]
+        smooth /= rope["high_freq_factor"] - rope["low_freq_factor"]
+        between = 1 / ((1 - smooth) / rope["factor"] + smooth)
+        is_short, is_long = wavelength < shortest, wavelength > longest
+        factors.append(1 if is_short else rope["factor"] if is_long else between)
+    writer.add_tensor("rope_freqs.weight", np.array(factors, dtype=np.float32))
+
+
+def _write_gguf(
+    folder: Path, file: Path, change: Callable[[gguf.GGUFWriter], None] | None = None
+) -> None:
+    """Writes the model of a Hugging Face folder as an unquantized GGUF file.
+
+    ``change`` adds to what is in it, or replaces it.
+    """
     config = read_hf_config(folder)
     family = config["model_type"]
     writer = gguf.GGUFWriter(file, family)
@@ -65,7 +89,12 @@ def _write_gguf(folder: Path, file: Path) -> None:
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    _add_rope_scaling(writer, config["rope_parameters"])
+    writer.add_key_length(config["head_dim"])
+    writer.add_value_length(config["head_dim"])
+    if config["rope_parameters"]["rope_type"] == "llama3":
+        _add_rope_freqs(writer, config["rope_parameters"], config["head_dim"])
+    else:
+        _add_rope_scaling(writer, config["rope_parameters"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
@@ -90,6 +119,8 @@ def _write_gguf(folder: Path, file: Path) -> None:
             if family == "llama" and projection in heads:
                 data = _interleave_rotary_halves(data, heads[projection])
         writer.add_tensor(gguf_name, np.ascontiguousarray(data))
+    if change is not None:
+        change(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -97,18 +128,58 @@ def _write_gguf(folder: Path, file: Path) -> None:
 
 
 def _tiny_gguf(
-    tmp_path: Path, family: str, tied: bool, rope: dict | None = None
+    tmp_path: Path,
+    family: str,
+    tied: bool,
+    rope: dict | None = None,
+    change: Callable[[gguf.GGUFWriter], None] | None = None,
+    head_dim: int = 8,
 ) -> tuple[Path, torch.nn.Module]:
     hf = tmp_path / "hf"
-    model = make_tiny_model(hf, family, tied, vocab_size=NUM_GGUF_TOKENS, rope=rope)
-    _write_gguf(hf, tmp_path / "tiny.gguf")
+    sizes = {"vocab_size": NUM_GGUF_TOKENS, "head_dim": head_dim, "layers": 2}
+    model = make_tiny_model(hf, family, tied, rope=rope, **sizes)
+    _write_gguf(hf, tmp_path / "tiny.gguf", change)
     return tmp_path / "tiny.gguf", model
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["qwen2", "llama"])
-def test_a_converted_gguf_computes_the_same(tmp_path, family, tied):
-    file, model = _tiny_gguf(tmp_path, family, tied)
+def _replaced(key: str, value: object, kind: gguf.GGUFValueType) -> Callable:
+    """Gives a key another value, or adds it."""
+
+    def change(writer: gguf.GGUFWriter) -> None:
+        writer.kv_data[0].pop(key, None)
+        writer.add_key_value(key, value, kind)
+
+    return change
+
+
+STRING, UINT, REAL = (getattr(gguf.GGUFValueType, x) for x in ("STRING", "UINT32", "FLOAT32"))
+
+
+@pytest.mark.parametrize(
+    ("family", "head_dim"), [("qwen2", 8), ("llama", 8), ("llama", 16), ("qwen3", 128)]
+)
+def test_a_converted_gguf_computes_what_transformers_reader_gives(tmp_path, family, head_dim):
+    # Their reader has the heads' size of a Llama by this key, of the others by their defaults.
+    change = _replaced("llama.rope.dimension_count", head_dim, UINT) if family == "llama" else None
+    file, _ = _tiny_gguf(tmp_path, family, False, None, change, head_dim)
+    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name)
+    ids = torch.arange(1, NUM_GGUF_TOKENS)[None]
+    ours = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    torch.testing.assert_close(ours, theirs(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "name"),
+    [
+        *((family, tied, None) for family in ("qwen2", "llama", "qwen3") for tied in (False, True)),
+        ("llama", True, "mistral"),  # a file's own name says nothing about its family
+        ("llama", False, "llama"),
+    ],
+)
+def test_a_converted_gguf_computes_the_same(tmp_path, family, tied, name):
+    change = None if name is None else _replaced("general.name", name, STRING)
+    file, model = _tiny_gguf(tmp_path, family, tied, None, change, 16 if tied else 8)
     folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
     converted = AutoModelForCausalLM.from_pretrained(folder)
     assert type(converted) is type(model) and converted.config.tie_word_embeddings == tied
@@ -123,6 +194,14 @@ YARN = {
     "rope_theta": 10000.0,
     "factor": 2.5,
     "original_max_position_embeddings": 16,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
 }
 
 
@@ -147,6 +226,99 @@ def test_a_rope_scaling_that_is_not_known_here_is_refused(tmp_path):
     file.write_bytes(data.replace(b"linear", b"dynamo"))
     with pytest.raises(UserError, match=r"rope scaling 'dynamo' is not supported here"):
         resolve_model_folder(str(file), str(tmp_path / "cache"))
+
+
+def test_the_rope_of_llama_3_1_is_told_from_its_factors(tmp_path):
+    file, model = _tiny_gguf(tmp_path, "llama", True, LLAMA3)
+    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
+    assert read_hf_config(folder)["rope_parameters"] == LLAMA3
+    ids = torch.arange(1, NUM_GGUF_TOKENS)[None]
+    converted, positions = AutoModelForCausalLM.from_pretrained(folder), torch.arange(19) * 5000
+    logits = [x(ids, position_ids=positions[None]).logits for x in (converted, model)]
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (LLAMA3 | {"original_max_position_embeddings": 64}, "not those of Llama 3.1 and newer"),
+        (LLAMA3 | {"low_freq_factor": 2.0}, "not those of Llama 3.1 and newer"),
+    ],
+)
+def test_other_rope_factors_are_refused(tmp_path, rope, message):
+    file, _ = _tiny_gguf(tmp_path, "llama", True, rope)
+    with pytest.raises(UserError, match=f"rope_freqs.weight holds factors that are {message}"):
+        resolve_model_folder(str(file), str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "kind", "message"),
+    [
+        ("tokenizer.ggml.pre", "refact", STRING, r"tokenizer.ggml.pre 'refact' is not known here"),
+        ("tokenizer.ggml.pre", "default", STRING, r"tokenizer.ggml.pre 'default' is not known"),
+        ("tokenizer.ggml.model", "bert", STRING, "tokenizer.ggml.model 'bert' is not known here"),
+        ("general.architecture", "gemma3", STRING, "GGUF family 'gemma3'; known are"),
+        ("general.type", "adapter", STRING, "holds a GGUF adapter, not a whole model"),
+        ("split.count", 3, UINT, "is one of 3 parts"),
+        ("llama.expert_count", 8, UINT, "llama.expert_count = 8 is not supported here"),
+        ("llama.attention.sliding_window", 64, UINT, "attention.sliding_window = 64 is not"),
+        ("llama.rope.dimension_count", 4, UINT, "rope.dimension_count = 4 is not supported"),
+        ("llama.attention.value_length", 4, UINT, "attention.value_length = 4 is not supported"),
+        ("llama.logit_scale", 0.5, REAL, "llama.logit_scale = 0.5 is not supported here"),
+        ("llama.rope.scale_linear", 4.0, REAL, "llama.rope.scale_linear = 4.0 is not supported"),
+        ("llama.attention.layer_norm_rms_epsilon", 1.5, REAL, "rms_norm_eps must be a number"),
+        ("llama.rope.freq_base", -1.0, REAL, "rope_theta must be a finite number above 1"),
+        ("llama.block_count", 1, UINT, "tensors missing, unknown or of another shape"),
+    ],
+)
+def test_what_a_gguf_says_and_we_do_not_know_is_refused(tmp_path, key, value, kind, message):
+    file, _ = _tiny_gguf(tmp_path, "llama", True, None, _replaced(key, value, kind))
+    with pytest.raises(UserError, match=message) as told:
+        resolve_model_folder(str(file), str(tmp_path / "cache"))
+    assert "\n" not in str(told.value) and "tiny.gguf" in str(told.value)
+
+
+def test_all_end_tokens_of_a_gguf_are_read_and_the_rest_is_told(tmp_path):
+    def change(writer):
+        writer.add_eot_token_id(5)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 6)
+        writer.add_string("tokenizer.chat_template.tool_use", "x")
+        writer.add_uint32("llama.expert_count", 0)
+
+    file, _ = _tiny_gguf(tmp_path, "llama", True, None, change)
+    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2, 5, 6]
+    line = contents_line(folder, set(ShardedWeights(folder).names()))
+    assert re.search(
+        r"made of tiny.gguf: 20 tensors and \d+ keys read, not read: 1 key "
+        r"\(tokenizer.chat_template.tool_use\)$",
+        line,
+    )
+
+
+WORDS = "I'll pay 12345  for\n\n it, na\u00efve (e\u0301) x=1;"
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("llama-bpe", ["I", "'ll", " pay", " ", "123", "45", " ", " for", "\n\n", " it"]),
+        ("qwen2", ["I", "'ll", " pay", " ", *"12345", " ", " for", "\n\n", " it"]),
+        ("tekken", ["I", "'ll", " pay", " ", *"12345", " ", " for", "\n\n", " it"]),
+        ("gpt-2", ["I", "'ll", " pay", " 12345", " ", " for", "\n\n", " it"]),
+        ("smollm", ["I", "'ll", " pay", " ", *"12345", " ", " for", "\n\n", " it"]),
+    ],
+)
+def test_each_known_split_is_its_own(tmp_path, pre, pieces):
+    change = _replaced("tokenizer.ggml.pre", pre, STRING)
+    file, _ = _tiny_gguf(tmp_path, "llama", True, None, change)
+    folder = resolve_model_folder(str(file), str(tmp_path / "cache"))
+    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    parts = [WORDS[start:end] for _, (start, end) in backend.pre_tokenizer.pre_tokenize_str(WORDS)]
+    assert parts[: len(pieces)] == pieces
+    assert (backend.normalizer is not None) == (pre == "qwen2")
+    assert backend.model.ignore_merges == (pre in ("llama-bpe", "tekken"))
 
 
 def test_a_converted_gguf_ends_on_the_chat_templates_token_too(tmp_path):
@@ -196,7 +368,7 @@ def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(ours, "_convert_into", lambda file, target: target.mkdir())
     file = tmp_path / "b.gguf"
     file.write_bytes(b"GGUF" + bytes(range(100)))
-    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60-2"
+    assert ours.convert_gguf(file, str(tmp_path / "cache")).name == "b-104-6aa8ce36be60-3"
 
 
 @pytest.mark.parametrize("folder", ["taken", "taken/cache"])

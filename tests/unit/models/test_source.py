@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models import source
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
+from megatron_amrlhf.models.weight_files import INDEX_FILE
 from tests.helpers_models import llama_folder_as_qwen2, make_tiny_model
 
 
@@ -28,7 +29,7 @@ def _shard(folder: Path) -> None:
     for file, part in halves.items():
         save_file({name: weights[name] for name in part}, folder / file)
     index = {"weight_map": {name: file for file, part in halves.items() for name in part}}
-    (folder / source.INDEX_FILE).write_text(json.dumps(index))
+    (folder / INDEX_FILE).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
 
 
@@ -125,3 +126,39 @@ def test_zero_biases_make_a_llama_a_qwen2(tmp_path):
     ids = torch.arange(20)[None]
     assert twin.config.model_type == "qwen2"
     torch.testing.assert_close(twin(ids).logits, model(ids).logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_head_beside_the_weights_is_read_with_or_without_an_index(tiny_folder, sharded):
+    if sharded:
+        _shard(tiny_folder)
+    save_file({"head.weight": torch.ones(1, 48)}, tiny_folder / "head.safetensors")
+    weights = ShardedWeights(tiny_folder)
+    assert weights.files.unread == () and "model.norm.weight" in weights
+    assert torch.equal(weights.get("head.weight"), torch.ones(1, 48))
+
+
+def test_an_index_that_names_the_single_file_adds_to_it(tiny_folder):
+    save_file({"v_head.weight": torch.ones(1, 48)}, tiny_folder / "more.safetensors")
+    places = {"model.norm.weight": "model.safetensors", "v_head.weight": "more.safetensors"}
+    (tiny_folder / INDEX_FILE).write_text(json.dumps({"weight_map": places}))
+    weights = ShardedWeights(tiny_folder)
+    assert weights.files.conflict == "" and "lm_head.weight" in weights
+    assert "v_head.weight" in weights
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_a_malformed_index_is_one_line(tiny_folder, text):
+    (tiny_folder / "model.safetensors").rename(tiny_folder / "a.safetensors")
+    (tiny_folder / INDEX_FILE).write_text(text)
+    with pytest.raises(UserError, match="malformed index") as told:
+        ShardedWeights(tiny_folder)
+    assert "\n" not in str(told.value)
+
+
+def test_a_quantized_tensor_is_never_read_as_a_weight(tiny_folder):
+    weights = load_file(tiny_folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
+    save_file(weights, tiny_folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"model.norm.weight is torch.float8_e4m3fn: quantized"):
+        ShardedWeights(tiny_folder).get("model.norm.weight")
