@@ -31,6 +31,7 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.reading import Unreadable, read_object
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.rewards.marking import AnswerSteps
@@ -136,12 +137,19 @@ def prepare(
 
 
 def _check_key(file: Path, key: dict) -> None:
-    if not file.is_file():
-        return
+    """The folder is another one's, or empty of what would be written over, unless it says so."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out: {file} cannot be read ({error}); choose another folder") from None
+        found = read_object(file)
+    except FileNotFoundError:
+        names = (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME, PARTS)
+        if there := [name for name in names if (file.parent / name).exists()]:
+            raise UserError(
+                f"--out: {file.parent} has {', '.join(there)}, which would be written over: "
+                "choose another folder"
+            ) from None
+        return
+    except Unreadable as error:
+        raise UserError(f"--out: {file}: {error}; choose another folder") from None
     other = [name for name, value in key.items() if found.get(name) != value]
     if other:
         raise UserError(
@@ -266,10 +274,7 @@ def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
         if not (row.isfinite().all() and whole.isfinite().all()):
             where = job.answers[job.part(number)[place]].where
             raise UserError(f"{where}: a score of this answer is not finite")
-    file = _part_file(job, number)
-    temporary = file.with_suffix(".tmp")
-    write_tensors(temporary, tensors, {"format": "pt"})
-    temporary.replace(file)
+    write_tensors(_part_file(job, number), tensors, {"format": "pt"})
 
 
 def _finish(job: Job) -> None:

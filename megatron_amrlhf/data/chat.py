@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.reading import Unreadable, read_object
 
 # Words, runs of blanks, digits, a line break, letters that many vocabularies lack.
 PROBE = "Ann buys 3 x 4 = 12 apples.  Zo\u00eb\nStep 2: \u7b2c\u4e00"
@@ -148,9 +148,9 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> lis
     path = Path(folder) / "generation_config.json"
     if path.is_file():
         try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
+            listed = read_object(path, strict=False).get("eos_token_id")
+        except Unreadable as error:
+            raise UserError(f"{path}: not a JSON object ({error}); restore the file") from None
         listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not all(type(token) is int and token >= 0 for token in listed):
             raise UserError(f"{path}: eos_token_id must be token ids; restore the file")

@@ -6,7 +6,6 @@ files, ``generation_config.json``), which the Megatron side reads tensor by tens
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
+from pydantic import field_validator
 from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import convert_gguf, gguf_of_package
+from megatron_amrlhf.reading import Record, Unreadable, checked, read_json, read_object
 
 INDEX_FILE = "model.safetensors.index.json"
 # A linear head's names in folders that AutoModelForTokenClassification reads, and ours.
@@ -69,14 +70,11 @@ def read_hf_config(folder: str | Path) -> dict:
     """
     file = Path(folder) / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file, strict=False)  # as transformers reads it
     except FileNotFoundError:
         raise UserError(f"model folder {folder} has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{file}: malformed JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return config
+    except Unreadable as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 class ShardedWeights:
@@ -148,13 +146,27 @@ class ShardedWeights:
         return name in self._file_of
 
 
+class _Index(Record):
+    """The file's name of each tensor; a name that leads out of the folder is refused."""
+
+    weight_map: dict[str, str]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _are_in_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
+        for file in files.values():
+            if Path(file).name != file:
+                raise ValueError(f"{file!r} is no name of a file in the folder")
+        return files
+
+
 def _weight_map(folder: Path) -> dict[str, str]:
     """File name of each tensor in the folder."""
     index = folder / INDEX_FILE
     if index.is_file():
         try:
-            return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
+            return checked(_Index, read_json(index, strict=False)).weight_map
+        except Unreadable as error:
             raise UserError(f"{index}: malformed index: {error}") from None
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if not files:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from megatron_amrlhf.errors import printable
 from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.run_folder import RunFolder
 
@@ -127,7 +128,7 @@ class RunConsole:
     def line(self, text: str) -> None:
         """Prints one line on stdout."""
         if self._enabled:
-            self._out.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def step_table(self, step: int, total: int | None, metrics: Mapping[str, float | None]) -> None:
         """Prints a short table of a step's main metrics.
@@ -177,7 +178,7 @@ class RunConsole:
                 self.line(f"{path!s:<48} {meaning}")
 
     def _plain(self, text: str) -> None:
-        self._err.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._err.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def format_metric(name: str, value: float | None) -> str:

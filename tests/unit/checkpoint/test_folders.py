@@ -16,6 +16,7 @@ from megatron_amrlhf.checkpoint.folders import (
     publish,
 )
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.owned import claim
 
 
 def make(folder: Path, size: int = 100) -> Path:
@@ -24,6 +25,12 @@ def make(folder: Path, size: int = 100) -> Path:
     (folder / "part").write_bytes(b"x" * size)
     files = {"part": {"size": size, "sha256": "unread"}}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return folder
+
+
+def make_unfinished(folder: Path, size: int = 100) -> Path:
+    """One that was being written, or deleted."""
+    claim(make(folder, size), "checkpoint")
     return folder
 
 
@@ -74,28 +81,28 @@ def test_a_link_goes_alone_and_what_cannot_be_deleted_is_told(tmp_path, monkeypa
     delete_old(checkpoints, checkpoints / "step-2", Retention(1))
     assert names(checkpoints) == ["step-2"] and names(archive) == ["manifest.json", "part"]
 
-    def refuse(path):
+    def refuse(path, kind):
         raise OSError("in use")
 
-    monkeypatch.setattr(folders, "remove", refuse)
+    monkeypatch.setattr(folders, "delete_ours", refuse)
     delete_old(checkpoints, make(checkpoints / "step-3"), Retention(1))
     assert "step-2 is not deleted: in use" in capsys.readouterr().err
     assert find_latest(checkpoints) == checkpoints / "step-3"
 
 
 def test_a_save_killed_while_it_replaced_a_checkpoint_loses_nothing(tmp_path):
-    make(tmp_path / "tmp-old-step-2")
-    make(tmp_path / "tmp-step-2")
+    make_unfinished(tmp_path / "tmp-old-step-2")
+    make_unfinished(tmp_path / "tmp-step-2")
     (tmp_path / "tmp-step-3").mkdir()
     assert find_latest(tmp_path) is None
-    clear_leftovers(tmp_path)
+    assert clear_leftovers(tmp_path) == []
     assert names(tmp_path) == ["step-2"] and find_latest(tmp_path) == tmp_path / "step-2"
 
 
 def test_what_was_being_deleted_goes(tmp_path):
     make(tmp_path / "step-2")
-    make(tmp_path / "tmp-old-step-2")
-    make(tmp_path / "tmp-old-step-1")
+    make_unfinished(tmp_path / "tmp-old-step-2")
+    make_unfinished(tmp_path / "tmp-old-step-1")
     (tmp_path / "tmp-old-step-1" / "part").unlink()
     clear_leftovers(tmp_path)
     assert names(tmp_path) == ["step-2"]
@@ -103,7 +110,7 @@ def test_what_was_being_deleted_goes(tmp_path):
 
 def test_publishing_replaces_and_names_the_newest(tmp_path):
     make(tmp_path / "step-2", 10)
-    publish(make(tmp_path / "tmp-step-2", 20), tmp_path / "step-2")
+    publish(make_unfinished(tmp_path / "tmp-step-2", 20), tmp_path / "step-2")
     assert names(tmp_path) == ["latest", "step-2"]
     assert (tmp_path / "step-2" / "part").stat().st_size == 20
     assert (tmp_path / "latest").read_text() == "step-2\n"

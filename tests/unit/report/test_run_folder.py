@@ -8,6 +8,7 @@ import pytest
 
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.owned import NOTE_NAME
 from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, RunFolder, last_attempt
 from megatron_amrlhf.report.stop_request import process_age
 from tests.unit.config.samples import PPO, make_config
@@ -20,6 +21,10 @@ def make(tmp_path):
         return make_config(PPO, **sections)
 
     return _make
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def status_of(folder) -> dict:
@@ -40,7 +45,8 @@ def test_status_is_replaced_whole(make):
     status = status_of(folder)
     assert (status["state"], status["step"]) == ("failed", 3)
     assert status["message"] == "the loss is not finite" and status["time"].endswith("+00:00")
-    assert {path.name for path in folder.path.iterdir()} == {"config.resolved.yaml", "status.json"}
+    names = {path.name for path in folder.path.iterdir()}
+    assert names == {NOTE_NAME, "config.resolved.yaml", "heartbeat", "status.json"}
 
 
 def test_other_ranks_write_nothing(make):
@@ -72,11 +78,11 @@ def test_a_second_start_goes_on_and_keeps_the_earlier_config(make):
 def test_another_runs_folder_is_refused(make, sections, expected):
     folder = RunFolder.create(make(), rank=0)
     folder.metrics.write_text('{"step": 1}\n')
-    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    before = contents(folder.path)
     with pytest.raises(UserError, match="choose another run.name") as caught:
         RunFolder.create(make(**sections), rank=0)
     assert expected in str(caught.value)
-    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert contents(folder.path) == before
     folder.metrics.unlink()
     folder.checkpoints.mkdir()
     with pytest.raises(UserError, match="choose another run.name"):
@@ -112,7 +118,7 @@ def test_damaged_files_are_user_errors(make, name, text):
 
 def test_a_status_that_cannot_be_read_is_a_user_error(tmp_path):
     (tmp_path / "status.json").mkdir()
-    with pytest.raises(UserError, match="status.json cannot be read"):
+    with pytest.raises(UserError, match="status.json is damaged .is a folder"):
         last_attempt(tmp_path)
 
 
