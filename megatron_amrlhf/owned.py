@@ -22,6 +22,7 @@ MADE_BY = "megatron_amrlhf"
 SMALL_FILE = 1 << 20  # bytes; up to here a file's content is compared, not only its size
 # What killed writers leave inside: the safetensors library and `files.replacing`.
 LEFTOVER = re.compile(r"\.tmp\w{6}|\..+\.\d+\.tmp", re.ASCII)
+OUR_NOTE = re.compile(rf"{re.escape(NOTE_NAME)}|\.{re.escape(NOTE_NAME)}\.\d+\.tmp", re.ASCII)
 SHOWN_NAMES = 3
 
 Kind = Literal["run", "heartbeat", "checkpoint", "export", "conversion", "cache", "probe"]
@@ -85,8 +86,8 @@ def why_not_ours(folder: Path, kind: Kind) -> str:
         return "is a link"
     if not folder.is_dir():
         return "is no folder"
-    if not any(path.name != NOTE_NAME for path in folder.iterdir()):
-        return ""
+    if all(OUR_NOTE.fullmatch(path.name) for path in folder.iterdir()):
+        return ""  # also where a kill came before the note was whole
     note = _note(folder)
     if note is None or note.kind != kind:
         return f"was not made by this version of the package (no {NOTE_NAME} in it)"

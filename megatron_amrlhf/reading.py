@@ -10,6 +10,7 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,6 +132,13 @@ def checked(kind: type[AnyRecord], content: Any) -> AnyRecord:
         where = ".".join(map(str, first["loc"]))
         what = first["msg"].removeprefix("Value error, ")
         raise Unreadable(f"{where}: {what}" if where else what) from None
+
+
+def refuse_paths(names: Iterable[str]) -> None:
+    """Raises a ``ValueError`` where one is no name of a file in a folder but leads elsewhere."""
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"{name!r} is no name of a file in the folder")
 
 
 def _refuse_constant(name: str):

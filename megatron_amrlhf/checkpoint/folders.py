@@ -15,7 +15,7 @@ from megatron_amrlhf.checkpoint.files import write_text
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import clear_temporaries, free_name, fsync, sha256_of
 from megatron_amrlhf.owned import claim, delete_ours, is_ours, make_folder, strangers, why_not_ours
-from megatron_amrlhf.reading import Record, Unreadable, read_record
+from megatron_amrlhf.reading import Record, Unreadable, read_record, refuse_paths
 from megatron_amrlhf.sizes import GIB, in_units
 
 FORMAT = 2
@@ -44,9 +44,7 @@ class Manifest(Record):
     @field_validator("files")
     @classmethod
     def _are_in_the_folder(cls, files: dict[str, ManifestEntry]) -> dict[str, ManifestEntry]:
-        outside = [name for name in files if Path(name).name != name]
-        if outside:
-            raise ValueError(f"{outside[0]!r} is no name of a file in the folder")
+        refuse_paths(files)
         return files
 
 

@@ -20,7 +20,14 @@ from safetensors import SafetensorError, safe_open
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import convert_gguf, gguf_of_package
-from megatron_amrlhf.reading import Record, Unreadable, checked, read_json, read_object
+from megatron_amrlhf.reading import (
+    Record,
+    Unreadable,
+    checked,
+    read_json,
+    read_object,
+    refuse_paths,
+)
 
 INDEX_FILE = "model.safetensors.index.json"
 # A linear head's names in folders that AutoModelForTokenClassification reads, and ours.
@@ -154,9 +161,7 @@ class _Index(Record):
     @field_validator("weight_map")
     @classmethod
     def _are_in_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
-        for file in files.values():
-            if Path(file).name != file:
-                raise ValueError(f"{file!r} is no name of a file in the folder")
+        refuse_paths(files.values())
         return files
 
 

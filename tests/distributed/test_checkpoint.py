@@ -22,6 +22,7 @@ from megatron_amrlhf.checkpoint.store import CheckpointWriter
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.owned import make_folder
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.processes import run_on
 from tests.distributed.small_run import (
@@ -178,7 +179,7 @@ def trouble(folder: str, root: str) -> dict:
     before = fingerprint(engine)
     take_steps(engine, range(1))
     if mesh.is_main:
-        (checkpoints / "tmp-step-9").mkdir()  # as a killed save leaves it
+        make_folder(checkpoints / "tmp-step-9", "checkpoint")  # as a killed save leaves it
         (checkpoints / "tmp-step-9" / "manifest.json").write_text("{}")
     for step in (1, 2, 3, 3):
         save_checkpoint(engine, checkpoints, step, {"step": step}, keep=2)
