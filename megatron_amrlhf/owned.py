@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +25,7 @@ SMALL_FILE = 1 << 20  # bytes; up to here a file's content is compared, not only
 # What killed writers leave inside: the safetensors library and `files.replacing`.
 LEFTOVER = re.compile(r"\.tmp\w{6}|\..+\.\d+\.tmp", re.ASCII)
 OUR_NOTE = re.compile(rf"{re.escape(NOTE_NAME)}|\.{re.escape(NOTE_NAME)}\.\d+\.tmp", re.ASCII)
+OTHER_HOST_SECONDS = 24 * 3600.0
 SHOWN_NAMES = 3
 
 Kind = Literal["run", "heartbeat", "checkpoint", "export", "conversion", "cache", "probe"]
@@ -41,12 +44,13 @@ class Note(Record):
     Attributes:
         made_by: this package.
         kind: what the folder is.
-        pid: of the process that made it.
+        host, pid: of the process that made it.
         files: by path in the folder; None: it is being filled, all in it is ours.
     """
 
     made_by: Literal["megatron_amrlhf"]
     kind: Kind
+    host: str
     pid: int
     files: dict[str, Mark] | None
 
@@ -64,15 +68,13 @@ def make_folder(folder: Path, kind: Kind) -> None:
 
 def claim(folder: Path, kind: Kind) -> None:
     """Writes the note into a folder of which the caller knows that it is ours."""
-    note = Note(made_by=MADE_BY, kind=kind, pid=os.getpid(), files=None)
-    write_atomic(folder / NOTE_NAME, note.model_dump_json(indent=1) + "\n")
+    _write_note(folder, kind, None)
 
 
 def seal(folder: Path, kind: Kind) -> None:
     """Lists the files of a complete folder in its note."""
     files = {str(path.relative_to(folder)): _mark(path) for path in _files(folder)}
-    note = Note(made_by=MADE_BY, kind=kind, pid=os.getpid(), files=files)
-    write_atomic(folder / NOTE_NAME, note.model_dump_json(indent=1) + "\n")
+    _write_note(folder, kind, files)
 
 
 def is_ours(folder: Path, kind: Kind) -> bool:
@@ -114,11 +116,18 @@ def strangers(folder: Path, known: set[str]) -> str:
 
 
 def is_abandoned(folder: Path) -> bool:
-    """Whether the process that made a folder does not run on this host any more."""
+    """Whether the process that made a folder does not run any more.
+
+    Another host's is not seen from here: it has gone where nothing was written for a day.
+    """
     note = _note(folder)
-    if note is None or note.pid == os.getpid():
+    if note is None:
         return True
-    return (folder / NOTE_NAME).stat().st_mtime < started_at(note.pid)
+    if note.host != socket.gethostname():
+        newest = max(path.lstat().st_mtime for path in folder.iterdir())
+        return time.time() - newest > OTHER_HOST_SECONDS
+    written = (folder / NOTE_NAME).stat().st_mtime
+    return note.pid == os.getpid() or written < started_at(note.pid)
 
 
 def delete_ours(folder: Path, kind: Kind) -> None:
@@ -195,6 +204,12 @@ def put_in_place(temporary: Path, target: Path, kind: Kind) -> None:
 
 def _beside(target: Path, end: str) -> Path:
     return target.with_name(f".{target.name}.{end}")
+
+
+def _write_note(folder: Path, kind: Kind, files: dict[str, Mark] | None) -> None:
+    who = {"host": socket.gethostname(), "pid": os.getpid()}
+    note = Note(made_by=MADE_BY, kind=kind, files=files, **who)
+    write_atomic(folder / NOTE_NAME, note.model_dump_json(indent=1) + "\n")
 
 
 def _note(folder: Path) -> Note | None:

@@ -11,6 +11,7 @@ from megatron_amrlhf.files import clear_temporaries, free_name
 from megatron_amrlhf.owned import is_ours, make_folder
 from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME, OUR_NAMES
 from megatron_amrlhf.report.status_file import STATUS_NAME, read_status
+from megatron_amrlhf.report.stop_request import STOP_NAME
 
 CONFIG_NAME, METRICS_NAME, SAMPLES_NAME = "config.resolved.yaml", "metrics.jsonl", "samples.jsonl"
 WATCHDOG_NAME, PICTURE_NAME, FROM_START_NAME = "watchdog.txt", "curves.png", "from-start"
@@ -32,7 +33,8 @@ def refuse_others_files(path: Path) -> None:
     Raises:
         UserError: names what has to be moved.
     """
-    wrong = [x for x in OUR_FILES if (path / x).exists() and not (path / x).is_file()]
+    files = (*OUR_FILES, STOP_NAME)
+    wrong = [x for x in files if (path / x).exists() and not (path / x).is_file()]
     wrong += [x for x in OUR_FOLDERS if (path / x).exists() and not (path / x).is_dir()]
     if wrong:
         raise UserError(f"{path / wrong[0]} is in the run's way: move it away")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -9,8 +10,10 @@ from megatron_amrlhf import owned
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.owned import (
     NOTE_NAME,
+    OTHER_HOST_SECONDS,
     begin_beside,
     delete_ours,
+    is_abandoned,
     is_ours,
     is_whole,
     make_folder,
@@ -106,12 +109,21 @@ def test_what_a_living_process_writes_is_left_to_it(tmp_path):
     assert (other / "part").exists()
 
 
-def made_by(folder, pid):
+def made_by(folder, pid, **more):
     make_folder(folder, "export")
     note = json.loads((folder / NOTE_NAME).read_text())
-    (folder / NOTE_NAME).write_text(json.dumps(note | {"pid": pid}))
+    (folder / NOTE_NAME).write_text(json.dumps(note | {"pid": pid} | more))
     (folder / "part").touch()
     return folder
+
+
+def test_what_another_host_writes_is_left_to_it_for_a_day(tmp_path):
+    other = made_by(tmp_path / ".x.tmp", DEAD, host="far")
+    assert not is_abandoned(other)
+    day_ago = time.time() - OTHER_HOST_SECONDS - 60
+    for path in other.iterdir():
+        os.utime(path, (day_ago, day_ago))
+    assert is_abandoned(other)
 
 
 def test_the_note_is_deleted_last(tmp_path, monkeypatch):

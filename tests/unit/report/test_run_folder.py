@@ -173,11 +173,11 @@ def test_heartbeats_of_others_are_no_litter(make):
     assert (path / "heartbeat" / "ecg.csv").read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", [*OUR_FILES, *OUR_FOLDERS])
+@pytest.mark.parametrize("name", ["stop", *OUR_FILES, *OUR_FOLDERS])
 def test_what_is_in_the_way_is_named_before_any_work(make, name):
     path = make().run.path
     path.mkdir(parents=True)
-    (path / name).mkdir() if name in OUR_FILES else (path / name).touch()
+    (path / name).touch() if name in OUR_FOLDERS else (path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} is in the run's way"):
         RunFolder.create(make(), rank=0)
     assert [x.name for x in path.iterdir()] == [name]
