@@ -192,6 +192,7 @@ def refuse_other_run(path: Path, config: Config) -> None:
         UserError: the folder belongs to another run (algorithm.kind or model.path differ), to one
             that is going on, or to no run, and has files that one would write over.
     """
+    refuse_living_run(path)
     refuse_others_files(path)
     if config.checkpoint.export:
         refuse_other_folder(path / EXPORT_NAME, "export")
@@ -204,7 +205,6 @@ def refuse_other_run(path: Path, config: Config) -> None:
                 f"{path} holds a run with {section}.{key} {before}, this one has "
                 f"{now[section][key]}: choose another run.name or delete the folder"
             )
-    refuse_living_run(path)
 
 
 def _has_results(path: Path) -> bool:
