@@ -97,10 +97,14 @@ def appendable(path: Path) -> Path:
 
 
 def _allow(path: Path, mode: int) -> None:
-    """Some libraries write files that only the user could read; some disks know no modes."""
-    if stat.S_IMODE(path.stat().st_mode) != mode:
+    """Adds to a file's mode: some libraries write what only the user could read.
+
+    What a folder's access list gives beyond that stays; some disks know no modes.
+    """
+    found = stat.S_IMODE(path.stat().st_mode)
+    if mode & ~found:
         with suppress(PermissionError):
-            path.chmod(mode)
+            path.chmod(found | mode)
 
 
 def umask() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import clear_temporaries, free_name
-from megatron_amrlhf.owned import is_ours, make_folder
+from megatron_amrlhf.owned import claim, is_ours, make_folder
 from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME, OUR_NAMES
 from megatron_amrlhf.report.status_file import STATUS_NAME, read_status
 from megatron_amrlhf.report.stop_request import STOP_NAME
@@ -39,7 +39,9 @@ def refuse_others_files(path: Path) -> None:
     if wrong:
         raise UserError(f"{path / wrong[0]} is in the run's way: move it away")
     is_run = is_ours(path, "run") or (path / CONFIG_NAME).is_file() and read_status(path)
-    there = [name for name in (*OUR_FILES, HEARTBEAT_NAME) if (path / name).exists()]
+    there = [name for name in OUR_FILES if (path / name).exists()]
+    beats = path / HEARTBEAT_NAME
+    there += [HEARTBEAT_NAME] if beats.is_dir() and any(beats.iterdir()) else []
     if there and not is_run:
         raise UserError(
             f"{path} is no run's folder, but has {', '.join(there)}, which a run writes: choose "
@@ -49,12 +51,16 @@ def refuse_others_files(path: Path) -> None:
 
 def make_heartbeats(folder: Path, attempt: int) -> None:
     """An empty folder but for what others have put there; an earlier attempt's beats go."""
-    if folder.is_symlink() or folder.exists() and not is_ours(folder, "heartbeat"):
+    is_there = folder.exists() or folder.is_symlink()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if is_there and not is_empty and not is_ours(folder, "heartbeat"):
         aside = free_name(folder.with_name(f"{folder.name}-before-attempt-{attempt}"))
         folder.rename(aside)
         line = f"note: {folder} was not made by this version: it is now {aside.name}"
         print(printable(line), file=sys.stderr, flush=True)
-    if not folder.exists():
+    if is_empty:
+        claim(folder, "heartbeat")  # where a link leads to, as a rule
+    elif not folder.exists():
         make_folder(folder, "heartbeat")
     clear_temporaries(folder, OUR_NAMES)
     for file in folder.iterdir():

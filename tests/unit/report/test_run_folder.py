@@ -222,6 +222,18 @@ def test_a_start_clears_its_own_litter_only(make):
     assert outside.read_text() == "mine" and not (beats / "rank-0004.json").is_symlink()
 
 
+def test_a_link_to_a_folder_for_heartbeats_is_followed(make, tmp_path):
+    path, disk = make().run.path, tmp_path / "disk"
+    path.mkdir(parents=True)
+    disk.mkdir()
+    (path / "heartbeat").symlink_to(disk)
+    for _ in range(2):
+        RunFolder.create(make(), rank=0)
+        assert (path / "heartbeat").is_symlink()
+        assert [x.name for x in disk.iterdir()] == [NOTE_NAME]
+        (disk / "rank-0000.json").touch()
+
+
 def test_files_as_links_are_never_written_through(make):
     folder = RunFolder.create(make(), rank=0)
     targets = {}
