@@ -20,14 +20,14 @@ from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line
+from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line, printable
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.postmortem import find_cause, status_lines
-from megatron_amrlhf.report.run_folder import note_failure
 from megatron_amrlhf.report.samples import load_samples
+from megatron_amrlhf.report.status_file import note_failure
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN
 from megatron_amrlhf.slurm import check_ranks, set_ranks
 
@@ -115,7 +115,7 @@ def show_masks(arguments: argparse.Namespace) -> None:
         write_atomic(target, page(records, f"{arguments.source}, step {records[0].step}"))
     except OSError as error:
         raise UserError(f"--html {target}: cannot be written ({error.strerror})") from None
-    print(f"{target}: {len(records)} answers of step {records[0].step}")
+    print(printable(f"{target}: {len(records)} answers of step {records[0].step}"))
 
 
 def show_status(arguments: argparse.Namespace) -> None:

@@ -1,12 +1,17 @@
-"""The one exception that means "the user can fix this", and how a tool ends on it."""
+"""The one exception that means "the user can fix this", how a tool ends on it, safe text."""
 
 from __future__ import annotations
 
 import functools
 import sys
+import unicodedata
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+# Marks that turn the order of the text around them.
+DIRECTION_MARKS = frozenset(
+    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 
 
 class UserError(Exception):
@@ -19,7 +24,23 @@ class UserError(Exception):
 def error_line(error: UserError, rank: int = 0) -> str:
     """What a person sees of a mistake: one line, which names a rank other than the first."""
     which = f" (rank {rank})" if rank else ""
-    return f"error{which}: {' '.join(str(error).split())}"
+    return f"error{which}: {printable(' '.join(str(error).split()))}"
+
+
+def printable(text: str) -> str:
+    """Text without what could steer a terminal or a page: such characters become ``\\xNN``.
+
+    Control characters but newline and tab, direction marks and lone surrogates. All that comes
+    from files, names or models goes through here before a person sees it.
+    """
+    return "".join(c if _is_harmless(c) else ascii(c)[1:-1] for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    if character in "\n\t":
+        return True
+    category = unicodedata.category(character)
+    return category not in ("Cc", "Cs") and character not in DIRECTION_MARKS
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:

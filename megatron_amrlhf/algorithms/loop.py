@@ -15,6 +15,7 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.planned_memory import memory_line, plan_of_run
 from megatron_amrlhf.algorithms.precision import goes_on
 from megatron_amrlhf.algorithms.preemption import StepAbandoned, check_stop
+from megatron_amrlhf.algorithms.saved_state import check_run_state
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.checkpoint.folders import (
@@ -29,7 +30,7 @@ from megatron_amrlhf.checkpoint.parts import SavedLayout
 from megatron_amrlhf.checkpoint.store import CheckpointWriter
 from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import free_name, write_atomic
 from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
@@ -100,7 +101,9 @@ class Loop:
         context, section, latest = self.context, self.context.config.checkpoint, None
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
-        on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
+        left = on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
+        for line in left[0]:
+            context.console.line(f"note: {line}")
         if on_all_ranks(lambda: context.mesh.is_main and goes_on(context.config), doing)[0]:
             # As rank 0 sees it: a shared file system may show other nodes less.
             found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
@@ -111,7 +114,8 @@ class Loop:
         if latest is not None:
             context.console.progress.enter("load")
             loaded = load_checkpoint(context.engine, latest)
-            state, data = loaded.state, loaded.state["data"]
+            state = check_run_state(latest, loaded.state)
+            data = state["data"]
             self.algorithm.load_state_dict(state["algorithm"])
             self.algorithm.position.load_state_dict(
                 data, state["step"], section.accept_changed_data, context.config.run.steps is None
@@ -122,13 +126,15 @@ class Loop:
                     f"{latest} has more steps than the run's {self.total}: raise run.steps, or "
                     "choose another run.name"
                 )
-            self.pending = state.get("pending")
-            self.before, self.after = state.get("before", {}), state.get("after", {})
+            self.pending = state["pending"]
+            self.before, self.after = state["before"], state["after"]
             for line in (_resumed_line(context, latest, loaded.layout, data), *loaded.notes):
                 context.console.line(line)
-        if context.mesh.is_main:
-            truncate_jsonl(context.folder.samples, self.done)
-        dist.barrier()
+        on_all_ranks(self._forget_later_steps, f"cannot go on in {context.folder.path}")
+
+    def _forget_later_steps(self) -> None:
+        if self.context.mesh.is_main:
+            truncate_jsonl(self.context.folder.samples, self.done)
         logged = self.done - (self.pending is not None)
         # Step 0 is the evaluation before training, which is done anew where no step was.
         self.writer.truncate_after(logged if self.before else logged or -1)
@@ -138,10 +144,10 @@ class Loop:
         folder = self.context.folder
         name = f"before-attempt-{folder.attempt}"
         if step_folders(checkpoints):
-            checkpoints.rename(f"{checkpoints}-{name}")
+            checkpoints.rename(free_name(Path(f"{checkpoints}-{name}")))
         for file in (folder.metrics, folder.samples):
             if file.is_file() and file.stat().st_size:
-                file.rename(file.with_name(f"{file.stem}-{name}{file.suffix}"))
+                file.rename(free_name(file.with_name(f"{file.stem}-{name}{file.suffix}")))
         write_atomic(folder.from_start, job_id(os.environ))
 
     def run(self) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_amrlhf.checkpoint.folders import find_latest, read_header
+from megatron_amrlhf.algorithms.saved_state import check_run_state
+from megatron_amrlhf.checkpoint.folders import find_latest
+from megatron_amrlhf.checkpoint.header import read_header
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.parallel.collectives import gather_objects
@@ -20,7 +22,8 @@ from megatron_amrlhf.parallel.dtypes import (
     slow_line,
     slowest,
 )
-from megatron_amrlhf.report.run_folder import CHECKPOINTS_NAME, FROM_START_NAME
+from megatron_amrlhf.reading import read_text
+from megatron_amrlhf.report.way import CHECKPOINTS_NAME, FROM_START_NAME
 from megatron_amrlhf.slurm import is_requeued, job_id
 
 MODEL_KEY, REWARD_KEY = "model.dtype", "reward_model.dtype"
@@ -63,11 +66,7 @@ def goes_on(config: Config) -> bool:
 
 def went_anew(note: Path) -> bool:
     """Whether this job, which Slurm has started again, has begun the run from the start."""
-    return (
-        is_requeued(os.environ)
-        and note.is_file()
-        and note.read_text(encoding="utf-8") == job_id(os.environ)
-    )
+    return is_requeued(os.environ) and note.is_file() and read_text(note) == job_id(os.environ)
 
 
 def kept_dtypes(config: Config) -> dict[str, str]:
@@ -79,7 +78,10 @@ def kept_dtypes(config: Config) -> dict[str, str]:
     latest = find_latest(config.run.path / CHECKPOINTS_NAME) if goes_on(config) else None
     if latest is None:
         return {}
-    saved = read_header(latest)["state"].get("config") or {}
-    model = saved.get("model", {}).get("dtype")
-    found = {MODEL_KEY: model, REWARD_KEY: saved.get("reward_model", {}).get("dtype") or model}
+    state = check_run_state(latest, read_header(latest).state)
+    model, reward = (
+        section.get("dtype") if isinstance(section, dict) else None
+        for section in map(state.get("config", {}).get, ("model", "reward_model"))
+    )
+    found = {MODEL_KEY: model, REWARD_KEY: reward or model}
     return {key: dtype for key, dtype in found.items() if dtype in DTYPES}

@@ -38,6 +38,7 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.reading import Unreadable, read_object
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.rewards.marking import AnswerSteps
@@ -151,16 +152,27 @@ def prepare(
 
 
 def _read_key(file: Path) -> dict | None:
-    """What the scores that are there depend on; None: there are none."""
-    if not file.is_file():
-        return None
+    """What the scores that are there depend on; None: there are none.
+
+    Raises:
+        UserError: it cannot be read, or there are files that would be written over.
+    """
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"--out: {file} cannot be read ({error}); choose another folder") from None
+        return read_object(file)
+    except FileNotFoundError:
+        names = (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME, PARTS)
+        if there := [name for name in names if (file.parent / name).exists()]:
+            raise UserError(
+                f"--out: {file.parent} has {', '.join(there)}, which would be written over: "
+                "choose another folder"
+            ) from None
+        return None
+    except Unreadable as error:
+        raise UserError(f"--out: {file}: {error}; choose another folder") from None
 
 
 def _check_key(file: Path, key: dict) -> None:
+    """The scores that are there, if any, are those that would be made."""
     found = _read_key(file)
     if found is None:
         return
@@ -298,10 +310,7 @@ def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
         if not (row.isfinite().all() and whole.isfinite().all()):
             where = job.answers[job.part(number)[place]].where
             raise UserError(f"{where}: a score of this answer is not finite")
-    file = _part_file(job, number)
-    temporary = file.with_suffix(".tmp")
-    write_tensors(temporary, tensors, {"format": "pt"})
-    temporary.replace(file)
+    write_tensors(_part_file(job, number), tensors, {"format": "pt"})
 
 
 def _finish(job: Job) -> None:

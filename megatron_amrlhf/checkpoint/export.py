@@ -17,8 +17,6 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.checkpoint.files import (
     deleted_on_failure,
-    fsync,
-    make_empty,
     on_all_ranks,
     write_tensors,
     write_text,
@@ -27,11 +25,10 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, end_tokens_listed
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import remove
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
 from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.models.weight_files import HEAD_FILE, INDEX_FILE
+from megatron_amrlhf.owned import begin_beside, put_in_place
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.rewards.kinds import with_meaning
 
@@ -58,13 +55,8 @@ def export_role(
     """
     role, mesh = engine.roles[role_name], engine.mesh
     folder = folder.resolve()  # a link may lead to a larger disk
-    temporary = folder.with_name(f".{folder.name}.tmp")
     doing = f"cannot write the export {folder}"
-
-    def start() -> None:
-        _refuse_other_folder(folder)
-        if mesh.is_main:
-            make_empty(temporary)
+    temporary = on_all_ranks(lambda: mesh.is_main and begin_beside(folder, "export"), doing)[0]
 
     def finish() -> None:
         if mesh.is_main:
@@ -72,19 +64,12 @@ def export_role(
             _write_config(temporary, role, engine.config)
             write_end_tokens(role.spec.folder, temporary, tokenizer)
             tokenizer.save_pretrained(temporary)
-            _replace(folder, temporary)
+            put_in_place(temporary, folder, "export")
 
-    on_all_ranks(start, doing)
-    with deleted_on_failure(temporary, mesh.is_main):
+    with deleted_on_failure(temporary, "export", mesh.is_main):
         tensors = _full_tensors(role, mesh)
         maps = on_all_ranks(lambda: _write_weights(temporary, tensors, mesh), doing)
         on_all_ranks(finish, doing)
-
-
-def _refuse_other_folder(folder: Path) -> None:
-    """The folder will be deleted, so it must be an export (or empty)."""
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / INDEX_FILE).is_file():
-        raise UserError(f"{folder} holds something else than an export: choose another folder")
 
 
 def _full_tensors(role: Role, mesh: Mesh) -> dict[str, Tensor]:
@@ -175,17 +160,3 @@ def write_end_tokens(source: Path, folder: Path, tokenizer: PreTrainedTokenizerB
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     settings["eos_token_id"] = [end, *others]
     write_text(folder / GENERATION_FILE, json.dumps(settings, indent=2) + "\n")
-
-
-def _replace(folder: Path, temporary: Path) -> None:
-    """Gives the complete folder its name; the one before it is deleted last."""
-    for file in temporary.iterdir():
-        fsync(file)
-    fsync(temporary)
-    old = folder.with_name(f".{folder.name}.old")
-    remove(old)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    fsync(folder.parent)
-    remove(old)

@@ -1,11 +1,9 @@
-"""Files that several ranks write together: hashes, fsync, and one answer for all ranks."""
+"""Files that several ranks write together: hashes, and one answer for all ranks."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import remove, sha256_of, write_atomic
+from megatron_amrlhf.files import replacing, sha256_of, write_atomic
+from megatron_amrlhf.owned import Kind, delete_ours
 from megatron_amrlhf.parallel.collectives import gather_objects
 
 Result = TypeVar("Result")
@@ -60,41 +59,28 @@ def on_all_ranks(work: Callable[[], Result], doing: str) -> list[Result]:
 
 
 @contextmanager
-def deleted_on_failure(folder: Path, is_main: bool) -> Iterator[None]:
+def deleted_on_failure(folder: Path, kind: Kind, is_main: bool) -> Iterator[None]:
     """Deletes a half-written folder when all ranks raise the same ``UserError`` inside."""
     try:
         yield
     except UserError:
         if is_main:
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError, UserError):  # the first mistake is the one to tell
+                delete_ours(folder, kind)
         raise
-
-
-def make_empty(folder: Path) -> None:
-    """Makes an empty folder, with its parents, in place of what is there."""
-    remove(folder)
-    folder.mkdir(parents=True)
-
-
-def fsync(path: Path) -> None:
-    """Puts a file, or a folder's list of names, on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> FileRecord:
-    """Writes CPU tensors as safetensors and puts them on the disk.
+    """Writes CPU tensors as safetensors, a whole file or nothing, and puts them on the disk.
 
     Raises:
         OSError, SafetensorError: the file cannot be written.
     """
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path, metadata=dict(metadata))
-    fsync(path)
+    contiguous = {name: x.contiguous() for name, x in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata=dict(metadata))
     return FileRecord(path.name, path.stat().st_size, sha256_of(path))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import sys
@@ -10,17 +9,43 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_amrlhf.checkpoint.files import fsync, write_text
-from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import remove, sha256_of
+from pydantic import NonNegativeInt, field_validator
+
+from megatron_amrlhf.checkpoint.files import write_text
+from megatron_amrlhf.errors import UserError, printable
+from megatron_amrlhf.files import clear_temporaries, free_name, fsync, sha256_of
+from megatron_amrlhf.owned import claim, delete_ours, is_ours, make_folder, strangers, why_not_ours
+from megatron_amrlhf.reading import Record, Unreadable, read_record, refuse_paths
 from megatron_amrlhf.sizes import GIB, in_units
 
 FORMAT = 2
 MANIFEST_FILE, STATE_FILE, LATEST_FILE = "manifest.json", "state.json", "latest"
-STEP_FOLDER = re.compile(r"step-(\d+)", re.ASCII)
-TEMPORARY = "tmp-"  # prefix of folders that are being written or deleted
-ASIDE = f"{TEMPORARY}old-"  # of complete ones that are being replaced or deleted
+STEP_FOLDER = re.compile(r"step-(0|[1-9]\d*)", re.ASCII)
+# Of folders that are being written, and of complete ones that are being replaced or deleted.
+UNFINISHED = re.compile(rf"tmp-(?P<old>old-)?(?P<step>{STEP_FOLDER.pattern})(\.\d+)?", re.ASCII)
+OUR_FILE = re.compile(
+    rf"[a-z]+-tp\d{{2,}}-pp\d{{2,}}-dp\d{{4,}}\.safetensors|{STATE_FILE}|{MANIFEST_FILE}", re.ASCII
+)
 LONGEST_LAG_SECONDS = 60.0  # of a shared file system that caches folders
+
+
+class ManifestEntry(Record):
+    """A file of a checkpoint: bytes and SHA-256 (hex)."""
+
+    size: NonNegativeInt
+    sha256: str
+
+
+class Manifest(Record):
+    """The content of ``manifest.json``: each file by its name in the folder."""
+
+    files: dict[str, ManifestEntry]
+
+    @field_validator("files")
+    @classmethod
+    def _are_in_the_folder(cls, files: dict[str, ManifestEntry]) -> dict[str, ManifestEntry]:
+        refuse_paths(files)
+        return files
 
 
 @dataclass(frozen=True)
@@ -90,34 +115,12 @@ def step_folders(checkpoints: Path) -> list[Path]:
     return sorted(folders, key=step_of)
 
 
-def read_manifest(folder: Path) -> dict[str, dict] | None:
+def read_manifest(folder: Path) -> dict[str, ManifestEntry] | None:
     """Size and SHA-256 by file name; None if there is no readable manifest."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        return {
-            name: {"size": x["size"], "sha256": x["sha256"]}
-            for name, x in manifest["files"].items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return read_record(folder / MANIFEST_FILE, Manifest).files
+    except (FileNotFoundError, Unreadable):
         return None
-
-
-def read_header(folder: Path) -> dict:
-    """The parsed ``state.json``.
-
-    Raises:
-        UserError: it is missing, malformed, or of another format.
-    """
-    file = folder / STATE_FILE
-    try:
-        header = json.loads(file.read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{folder} is no complete checkpoint: {STATE_FILE} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{file}: malformed JSON: {error}") from None
-    if header.get("format") != FORMAT:
-        raise UserError(f"{folder} has format {header.get('format')}, this version reads {FORMAT}")
-    return header
 
 
 def is_complete(folder: Path) -> bool:
@@ -128,21 +131,21 @@ def is_complete(folder: Path) -> bool:
     return not any(size_problem(folder, name, manifest) for name in manifest)
 
 
-def file_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
+def file_problem(folder: Path, name: str, manifest: dict[str, ManifestEntry]) -> str | None:
     """What is wrong with a file of a checkpoint, by its size and its content; None if nothing."""
     if problem := size_problem(folder, name, manifest):
         return problem
-    if sha256_of(folder / name) != manifest[name]["sha256"]:
+    if sha256_of(folder / name) != manifest[name].sha256:
         return "is damaged: its SHA-256 is not the manifest's"
     return None
 
 
-def size_problem(folder: Path, name: str, manifest: dict[str, dict]) -> str | None:
+def size_problem(folder: Path, name: str, manifest: dict[str, ManifestEntry]) -> str | None:
     """What is wrong with a file of a checkpoint, by its size alone; None if nothing."""
     size = size_of(folder / name)
     if name not in manifest or size is None:
         return "is missing"
-    wanted = manifest[name]["size"]
+    wanted = manifest[name].size
     return None if size == wanted else f"has {size} bytes instead of {wanted}"
 
 
@@ -161,31 +164,57 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def clear_leftovers(checkpoints: Path) -> None:
-    """Deletes what a killed save left behind; puts back a checkpoint it was about to replace."""
+def clear_leftovers(checkpoints: Path) -> list[str]:
+    """Deletes what a killed save left behind; puts back a checkpoint it was about to replace.
+
+    Returns:
+        A line for each folder that has such a name and stays, because it is not known as ours.
+    """
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for folder in checkpoints.glob(f"{ASIDE}*"):
-        place = folder.with_name(folder.name.removeprefix(ASIDE))
-        if is_complete(folder) and not place.exists():
+    clear_temporaries(checkpoints, re.compile(LATEST_FILE))
+    left = []
+    for folder in sorted(checkpoints.iterdir()):
+        match = UNFINISHED.fullmatch(folder.name)
+        if match is None:
+            continue
+        place = checkpoints / match["step"]
+        if why := why_not_ours(folder, "checkpoint") or _strangers_in(folder):
+            left.append(f"{folder} {why}: it stays as it is")
+        elif match["old"] and is_complete(folder) and not place.exists():
             folder.rename(place)
-    for folder in checkpoints.glob(f"{TEMPORARY}*"):
-        remove(folder)
+        else:
+            delete_ours(folder, "checkpoint")
+    return left
+
+
+def begin(checkpoints: Path, step: int) -> Path:
+    """A new folder in which the checkpoint of a step is written; its name is free.
+
+    Raises:
+        UserError: what stands in the checkpoint's own place is not ours.
+    """
+    clear_leftovers(checkpoints)
+    _refuse_others(checkpoints / f"step-{step}")
+    folder = free_name(checkpoints / f"tmp-step-{step}")
+    make_folder(folder, "checkpoint")
+    return folder
 
 
 def publish(temporary: Path, folder: Path) -> None:
     """Gives the complete checkpoint its name, then points ``latest`` to it."""
-    if folder.exists():
-        aside = _set_aside(folder)
-        temporary.rename(folder)
-        remove(aside)
-    else:
-        temporary.rename(folder)
+    aside = _set_aside(folder)
+    temporary.rename(folder)
+    if aside is not None:
+        delete_ours(aside, "checkpoint")
     fsync(folder.parent)
     write_text(folder.parent / LATEST_FILE, folder.name + "\n")
 
 
 def delete_old(checkpoints: Path, newest: Path, retention: Retention) -> None:
-    """Keeps ``newest`` and, as far as ``retention`` lets, the latest other complete ones."""
+    """Keeps ``newest`` and, as far as ``retention`` lets, the latest other complete ones.
+
+    One that holds files of somebody else stays as well.
+    """
     assert retention.count >= 1
     left = None if retention.gib is None else retention.gib * GIB - _bytes_of(newest)
     kept = 1
@@ -196,18 +225,49 @@ def delete_old(checkpoints: Path, newest: Path, retention: Retention) -> None:
             kept, left = kept + 1, None if left is None else left - size
         else:
             try:
-                remove(_set_aside(folder))  # so that no half-deleted one is ever found
-            except OSError as error:  # the new one is there
-                print(f"warning: {folder} is not deleted: {error}", file=sys.stderr, flush=True)
+                if aside := _set_aside(folder):  # so that no half-deleted one is ever found
+                    delete_ours(aside, "checkpoint")
+            except (OSError, UserError) as error:  # the new one is there
+                line = f"warning: {folder} is not deleted: {error}"
+                print(printable(line), file=sys.stderr, flush=True)
             left = left and 0  # what is older goes as well
 
 
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{ASIDE}{folder.name}")
+def _set_aside(folder: Path) -> Path | None:
+    """Frees a checkpoint's name; where its files are now, if any. Of a link the link goes alone.
+
+    Raises:
+        UserError: not all that is there is ours.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+    if not folder.exists():
+        return None
+    _refuse_others(folder)
+    if not is_ours(folder, "checkpoint"):
+        claim(folder, "checkpoint")  # an earlier version's, of which the manifest tells as much
+    aside = free_name(folder.with_name(f"tmp-old-{folder.name}"))
     folder.rename(aside)
     return aside
 
 
+def _refuse_others(folder: Path) -> None:
+    """Raises a ``UserError`` where a folder in a checkpoint's place holds more than that."""
+    if folder.is_symlink() or not folder.exists():
+        return
+    why = "is no folder" if not folder.is_dir() else _strangers_in(folder)
+    is_unknown = not is_ours(folder, "checkpoint") and not is_complete(folder)
+    if why or is_unknown and any(folder.iterdir()):
+        raise UserError(f"{folder} {why or 'is no checkpoint of ours'}: move it away")
+
+
+def _strangers_in(folder: Path) -> str:
+    """Which entries are no files of a checkpoint, for a message; empty: none."""
+    known = {path.name for path in folder.iterdir() if OUR_FILE.fullmatch(path.name)}
+    found = strangers(folder, known | set(read_manifest(folder) or ()))
+    return f"has files of others ({found})" if found else ""
+
+
 def _bytes_of(folder: Path) -> int:
     manifest = read_manifest(folder)
-    return sum(entry["size"] for entry in manifest.values()) if manifest else 0
+    return sum(entry.size for entry in manifest.values()) if manifest else 0

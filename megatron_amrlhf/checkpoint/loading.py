@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.checkpoint.folders import (
     MANIFEST_FILE,
     STATE_FILE,
+    ManifestEntry,
     damaged,
     file_problem,
-    read_header,
     read_manifest,
     step_of,
 )
+from megatron_amrlhf.checkpoint.header import Header, check_layout, read_header
 from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.weights import MASTER, MOMENTS
@@ -59,21 +62,21 @@ def load_checkpoint(engine: Zero3Engine, path: Path) -> Loaded:
     reader = _Reader(path, engine.mesh)
     doing = f"cannot read the checkpoint {path}"
     header = on_all_ranks(lambda: reader.check(engine), doing)[engine.mesh.rank]
-    layout, notes = SavedLayout(**header["layout"]), []
+    tensors: dict[str, dict[str, Tensor]] = {}
+
+    def read() -> None:
+        for name, role in engine.trainable().items():
+            tensors[name] = reader.states(name, role, header)
+
+    on_all_ranks(read, doing)  # before what enters collectives
+    notes = []
     for name, role in engine.trainable().items():
-        counters = header["roles"][name]
-        kinds = (MASTER,) if counters["optimizer_step"] is None else (MASTER, *MOMENTS)
-        parts, mesh = reader.parts(name, role, layout), engine.mesh
-        entries, tensors = {entry.local: entry for entry in role.entries}, {}
-        for local, place in role.weights.slices().items():
-            for kind in kinds:
-                found = parts.read(entries[local], kind, mesh.tp_size, mesh.tp_rank, place)
-                tensors[f"{local}.{kind}"] = found
-        role.weights.write_states(tensors, counters)
-        if note := role.weights.schedule.restore(counters["schedule"], header["step"]):
+        counters = header.roles[name].counters()
+        role.weights.write_states(tensors.pop(name), counters)
+        if note := role.weights.schedule.restore(counters["schedule"], header.step):
             notes.append(f"{name}: {note}")
-    engine.set_counters(header["engine"])
-    return Loaded(header["state"], layout, tuple(notes))
+    engine.set_counters(header.engine.model_dump())
+    return Loaded(header.state, header.saved_layout, tuple(notes))
 
 
 @dataclass(frozen=True)
@@ -83,8 +86,8 @@ class _Reader:
     path: Path
     mesh: Mesh
 
-    def check(self, engine: Zero3Engine) -> dict:
-        """The parsed ``state.json``, after a look at this rank's share of the files."""
+    def check(self, engine: Zero3Engine) -> Header:
+        """The content of ``state.json``, after a look at this rank's share of the files."""
         step_of(self.path)
         manifest = read_manifest(self.path)
         if manifest is None:
@@ -92,27 +95,35 @@ class _Reader:
         self._check_file(STATE_FILE, manifest)
         header = read_header(self.path)
         self._check_roles(header, engine)
-        layout = SavedLayout(**header["layout"])
-        names = [name for role in header["roles"] for name in layout.parts_of(role)]
+        for name, role in engine.trainable().items():
+            self._check_model(name, header.roles[name].model, role)
+            check_layout(self.path, header, role.shape.num_layers, set(manifest))
+        names = [name for role in header.roles for name in header.saved_layout.parts_of(role)]
         for name in names[self.mesh.rank :: self.mesh.world_size]:
             self._check_file(name, manifest)
-        for name, role in engine.trainable().items():
-            self._check_model(name, header["roles"][name]["model"], role)
         return header
 
-    def parts(self, name: str, role: Role, layout: SavedLayout) -> RoleParts:
-        """A role's part files."""
-        return RoleParts(self.path, name, layout, role.shape, role.spec.head_outputs)
+    def states(self, name: str, role: Role, header: Header) -> dict[str, Tensor]:
+        """This rank's slices of a role's states, by ``NAME.KIND``. Enters no collective."""
+        kinds = (MASTER,) if header.roles[name].optimizer_step is None else (MASTER, *MOMENTS)
+        layout, outputs = header.saved_layout, role.spec.head_outputs
+        parts = RoleParts(self.path, name, layout, role.shape, outputs)
+        entries, mesh = {entry.local: entry for entry in role.entries}, self.mesh
+        return {
+            f"{local}.{kind}": parts.read(entries[local], kind, mesh.tp_size, mesh.tp_rank, place)
+            for local, place in role.weights.slices().items()
+            for kind in kinds
+        }
 
-    def _check_file(self, name: str, manifest: dict[str, dict]) -> None:
+    def _check_file(self, name: str, manifest: dict[str, ManifestEntry]) -> None:
         if problem := file_problem(self.path, name, manifest):
             raise damaged(self.path, name, problem)
 
-    def _check_roles(self, header: dict, engine: Zero3Engine) -> None:
+    def _check_roles(self, header: Header, engine: Zero3Engine) -> None:
         def describe(roles: dict[str, str]) -> str:
             return ", ".join(f"{name} ({dtype})" for name, dtype in sorted(roles.items()))
 
-        then = {name: role["dtype"] for name, role in header["roles"].items()}
+        then = {name: role.dtype for name, role in header.roles.items()}
         now = {name: role.spec.dtype_name for name, role in engine.trainable().items()}
         if then != now:
             raise UserError(

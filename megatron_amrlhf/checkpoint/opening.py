@@ -13,10 +13,10 @@ from megatron_amrlhf.checkpoint.folders import (
     MANIFEST_FILE,
     STATE_FILE,
     file_problem,
-    read_header,
     read_manifest,
 )
-from megatron_amrlhf.checkpoint.parts import RoleParts, SavedLayout, other_sizes
+from megatron_amrlhf.checkpoint.header import Header, check_layout, read_header
+from megatron_amrlhf.checkpoint.parts import RoleParts, other_sizes
 from megatron_amrlhf.config.problems import describe_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.weights import MASTER
@@ -31,7 +31,7 @@ def roles_in(folder: Path) -> dict[str, str]:
     Raises:
         UserError: it is no checkpoint of ours, or ``state.json`` is damaged.
     """
-    return {name: role["dtype"] for name, role in _header(folder)["roles"].items()}
+    return {name: role.dtype for name, role in _header(folder).roles.items()}
 
 
 def saved_config(folder: Path) -> Config | None:
@@ -40,11 +40,12 @@ def saved_config(folder: Path) -> Config | None:
     Raises:
         UserError: it is no checkpoint of ours, or ``state.json`` is damaged or has other keys.
     """
-    config = _header(folder)["state"].get("config")
+    config = _header(folder).state.get("config")
     try:
         return None if config is None else Config.model_validate(config)
     except ValidationError as error:
-        problems = "; ".join(describe_problems(error, config, set()))
+        given = config if isinstance(config, dict) else {}
+        problems = "; ".join(describe_problems(error, given, set()))
         raise UserError(
             f"{folder / STATE_FILE}: this version does not know its configuration ({problems}): "
             "use the version that saved it"
@@ -63,19 +64,20 @@ def open_role(folder: Path, role: str, hf_config: Mapping[str, Any]) -> MergedSh
         UserError: a file is missing or damaged, there is no such role, or the model is another.
     """
     header, shape = _header(folder), read_shape(hf_config)
-    if role not in header["roles"]:
-        raise UserError(f"{folder} has no role {role!r}: it holds {', '.join(header['roles'])}")
-    layout, then = SavedLayout(**header["layout"]), header["roles"][role]["model"]
-    if other := other_sizes(then, vars(shape)):
+    if role not in header.roles:
+        raise UserError(f"{folder} has no role {role!r}: it holds {', '.join(header.roles)}")
+    layout, then = header.saved_layout, header.roles[role]
+    if other := other_sizes(then.model, vars(shape)):
         raise UserError(f"{folder} is of another model than its config.json: {other}")
+    check_layout(folder, header, shape.num_layers, set(read_manifest(folder) or ()))
     _check_files(folder, [STATE_FILE, *layout.parts_of(role)])
-    outputs = then["head_outputs"]
+    outputs = then.head_outputs
     parts = RoleParts(folder, role, layout, shape, outputs)
     read = partial(parts.shard, kind=MASTER)
     return MergedShards(folder, shape, layout.cut, layout.tensor, outputs, read)
 
 
-def _header(folder: Path) -> dict:
+def _header(folder: Path) -> Header:
     if read_manifest(folder) is None:
         raise UserError(f"{folder} is no complete checkpoint: its {MANIFEST_FILE} is missing")
     return read_header(folder)

@@ -7,7 +7,6 @@ where the tensor-parallel size is the same, only the elements that are wanted ar
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor
 
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.engine.weights import Slice
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.mapping import REPLICATED, Entry, stage_entries
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.reading import Record, Unreadable, checked, parse_json
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ class RoleParts:
 
     def shard(self, stage: int, tp: int, local: str, kind: str) -> Tensor:
         """A whole saved shard of a state, put together from all data-parallel ranks' parts."""
-        shape = self._part(tp, stage, 0).slices[local].shape
+        shape = self._part(tp, stage, 0).slice_of(local).shape
         return self._read_range(tp, stage, f"{local}.{kind}", 0, shape.numel()).view(shape)
 
     @cached_property
@@ -151,24 +153,52 @@ class RoleParts:
         if start == end:
             return torch.empty(0)
         local = name.rpartition(".")[0]
-        size = self._part(tp, stage, 0).slices[local].length  # the last ranks have fewer
+        size = self._part(tp, stage, 0).slice_of(local).length  # the last ranks have fewer
         pieces = []
         for dp in range(start // size, -(-end // size)):
             part = self._part(tp, stage, dp)
-            here = part.slices[local]
-            assert here.start == dp * size, (name, dp, here)
+            here = part.slice_of(local)
+            if here.start != dp * size:
+                raise UserError(f"{part.path} has not the slice of {local} that its rank saves")
             first, last = max(start, here.start), min(end, here.start + here.length)
             pieces.append(part.file.get_slice(name)[first - here.start : last - here.start])
         return torch.cat(pieces)
 
 
+class SliceRecord(Record):
+    """A ``Slice`` as it is written."""
+
+    shape: list[NonNegativeInt]
+    start: NonNegativeInt
+    length: NonNegativeInt
+
+
+class SlicesRecord(Record):
+    """The slices of a part by local name."""
+
+    slices: dict[str, SliceRecord]
+
+
 class _Part:
-    """One part file: its slices by local name, its tensors by name."""
+    """One part file: its slices by local name, its tensors by name.
+
+    Raises:
+        UserError: it does not say which slices it holds.
+    """
 
     def __init__(self, path: Path):
-        self.file = safe_open(path, framework="pt")
-        slices = json.loads(self.file.metadata()["slices"])
-        self.slices = {
-            name: Slice(torch.Size(x["shape"]), x["start"], x["length"])
-            for name, x in slices.items()
+        self.path, self.file = path, safe_open(path, framework="pt")
+        try:
+            text = (self.file.metadata() or {}).get("slices", "")
+            found = checked(SlicesRecord, {"slices": parse_json(text)}).slices
+        except Unreadable as error:
+            raise UserError(f"{path} is damaged: its slices: {error}") from None
+        self._slices = {
+            name: Slice(torch.Size(x.shape), x.start, x.length) for name, x in found.items()
         }
+
+    def slice_of(self, local: str) -> Slice:
+        """Which part of a parameter is in the file."""
+        if local not in self._slices:
+            raise UserError(f"{self.path} has no parameter {local}: its layout is another one")
+        return self._slices[local]

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -21,8 +22,6 @@ import torch.distributed as dist
 from megatron_amrlhf.checkpoint.files import (
     FileRecord,
     deleted_on_failure,
-    fsync,
-    make_empty,
     on_all_ranks,
     write_tensors,
     write_text,
@@ -31,16 +30,16 @@ from megatron_amrlhf.checkpoint.folders import (
     FORMAT,
     MANIFEST_FILE,
     STATE_FILE,
-    TEMPORARY,
     Retention,
+    begin,
     check_free_space,
-    clear_leftovers,
     delete_old,
     publish,
 )
 from megatron_amrlhf.checkpoint.parts import SavedLayout, part_name
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.files import fsync
 from megatron_amrlhf.parallel.collectives import broadcast_object_from_last_stage, gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
 
@@ -113,19 +112,15 @@ class CheckpointWriter:
         start = time.perf_counter()
         self.finish()
         engine, mesh, folder = self._engine, self._engine.mesh, self._checkpoints / f"step-{step}"
-        temporary = self._checkpoints / f"{TEMPORARY}step-{step}"
         text = _state_text(engine, step, broadcast_object_from_last_stage(state, mesh))
         doing = f"cannot write the checkpoint {folder}"
         sizes = on_all_ranks(lambda: _part_bytes(engine), doing)
 
-        def begin() -> None:
-            if mesh.is_main:
-                clear_leftovers(self._checkpoints)
-                make_empty(temporary)
-                check_free_space(self._checkpoints, sum(sizes))
-
-        with deleted_on_failure(temporary, mesh.is_main):
-            on_all_ranks(begin, doing)
+        made = on_all_ranks(lambda: mesh.is_main and begin(self._checkpoints, step), doing)
+        temporary = made[0]
+        with deleted_on_failure(temporary, "checkpoint", mesh.is_main):
+            room = partial(check_free_space, self._checkpoints, sum(sizes))
+            on_all_ranks(lambda: mesh.is_main and room(), doing)
         work = self._writing(temporary)
 
         def timed() -> list[FileRecord]:
@@ -165,7 +160,7 @@ class CheckpointWriter:
                 publish(pending.temporary, pending.folder)
                 delete_old(self._checkpoints, pending.folder, self._retention)
 
-        with deleted_on_failure(pending.temporary, mesh.is_main):
+        with deleted_on_failure(pending.temporary, "checkpoint", mesh.is_main):
             parts = on_all_ranks(pending.parts.result, pending.doing)
             on_all_ranks(complete, pending.doing)
         return pending.folder

@@ -97,7 +97,7 @@ def read_deepspeed(name: str) -> tuple[Path, dict[str, Any]]:
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}{line}: malformed JSON") from None
     if not isinstance(content, dict):

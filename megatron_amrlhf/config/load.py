@@ -104,9 +104,12 @@ def parse_yaml(text: str) -> Any:
     """What a text says, by the same rules as a run's configuration.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: it is no YAML, or nested too deeply.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
 
 
 def read_yaml(path: Path, kind: str = "run", examples: str = "configs/") -> dict[str, Any]:

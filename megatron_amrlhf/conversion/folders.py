@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from megatron_amrlhf.checkpoint.files import fsync, make_empty, write_text
+from megatron_amrlhf.checkpoint.files import write_text
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import remove
+from megatron_amrlhf.owned import begin_beside, delete_ours, put_in_place, why_not_ours
 from megatron_amrlhf.sizes import in_units
 
 TRAVELLING = (  # tokenizer files of all kinds, the chat template, how to generate
@@ -24,8 +24,6 @@ TRAVELLING = (  # tokenizer files of all kinds, the chat template, how to genera
     "added_tokens.json",
     "generation_config.json",
 )
-# What a folder of a model has: Hugging Face's, Megatron-LM's.
-MODEL_SIGNS = ("config.json", "latest_checkpointed_iteration.txt")
 TEMPLATES = "additional_chat_templates"
 
 
@@ -33,8 +31,8 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
     """Refuses a target that would destroy something.
 
     Raises:
-        UserError: it exists and ``overwrite`` is not given, or is no model; or it holds or is the
-            source.
+        UserError: it exists and ``overwrite`` is not given, or is not as a conversion has written
+            it; or it holds or is the source.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"{target} is a file: give a folder")
@@ -44,9 +42,9 @@ def check_target(target: Path, source: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UserError(f"{target} exists: give another folder, or --overwrite")
-    if not any((target / name).exists() for name in MODEL_SIGNS):
+    if why := why_not_ours(target.resolve(), "conversion"):
         raise UserError(
-            f"{target} holds no model that --overwrite could replace: give another folder"
+            f"{target} {why}: --overwrite replaces what this tool wrote, give another folder"
         )
 
 
@@ -68,26 +66,22 @@ def check_free_space(target: Path, needed: int) -> None:
 
 @contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A temporary folder that gets the name ``target`` at the end; on any failure it is deleted."""
+    """A temporary folder that gets the name ``target`` at the end; on any failure it is deleted.
+
+    What stands at ``target`` is replaced as far as it is as a conversion has written it.
+    """
     target = target.resolve()  # a link may lead to a larger disk
-    temporary = target.with_name(f".{target.name}.tmp")
-    old = target.with_name(f".{target.name}.old")
+    temporary = None
     try:
-        make_empty(temporary)
+        temporary = begin_beside(target, "conversion")
         yield temporary
-        for path in temporary.rglob("*"):
-            fsync(path)
-        remove(old)
-        if target.exists():
-            target.rename(old)
-        temporary.rename(target)
-        fsync(target.parent)
+        put_in_place(temporary, target, "conversion")
     except OSError as error:
         raise UserError(f"cannot write {target}: {error}") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+        with suppress(OSError, UserError):
+            if temporary is not None:
+                delete_ours(temporary, "conversion")
 
 
 def travelling_files(folder: Path) -> list[Path]:

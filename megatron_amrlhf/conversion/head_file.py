@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_amrlhf.checkpoint.export import HEAD_FILE
+from megatron_amrlhf.checkpoint.files import write_tensors
 from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX
@@ -37,5 +37,5 @@ def read_head(folder: Path, name: str) -> Tensor | None:
 def write_head(weights: CheckedWeights, folder: Path) -> None:
     """Writes the head, where the weights have one."""
     if weights.head_outputs is not None:
-        head = {name: weights.get(name).contiguous() for name in HEAD_NAMES}
-        save_file(head, folder / HEAD_FILE, metadata={"format": "pt"})
+        head = {name: weights.get(name) for name in HEAD_NAMES}
+        write_tensors(folder / HEAD_FILE, head, {"format": "pt"})

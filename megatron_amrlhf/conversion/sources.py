@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from megatron_amrlhf.checkpoint.folders import STATE_FILE, find_latest
 from megatron_amrlhf.checkpoint.opening import open_role, roles_in, saved_config
-from megatron_amrlhf.config.load import parse_yaml
+from megatron_amrlhf.config.load import read_yaml
 from megatron_amrlhf.config.schema import ModelSection
 from megatron_amrlhf.conversion.deepspeed_folder import DeepSpeedWeights, tag_folder
 from megatron_amrlhf.conversion.megatron_folder import (
@@ -125,6 +125,15 @@ def _model_of(form: Form, folder: Path, cache: str) -> Path:
             return candidate
     run_config = folder.resolve().parent.parent / RUN_CONFIG
     if form == "ours" and run_config.is_file():
-        section = parse_yaml(run_config.read_text(encoding="utf-8"))["model"]
-        return resolve_model_folder(section["path"], section.get("cache_folder", cache))
+        return _model_of_run(run_config, cache)
     raise UserError(f"{folder} has no config.json: give the model that it was made from by --model")
+
+
+def _model_of_run(file: Path, cache: str) -> Path:
+    """The model folder that a run's resolved configuration names."""
+    section = read_yaml(file).get("model")
+    path = section.get("path") if isinstance(section, dict) else None
+    found = section.get("cache_folder", cache) if path else None
+    if not isinstance(path, str) or not isinstance(found, str):
+        raise UserError(f"{file}: names no model.path: give the model by --model")
+    return resolve_model_folder(path, found)

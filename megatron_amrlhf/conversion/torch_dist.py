@@ -8,7 +8,6 @@ take memory for the whole model, other than the other forms.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +40,7 @@ from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.shape import ModelShape
 from megatron_amrlhf.models.shards import MergedShards
 from megatron_amrlhf.parallel.mesh import start_processes
+from megatron_amrlhf.reading import Unreadable, read_object
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
 # What torch's .metadata is made of. It is a pickle; nothing else in one is loaded.
@@ -72,10 +72,10 @@ METADATA_CLASSES = {
 def is_torch_dist(folder: Path) -> bool:
     """Whether a folder, or the iteration that its tracker names, is a ``torch_dist`` one."""
     try:
-        config = json.loads((iteration_folder(folder) / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, UserError):
+        config = read_object(iteration_folder(folder) / CONFIG, strict=False)
+    except (OSError, Unreadable, UserError):
         return False
-    return isinstance(config, dict) and config.get("sharded_backend") == "torch_dist"
+    return config.get("sharded_backend") == "torch_dist"
 
 
 class _MetadataUnpickler(pickle.Unpickler):

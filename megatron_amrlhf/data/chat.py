@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from megatron_amrlhf.data.known_chat import TEMPLATE_ERRORS, Message, render
 from megatron_amrlhf.data.template import Template, read_template
 from megatron_amrlhf.data.tokenizer import PROBE, unread_template
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.reading import Unreadable, read_object
 
 End = Literal["whole", "after step", "within step"]
 """Where a solution ends: at its end, or it was cut off after or within its last step.
@@ -180,9 +180,9 @@ def end_tokens_listed(folder: str | Path) -> list[int]:
     if not path.is_file():
         return []
     try:
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a JSON object ({error}); restore the file") from error
+        listed = read_object(path, strict=False).get("eos_token_id")
+    except Unreadable as error:
+        raise UserError(f"{path}: not a JSON object ({error}); restore the file") from None
     listed = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(token) is int and token >= 0 for token in listed):
         raise UserError(f"{path}: eos_token_id must be token ids; restore the file")

@@ -14,6 +14,7 @@ from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint
 from megatron_amrlhf.data.sums import generate_sums
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.reading import Record, Unreadable, read_record
 
 PRM_TRAIN = "prm_train.jsonl"
 PRM_HELDOUT = "prm_heldout.jsonl"
@@ -153,10 +154,21 @@ def _mix_prompts(problems: list[dict], general: list[str], seed: int) -> list[di
     return [rows[index] for index in sorted(range(len(rows)), key=keys.__getitem__)]
 
 
-def _read_manifest(path: Path) -> dict:
-    """The manifest of an earlier call; empty if there is none that can be read."""
+class _Manifest(Record):
+    parameters: dict[str, int]
+    sha256: dict[str, str]
+
+
+def _read_manifest(path: Path) -> dict[str, dict]:
+    """The manifest of an earlier call; empty if there is none.
+
+    Raises:
+        UserError: the file is none of ours, or damaged.
+    """
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_record(path, _Manifest).model_dump()
+    except FileNotFoundError:
         return {}
-    return manifest if isinstance(manifest, dict) else {}
+    except Unreadable as error:
+        message = f"{path}: this file is not as the demo wrote it ({error})"
+        raise UserError(f"{message}; move it away or choose another folder") from None

@@ -44,7 +44,7 @@ from megatron_amrlhf.doctor.records import (
 )
 from megatron_amrlhf.doctor.report import EXIT_FOUND_ERROR, Report
 from megatron_amrlhf.doctor.shared_files import look_from_everywhere
-from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError
+from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, printable
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         code = examination.hold(arguments.json)
         meeting.leave()
     except Unreachable as error:
-        print(f"error   arrival      {error}", file=sys.stderr, flush=True)
+        print(printable(f"error   arrival      {error}"), file=sys.stderr, flush=True)
         code = EXIT_FOUND_ERROR
     if examination is not None and examination.hangs:  # the process would not end
         sys.stdout.flush()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 
 from megatron_amrlhf.doctor.meeting import Meeting
 from megatron_amrlhf.doctor.records import Sight
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.owned import delete_ours, is_abandoned, is_ours, make_folder
 
-TOKEN_NAME = "token"
+TOKEN_NAME, PREFIX = "token", ".doctor-"
 PATIENCE_SECONDS = 5.0  # caches of attributes on network file systems
 POLL_SECONDS = 0.1
 
@@ -31,11 +32,12 @@ def look_from_everywhere(meeting: Meeting, folder: Path) -> list[Sight]:
             meeting.gather("shared files", asdict(_look(meeting, folder / name, name)))
         return []
     made = next((each for each in reversed((folder, *folder.parents)) if not each.exists()), None)
-    name = f".doctor-{secrets.token_hex(8)}"
+    name = f"{PREFIX}{secrets.token_hex(8)}"
     place = folder / name
     try:
         try:
-            place.mkdir(parents=True)
+            _clear_abandoned(folder)
+            make_folder(place, "probe")
             (place / TOKEN_NAME).write_text(name)
         except OSError as error:
             meeting.answer(None)
@@ -83,9 +85,18 @@ def _reads(file: Path, text: str) -> bool:
             os.listdir(file.parent.parent)  # a network file system asks its server for it
 
 
+def _clear_abandoned(folder: Path) -> None:
+    """Deletes what killed doctors have left."""
+    for place in folder.glob(f"{PREFIX}*"):
+        if is_ours(place, "probe") and is_abandoned(place):
+            with contextlib.suppress(OSError, UserError):
+                delete_ours(place, "probe")
+
+
 def _clear(place: Path, folder: Path, made: Path | None) -> None:
     """Deletes what was written, and the folders made for it unless somebody has used them."""
-    shutil.rmtree(place, ignore_errors=True)
+    with contextlib.suppress(OSError, UserError):
+        delete_ours(place, "probe")
     with contextlib.suppress(OSError):
         while made is not None and folder.is_relative_to(made):
             folder.rmdir()

@@ -61,15 +61,15 @@ class Disk:
 
     @contextmanager
     def _file(self, num_bytes: int) -> Iterator[str]:
-        """A file of zeros, whose name is gone at the end."""
+        """A file of zeros; its own name is gone at once, so that a kill leaves nothing."""
         handle, name = tempfile.mkstemp(prefix="amrlhf-", dir=self._folder)
         try:
+            os.unlink(name)
             # Room is taken now: a full disk would else kill the process at some later write.
             os.posix_fallocate(handle, 0, num_bytes)
-            yield name
+            yield f"/proc/self/fd/{handle}"
         finally:
             os.close(handle)
-            os.unlink(name)
 
     def _unusable(self, error: OSError) -> UserError:
         return UserError(

@@ -6,11 +6,8 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.util
-import os
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,10 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import expanded, hash_ends
+from megatron_amrlhf.errors import UserError, printable
+from megatron_amrlhf.files import expanded, hash_ends, replacing
 from megatron_amrlhf.models.gguf_config import ROPE_FREQS, gguf_config, gguf_field
 from megatron_amrlhf.models.gguf_tokenizer import END_KEYS, end_ids, gguf_tokenizer
+from megatron_amrlhf.owned import begin_beside, delete_ours, is_whole, put_in_place
 
 DIGEST_BYTES = 32 * 1024 * 1024
 VERSION = 3  # of what is written: folders of another one are not taken from the cache
@@ -100,11 +98,11 @@ def convert_gguf(file: Path, cache_folder: str) -> Path:
     cache = expanded(cache_folder)
     target = cache / f"{file.stem}-{file.stat().st_size}-{_digest(file)}-{VERSION}"
     try:
-        if target.is_dir():
+        if is_whole(target, "cache"):
             return target
         cache.mkdir(parents=True, exist_ok=True)
         with _exclusive_lock(cache / f"{target.name}.lock"):
-            if not target.is_dir():
+            if not is_whole(target, "cache"):
                 _convert_into(file, target)
     except OSError as error:
         if error.errno is None:  # transformers', about the model
@@ -130,7 +128,7 @@ def _digest(file: Path) -> str:
 @contextlib.contextmanager
 def _exclusive_lock(file: Path) -> Iterator[None]:
     """Holds a lock that the kernel frees when the process dies, however it dies."""
-    with file.open("w") as stream:
+    with file.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield
 
@@ -140,18 +138,15 @@ def _convert_into(file: Path, target: Path) -> None:
 
     The caller holds the lock, so what an earlier, killed conversion has left can go.
     """
-    for leftover in target.parent.glob(f"{target.name}.tmp*"):
-        shutil.rmtree(leftover)
-    print(f"converting {file.name} once, kept in {target.parent}", file=sys.stderr, flush=True)
-    folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp", dir=target.parent))
+    line = f"converting {file.name} once, kept in {target.parent}"
+    print(printable(line), file=sys.stderr, flush=True)
+    folder = begin_beside(target, "cache")
     try:
         _write_hf_folder(file, folder)
-        folder.chmod(0o755)
-        for written in folder.iterdir():
-            written.chmod(0o644)  # other users may share the cache
-        os.rename(folder, target)
+        put_in_place(folder, target, "cache")
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError, UserError):
+            delete_ours(folder, "cache")
 
 
 def _write_hf_folder(file: Path, folder: Path) -> None:
@@ -177,7 +172,8 @@ def _write_hf_folder(file: Path, folder: Path) -> None:
     ]
     if wrong:
         raise UserError(f"{file}: tensors missing, unknown or of another shape: {wrong[:5]}")
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / "model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
     config.save_pretrained(folder)
     _generation_config(config, tokenizer, end_ids(reader, tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

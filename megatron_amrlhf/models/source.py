@@ -6,7 +6,6 @@ files, ``generation_config.json``), which the Megatron side reads tensor by tens
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import convert_gguf, gguf_of_package
 from megatron_amrlhf.models.weight_files import find_weight_files, open_safetensors
+from megatron_amrlhf.reading import Unreadable, read_object
 
 CONFIG_FILE = "config.json"
 BASE_PREFIX = "model."
@@ -72,16 +72,11 @@ def read_hf_config(folder: str | Path) -> dict:
     """
     file = Path(folder) / CONFIG_FILE
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file, strict=False)  # as transformers reads it
     except FileNotFoundError:
         raise UserError(f"model folder {folder} has no config.json") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: malformed JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{file}: must hold a JSON object")
-    return config
+    except Unreadable as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 class ShardedWeights:

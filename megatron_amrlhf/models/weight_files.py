@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import field_validator
 from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.reading import Record, Unreadable, checked, read_json, refuse_paths
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 HEAD_FILE = "head.safetensors"  # a linear head of ours, beside either
@@ -32,6 +33,18 @@ class WeightFiles:
     file_of: Mapping[str, str]
     unread: tuple[str, ...]
     conflict: str
+
+
+class _Index(Record):
+    """The file's name of each tensor; a name that leads out of the folder is refused."""
+
+    weight_map: dict[str, str]
+
+    @field_validator("weight_map")
+    @classmethod
+    def _are_in_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
+        refuse_paths(files.values())
+        return files
 
 
 def find_weight_files(folder: Path) -> WeightFiles:
@@ -79,13 +92,9 @@ def _read_index(folder: Path) -> list[str] | None:
     if not index.is_file():
         return None
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
-        files = {str(folder / file): file for file in content["weight_map"].values()}
-    except OSError as error:
-        raise UserError(f"{index}: cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return sorted(set(checked(_Index, read_json(index, strict=False)).weight_map.values()))
+    except Unreadable as error:
         raise UserError(f"{index}: malformed index: {error}") from None
-    return sorted(files.values())
 
 
 def _there(folder: Path, files: list[str]) -> list[str]:

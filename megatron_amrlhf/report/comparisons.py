@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_amrlhf.report.plots import save_picture
+
 DPI = 90
 PANEL_INCHES = (5.2, 3.9)
 CUT_MARKERS = {"sequence": "s", "step": "^", "token": "v", "message": "o", "optimum": "*"}
@@ -59,7 +61,7 @@ def plot_errors(picture: ErrorPicture, path: Path) -> None:
         axes.set_yticks(RATIO_TICKS, labels=[f"{ratio:g}" for ratio in RATIO_TICKS])
         axes.minorticks_off()
         _finish(axes, "distance to the optimum")
-    figure.savefig(path, dpi=DPI)
+    save_picture(figure, path, DPI)
 
 
 def plot_best_of_n(
@@ -76,7 +78,7 @@ def plot_best_of_n(
     axes.set_xticks(sizes, labels=[str(n) for n in sizes])
     axes.minorticks_off()
     _finish(axes, title)
-    figure.savefig(path, dpi=DPI)
+    save_picture(figure, path, DPI)
 
 
 def plot_costs(ratios: Mapping[str, Points], path: Path) -> None:
@@ -90,7 +92,7 @@ def plot_costs(ratios: Mapping[str, Points], path: Path) -> None:
     axes.axhline(1, color="0.3", ls=":", label="one masked pass")
     axes.set(xlabel="steps K an answer", ylabel="update time / masked pass", xticks=sizes)
     _finish(axes, "step-wise DPO against one masked pass")
-    figure.savefig(path, dpi=DPI)
+    save_picture(figure, path, DPI)
 
 
 def _figure(panels: int) -> Figure:

@@ -12,6 +12,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from megatron_amrlhf.errors import printable
 from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.progress import ProgressView
 from megatron_amrlhf.report.run_folder import RunFolder
@@ -106,7 +107,7 @@ class RunConsole:
     def line(self, text: str) -> None:
         """Prints one line on stdout."""
         if self._enabled:
-            self._out.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._out.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def step_table(self, step: int, total: int | None, metrics: Mapping[str, float | None]) -> None:
         """Prints a short table of a step's main metrics.

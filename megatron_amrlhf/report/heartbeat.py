@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -20,10 +21,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from megatron_amrlhf.errors import UserError
+from pydantic import Field, field_validator
+
+from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.reading import LARGEST_COUNT, Record, Unreadable, read_record, read_text
 from megatron_amrlhf.report.stacks import error_stack, is_waiting, main_stack
 from megatron_amrlhf.report.stop_request import process_age
 
@@ -31,6 +35,11 @@ HEARTBEAT_NAME = "heartbeat"
 LONGEST_INTERVAL_SECONDS = 5.0
 BEATS_A_LIMIT = 8  # the watchdog's limit is at least this many intervals
 DUMP_AFTER, AWAY_AFTER = 4, 8  # intervals without a turn of the thread
+BEAT_NAME = re.compile(r"rank-(\d{4,6})\.json", re.ASCII)
+OUR_NAMES = re.compile(r"rank-\d{4,6}\.(json|stacks\.txt)|reporter|warned", re.ASCII)
+NO_CONTENT = ("missing", "unreadable")  # states of a rank whose file says nothing
+LARGEST_PID = 1 << 22
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
 @dataclass
@@ -108,6 +117,39 @@ class Beat:
         return f"phase {self.phase} of step {self.step}, {self.done} micro-batches or rounds done"
 
 
+class BeatRecord(Record):
+    """A `Beat` in its file, where every value is one that a rank can have written."""
+
+    rank: Count
+    host: str
+    pid: Annotated[int, Field(ge=1, le=LARGEST_PID)]  # 0 and less are groups of processes
+    state: Literal["running", "finished", "failed"]
+    step: Count
+    phase: str
+    phases: Count
+    done: Count
+    still_seconds: Annotated[float, Field(ge=0)]
+    waiting: bool
+    beats: Count
+    time: str
+    error: str
+    stack: list[str]
+    started: str
+
+    @field_validator("time")
+    @classmethod
+    def _is_time(cls, text: str) -> str:
+        check_time(text)
+        return text
+
+
+def check_time(text: str) -> None:
+    """Raises a ``ValueError`` unless the text is a time with its zone, of these years."""
+    moment = datetime.fromisoformat(text)
+    if moment.tzinfo is None or not 1970 < moment.year < 9999:
+        raise ValueError("is no time with a zone")
+
+
 def read_beats(folder: Path, world_size: int | None = None) -> list[Beat]:
     """The last beats of all ranks, in their order.
 
@@ -116,19 +158,34 @@ def read_beats(folder: Path, world_size: int | None = None) -> list[Beat]:
         world_size: number of ranks; None: up to the last one that has a file.
     """
     folder = folder / HEARTBEAT_NAME
-    if world_size is None:
-        ranks = [int(path.stem.removeprefix("rank-")) for path in folder.glob("rank-*.json")]
-        world_size = max(ranks, default=-1) + 1
-    beats = []
-    for rank in range(world_size):
-        try:
-            record = json.loads(_path(folder, rank).read_text(encoding="utf-8"))
-            beats.append(Beat(**record | {"stack": tuple(record["stack"])}))
-        except FileNotFoundError:
-            beats.append(Beat(rank))
-        except (ValueError, KeyError, TypeError):
-            beats.append(Beat(rank, state="unreadable"))
-    return beats
+    if world_size is not None:
+        return [_read_beat(folder, rank) for rank in range(world_size)]
+    found = [_read_beat(folder, rank) for rank in _ranks_in(folder)]
+    # A stray file with some large number in its name makes no ranks.
+    sound = {beat.rank for beat in found if beat.state not in NO_CONTENT}
+    missing = set(range(max(sound, default=-1))) - {beat.rank for beat in found}
+    return sorted([*found, *map(Beat, missing)], key=lambda beat: beat.rank)
+
+
+def _ranks_in(folder: Path) -> list[int]:
+    """The ranks that have a file, by the names that we give."""
+    if not folder.is_dir():
+        return []
+    matches = (BEAT_NAME.fullmatch(path.name) for path in folder.iterdir())
+    ranks = {int(match[1]): match[0] for match in matches if match}
+    return [rank for rank, name in ranks.items() if _path(folder, rank).name == name]
+
+
+def _read_beat(folder: Path, rank: int) -> Beat:
+    try:
+        record = read_record(_path(folder, rank), BeatRecord)
+        if record.rank != rank:
+            raise Unreadable(f"it is of rank {record.rank}")
+        return Beat(**record.model_dump() | {"stack": tuple(record.stack)})
+    except FileNotFoundError:
+        return Beat(rank)
+    except Unreadable:
+        return Beat(rank, state="unreadable")
 
 
 def seconds_since(time_text: str) -> float:
@@ -138,8 +195,10 @@ def seconds_since(time_text: str) -> float:
 
 def read_dump(folder: Path, rank: int) -> str:
     """What ``faulthandler`` wrote for a rank; empty: it had no reason to."""
-    path = _path(folder / HEARTBEAT_NAME, rank).with_suffix(".stacks.txt")
-    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    try:
+        return read_text(_path(folder / HEARTBEAT_NAME, rank).with_suffix(".stacks.txt"))
+    except (FileNotFoundError, Unreadable):
+        return ""
 
 
 def interval_seconds(limit_seconds: float) -> float:
@@ -192,7 +251,9 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         self._path.parent.mkdir(exist_ok=True)
-        self._dumps = self._path.with_suffix(".stacks.txt").open("w")
+        dumps = self._path.with_suffix(".stacks.txt")
+        write_atomic(dumps, "")  # never through a link
+        self._dumps = dumps.open("w")
         self._had_faulthandler = faulthandler.is_enabled()
         faulthandler.enable(self._dumps)
         faulthandler.register(signal.SIGTERM, self._dumps, chain=True)
@@ -238,7 +299,8 @@ class Heartbeat:
         try:
             write_atomic(self._path, json.dumps(asdict(beat)) + "\n")
         except OSError as error:  # a full disk ends the run where it needs the disk, not here
-            print(f"warning: {self._path}: {error.strerror}", file=sys.stderr, flush=True)
+            line = f"warning: {self._path}: {error.strerror}"
+            print(printable(line), file=sys.stderr, flush=True)
         return beat
 
     def _now(self, stack: list[str]) -> Beat:

@@ -7,7 +7,6 @@ Prompts, answers and tokens are untrusted text: nothing of them reaches a termin
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.report.samples import SampleRecord
 
 PART_OF_A_CHARACTER = "\u00b7"
@@ -35,10 +34,6 @@ USES = {
     "failed": "its reward failed",
     "left_out": "left out, as all that are cut",
 }
-# Marks that turn the order of the text around them.
-DIRECTION_MARKS = frozenset(
-    "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
-)
 MAX_EXCERPT_CHARACTERS = 60
 
 
@@ -81,14 +76,6 @@ def select(records: Sequence[SampleRecord], step: int | None, limit: int) -> lis
     if wanted not in steps:
         raise UserError(f"--step {wanted}: no such step in the file, it has {_ranges(steps)}")
     return [record for record in records if record.step == wanted][:limit]
-
-
-def printable(text: str) -> str:
-    """Text without what could steer a terminal or a page: such characters become ``\\xNN``.
-
-    Control characters but newline and tab, direction marks and lone surrogates.
-    """
-    return "".join(c if _harmless(c) else ascii(c)[1:-1] for c in text)
 
 
 def token_views(record: SampleRecord) -> list[TokenView]:
@@ -216,13 +203,6 @@ def _legend() -> Text:
     text.append(f"   {BORDER} message border   ")
     text.append("kept by the mask", style="bold underline")
     return text
-
-
-def _harmless(character: str) -> bool:
-    if character in "\n\t":
-        return True
-    category = unicodedata.category(character)
-    return category not in ("Cc", "Cs") and character not in DIRECTION_MARKS
 
 
 def _ranges(steps: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from megatron_amrlhf.errors import printable
 from megatron_amrlhf.report.masks import (
     HIGH_RGB,
     LOW_RGB,
@@ -14,7 +15,6 @@ from megatron_amrlhf.report.masks import (
     describe_answer,
     describe_threshold,
     message_text,
-    printable,
     rgb_of,
     signal_scale,
     token_views,

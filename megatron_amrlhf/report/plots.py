@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.files import read_jsonl
+from megatron_amrlhf.report.way import METRICS_NAME, PICTURE_NAME
 
-PICTURE_NAME = "curves.png"
 COLUMNS = 3
 PANEL_INCHES = (4.2, 2.8)
 # Title, then the metrics drawn together; "/" or "_" at the end: all that begin like that.
@@ -39,7 +41,7 @@ def plot_run(folder: Path) -> Path | None:
     Returns:
         The picture's path, or None where there is nothing to draw yet.
     """
-    lines = read_jsonl(folder / "metrics.jsonl")
+    lines = read_jsonl(folder / METRICS_NAME)
     names = sorted({name for line in lines for name, value in line.items() if _drawn(name, value)})
     panels = [
         (title, chosen)
@@ -54,13 +56,24 @@ def plot_run(folder: Path) -> Path | None:
     for place, (title, chosen) in enumerate(panels, start=1):
         _draw(figure.add_subplot(rows, COLUMNS, place), title, chosen, lines)
     picture = folder / PICTURE_NAME
-    figure.savefig(picture, dpi=110)
+    save_picture(figure, picture, dpi=110)
     return picture
+
+
+def save_picture(figure: Figure, path: Path, dpi: int) -> None:
+    """Writes a figure as a PNG file, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi, format="png")
+    write_atomic(path, content.getvalue())
 
 
 def _draw(axes: Axes, title: str, names: list[str], lines: list[dict[str, Any]]) -> None:
     for name in names:
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        points = [(x["step"], x[name]) for x in lines if _drawn(name, x.get(name))]
         marker = "o" if len(points) < 20 else None
         axes.plot(*zip(*points, strict=True), label=name, marker=marker, markersize=3)
     axes.set_title(title, fontsize=10)
@@ -75,4 +88,5 @@ def _matches(name: str, pattern: str) -> bool:
 
 
 def _drawn(name: str, value: Any) -> bool:
-    return "/" in name and isinstance(value, (int, float))
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return "/" in name and is_number

@@ -6,7 +6,8 @@ import re
 from datetime import datetime
 from pathlib import Path
 
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, printable
+from megatron_amrlhf.reading import Unreadable, read_text
 from megatron_amrlhf.report.heartbeat import (
     HEARTBEAT_NAME,
     Beat,
@@ -15,7 +16,8 @@ from megatron_amrlhf.report.heartbeat import (
     seconds_since,
 )
 from megatron_amrlhf.report.living import living
-from megatron_amrlhf.report.run_folder import STATUS_NAME, WATCHDOG_NAME, read_status
+from megatron_amrlhf.report.status_file import STATUS_NAME, read_status
+from megatron_amrlhf.report.way import WATCHDOG_NAME
 
 # In the message of a rank whose partner has gone; it is a consequence, not the cause.
 LOST_PARTNER = re.compile(
@@ -64,7 +66,7 @@ def status_lines(folder: Path) -> list[str]:
         age = seconds_since(beat.time)
         text = f"{beat.who}: {beat.state}, {beat.where}; last heartbeat {age:.0f} s ago"
         lines.append(f"{text}, no progress for {beat.still_seconds:.0f} s before it")
-    return lines
+    return [_as_one_line(line) for line in lines]
 
 
 def find_cause(folder: Path, since: float) -> str | None:
@@ -80,14 +82,19 @@ def find_cause(folder: Path, since: float) -> str | None:
     Returns:
         None where the ranks left nothing, or all finished, or were ended on demand.
     """
+    cause = _cause(folder, since)
+    return None if cause is None else _as_one_line(cause)
+
+
+def _cause(folder: Path, since: float) -> str | None:
     status = read_status(folder)
     if status is not None and status["state"] == "stopped":
         return None
     alive = {beat.rank for beat in living(folder)}
     beats = [beat for beat in read_beats(folder) if _is_since(beat, since)]
     beats = [beat for beat in beats if beat.rank not in alive]
-    if beats and (folder / WATCHDOG_NAME).exists():
-        return (folder / WATCHDOG_NAME).read_text(encoding="utf-8").split("\n", 1)[0]
+    if beats and (report := _watchdog_report(folder)):
+        return report.split("\n", 1)[0]
     dumps = {beat.rank: read_dump(folder, beat.rank) for beat in beats}
     own: list[tuple[str, str]] = []
     for beat in beats:
@@ -104,6 +111,18 @@ def find_cause(folder: Path, since: float) -> str | None:
     if own:
         return min(own)[1]
     return first_failure(beats) or _first_terminated(folder, beats)
+
+
+def _watchdog_report(folder: Path) -> str:
+    try:
+        return read_text(folder / WATCHDOG_NAME)
+    except (FileNotFoundError, Unreadable):
+        return ""
+
+
+def _as_one_line(text: str) -> str:
+    """What files say can hold anything."""
+    return printable(" ".join(text.split()))
 
 
 def _headline(record: dict) -> str:

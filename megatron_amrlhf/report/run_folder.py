@@ -4,30 +4,40 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from megatron_amrlhf.config.load import dump_config, parse_yaml
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.files import clear_temporaries, free_name, write_atomic
+from megatron_amrlhf.owned import claim, refuse_other_folder
+from megatron_amrlhf.reading import Unreadable, read_text
 from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME
 from megatron_amrlhf.report.living import refuse_living_run
+from megatron_amrlhf.report.status_file import STATUS_NAME, State, last_attempt
 from megatron_amrlhf.report.stop_request import STOP_NAME, process_age
+from megatron_amrlhf.report.way import (
+    CHECKPOINTS_NAME,
+    CONFIG_NAME,
+    EXPORT_NAME,
+    FROM_START_NAME,
+    METRICS_NAME,
+    SAMPLES_NAME,
+    TENSORBOARD_NAME,
+    WATCHDOG_NAME,
+    WRITTEN,
+    make_heartbeats,
+    refuse_others_files,
+)
 
-State = Literal["running", "finished", "failed", "stopped", "preempted"]
-CONFIG_NAME, STATUS_NAME = "config.resolved.yaml", "status.json"
-METRICS_NAME, CHECKPOINTS_NAME = "metrics.jsonl", "checkpoints"
-WATCHDOG_NAME, FROM_START_NAME = "watchdog.txt", "from-start"
 PREPARED_VARIABLE = "AMRLHF_PREPARED"  # of ranks whose launch script has removed an old stop file
-STATUS_KEYS = {"state", "step", "message", "time", "attempt"}
 
 
 @dataclass(frozen=True)
@@ -71,9 +81,11 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run.folder: cannot make {path} ({error.strerror})") from None
         attempt = last_attempt(path) + 1
+        claim(path, "run")
+        clear_temporaries(path, WRITTEN)
         changed = _write_config(path, config, attempt)
-        shutil.rmtree(path / HEARTBEAT_NAME, ignore_errors=True)  # an earlier attempt's
-        (path / WATCHDOG_NAME).unlink(missing_ok=True)
+        make_heartbeats(path / HEARTBEAT_NAME, attempt)
+        (path / WATCHDOG_NAME).unlink(missing_ok=True)  # an earlier attempt's
         folder = cls(path, attempt, True, changed)
         folder.status("running", 0, "started")
         folder._clear_old_stop()
@@ -87,12 +99,12 @@ class RunFolder:
     @property
     def samples(self) -> Path:
         """One JSON object a logged sample."""
-        return self.path / "samples.jsonl"
+        return self.path / SAMPLES_NAME
 
     @property
     def tensorboard(self) -> Path:
         """TensorBoard's event files."""
-        return self.path / "tensorboard"
+        return self.path / TENSORBOARD_NAME
 
     @property
     def checkpoints(self) -> Path:
@@ -102,7 +114,7 @@ class RunFolder:
     @property
     def export(self) -> Path:
         """The trained model as a Hugging Face folder."""
-        return self.path / "export"
+        return self.path / EXPORT_NAME
 
     @property
     def stop(self) -> Path:
@@ -171,40 +183,28 @@ class RunFolder:
             self.clear_stop()
 
 
-def note_failure(path: Path, message: str) -> None:
-    """Turns ``status.json``, if any, into ``failed``; any process may, also one that is no writer.
-
-    Args:
-        path: the run's folder.
-        message: one line: why.
-    """
-    record = read_status(path)
-    if record is None:
-        return
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    record |= {"state": "failed", "message": message, "time": now}
-    write_atomic(path / STATUS_NAME, json.dumps(record, indent=2) + "\n")
-
-
 def refuse_other_run(path: Path, config: Config) -> None:
     """Changes nothing. Takes some seconds where a run has just been killed on another host.
 
     A start that failed before it did anything is no run.
 
     Raises:
-        UserError: the folder belongs to another run (algorithm.kind or model.path differ), or to
-            one that is going on.
+        UserError: the folder belongs to another run (algorithm.kind or model.path differ), to one
+            that is going on, or to no run, and has files that one would write over.
     """
+    refuse_living_run(path)
+    refuse_others_files(path)
+    if config.checkpoint.export:
+        refuse_other_folder(path / EXPORT_NAME, "export")
     now = config.model_dump(mode="json")
     earlier = _has_results(path) and _read_config(path / CONFIG_NAME) or now
     for section, key in (("algorithm", "kind"), ("model", "path")):
-        before = earlier.get(section, {}).get(key)
+        before = earlier[section].get(key)
         if before != now[section][key]:
             raise UserError(
                 f"{path} holds a run with {section}.{key} {before}, this one has "
                 f"{now[section][key]}: choose another run.name or delete the folder"
             )
-    refuse_living_run(path)
 
 
 def _has_results(path: Path) -> bool:
@@ -224,48 +224,25 @@ def _parse_config(path: Path, text: str) -> dict[str, Any]:
         earlier = parse_yaml(text)
     except yaml.YAMLError:
         earlier = None
-    if not isinstance(earlier, dict):
+    if not _has_sections(earlier):
         raise UserError(f"{path} is damaged: choose another run.name or delete the folder")
     return earlier
 
 
-def last_attempt(path: Path) -> int:
-    """Starts of the run in this folder so far.
-
-    Raises:
-        UserError: as `read_status`.
-    """
-    record = read_status(path)
-    return 0 if record is None else record["attempt"]
-
-
-def read_status(path: Path) -> dict[str, Any] | None:
-    """What ``status.json`` of a run's folder says; None where there is none.
-
-    Raises:
-        UserError: it is damaged or cannot be read.
-    """
-    text = _read(path / STATUS_NAME)
-    if text is None:
-        return None
-    try:
-        record = json.loads(text)
-        datetime.fromisoformat(record["time"])
-        if STATUS_KEYS <= record.keys() and isinstance(record["attempt"], int):
-            return record
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path / STATUS_NAME} is damaged: delete it to go on with this run")
+def _has_sections(content: Any) -> bool:
+    return isinstance(content, dict) and all(
+        isinstance(content.get(section), dict) for section in ("algorithm", "model")
+    )
 
 
 def _read(path: Path) -> str | None:
     """None where there is no file; bytes that are no text become a text that is no record."""
     try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
+        return read_text(path)
+    except FileNotFoundError:
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from None
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}; move it away") from None
 
 
 def _write_config(path: Path, config: Config, attempt: int) -> tuple[str, ...]:
@@ -276,7 +253,10 @@ def _write_config(path: Path, config: Config, attempt: int) -> tuple[str, ...]:
         return ()
     changed = ()
     if earlier is not None:
-        write_atomic(path / f"config.resolved.{attempt - 1}.yaml", earlier)
+        kept = path / f"config.resolved.{attempt - 1}.yaml"
+        if kept.exists() and _read(kept) != earlier:
+            kept = free_name(kept)  # the attempts are counted anew
+        write_atomic(kept, earlier)
         with suppress(UserError):  # damaged, of a start that left no results
             now = config.model_dump(mode="json")
             changed = tuple(_differences(_parse_config(target, earlier), now))

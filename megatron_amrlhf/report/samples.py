@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.reading import Unreadable, parse_json, read_bytes
 from megatron_amrlhf.report.files import append_jsonl
+from megatron_amrlhf.report.way import SAMPLES_NAME
 
 # What became of an answer: learned from, by its label (with dpo's pairs maybe by both); not picked;
 # or in no statistic either, because its reward failed or, by rollout.truncated, it was cut off.
 USES = ("chosen", "rejected", "both", "none", "failed", "left_out")
 UNKNOWN = -1  # numbers that older files do not have
-SAMPLES_NAME = "samples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -131,23 +131,21 @@ def load_samples(path: str | Path) -> list[SampleRecord]:
     """
     file = Path(path) / SAMPLES_NAME if Path(path).is_dir() else Path(path)
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = read_bytes(file, most=None).split(b"\n")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give a run's folder or samples.jsonl") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None
+    except Unreadable as error:
+        raise UserError(f"{file}: {error}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            fields = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            records.append(_as_record(parse_json(line)))
+        except Unreadable as error:
             if number == len(lines):
                 break
-            raise UserError(f"{file}:{number}: not valid JSON ({error})") from None
-        try:
-            records.append(_as_record(fields))
+            raise UserError(f"{file}:{number}: {error}") from None
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
             detail = f"{type(error).__name__}: {error}"
             raise UserError(f"{file}:{number}: not a sample of a run ({detail})") from None

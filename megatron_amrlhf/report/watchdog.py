@@ -17,7 +17,8 @@ from pathlib import Path
 
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.heartbeat import HEARTBEAT_NAME, Beat, read_beats, read_dump
-from megatron_amrlhf.report.run_folder import RunFolder, note_failure
+from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.status_file import note_failure
 
 EXIT_STALLED = 3
 # After the limit, another rank's report is awaited for this share of it.

@@ -7,17 +7,18 @@ A folder has ``scores.safetensors`` (``scores`` [N] float32, of all answers one 
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import NonNegativeFloat, PositiveInt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
+from megatron_amrlhf.reading import Record, checked, read_json
 
 SCORES_NAME, STATISTICS_NAME = "scores.safetensors", "statistics.json"
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
@@ -149,21 +150,28 @@ def load_offline(
 
 def _read(file: Path) -> ScoreStatistics:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        found = ScoreStatistics(**_checked_keys(content))
-        numbers = (found.mean, found.std, found.median)
-        right = all(type(x) is float and math.isfinite(x) for x in numbers) and found.std >= 0
-        if not isinstance(found.prm, str):
-            raise ValueError("prm must be a fingerprint")
-    except OSError as error:
+        found = checked(_StatisticsRecord, _checked_keys(read_json(file)))
+    except FileNotFoundError as error:
         raise UserError(f"mask.offline_file: {file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(
             f"mask.offline_file: {file}: no statistics file of tools/score_tokens.py: {error}"
         ) from None
-    if not right:
-        raise UserError(f"mask.offline_file: {file}: mean, std and median must be finite numbers")
-    return found
+    return ScoreStatistics(**found.model_dump())
+
+
+class _StatisticsRecord(Record):
+    """``ScoreStatistics`` in its file."""
+
+    count: PositiveInt
+    num_answers: PositiveInt
+    mean: float
+    std: NonNegativeFloat
+    median: float
+    quantiles: dict[str, float]
+    prm: str
+    attribute_weights: list[float] | None
+    data: str
 
 
 def _checked_keys(content: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from megatron_amrlhf.checkpoint.store import CheckpointWriter
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.files import sha256_of
+from megatron_amrlhf.owned import make_folder
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.processes import run_on
 from tests.distributed.small_run import (
@@ -178,7 +180,7 @@ def trouble(folder: str, root: str) -> dict:
     before = fingerprint(engine)
     take_steps(engine, range(1))
     if mesh.is_main:
-        (checkpoints / "tmp-step-9").mkdir()  # as a killed save leaves it
+        make_folder(checkpoints / "tmp-step-9", "checkpoint")  # as a killed save leaves it
         (checkpoints / "tmp-step-9" / "manifest.json").write_text("{}")
     for step in (1, 2, 3, 3):
         save_checkpoint(engine, checkpoints, step, {"step": step}, keep=2)
@@ -218,7 +220,26 @@ def damaged(engine: Zero3Engine, checkpoints: Path, root: Path) -> dict[str, str
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
 
+    def rewrite(section: str, **values) -> Callable[[Path], None]:
+        """Other values under a hash that fits."""
+
+        def spoil(file: Path) -> None:
+            header = json.loads(file.read_text())
+            (header[section] if section else header).update(values)
+            file.write_text(json.dumps(header))
+            manifest = json.loads(file.with_name("manifest.json").read_text())
+            manifest["files"]["state.json"] = {
+                "size": file.stat().st_size,
+                "sha256": sha256_of(file),
+            }
+            file.with_name("manifest.json").write_text(json.dumps(manifest))
+
+        return spoil
+
     spoilers = {
+        "negative step": ("state.json", rewrite("", step=-5)),
+        "endless layout": ("state.json", rewrite("layout", data=1 << 20)),
+        "other layout": ("state.json", rewrite("layout", virtual_stages=2)),
         "missing": (part, Path.unlink),
         "truncated": (part, lambda file: file.write_bytes(file.read_bytes()[:-100])),
         "flipped": (part, flip),
@@ -233,7 +254,7 @@ def damaged(engine: Zero3Engine, checkpoints: Path, root: Path) -> dict[str, str
             spoil(root / name / "step-3" / file)
         dist.barrier()
         seen[name] = error_of(load_checkpoint, engine, root / name / "step-3")
-        if "flipped" not in name:  # only its hash tells
+        if name in ("missing", "truncated", "manifest"):  # what is seen without reading all
             seen[f"{name} latest"] = error_of(find_latest, root / name)
     if engine.mesh.is_main:
         shutil.rmtree(root / "flipped" / "step-2")
@@ -263,6 +284,9 @@ def test_a_damaged_or_unfinished_checkpoint_is_refused_and_older_ones_stay(model
     ):
         assert words in seen[name]
         assert str(tmp_path / "damaged" / name / "step-2") in seen[name], "names the older one"
+    assert "state.json is damaged: step: " in seen["negative step"]
+    assert "state.json is damaged: its layout has" in seen["endless layout"]
+    assert "its layout is another one" in seen["other layout"]
     for name in ("missing", "truncated", "manifest"):  # never an older one without a word
         assert seen[f"{name} latest"] == seen[name]
     assert "no older complete checkpoint" in seen["no older"]

@@ -1,6 +1,6 @@
 """How a mistake is told, by amrlhf and by the tools alike."""
 
-from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.errors import UserError, error_line, printable, tells_user_errors
 
 
 @tells_user_errors
@@ -11,3 +11,9 @@ def tool():
 def test_a_tool_tells_a_mistake_of_several_lines_in_one(capsys):
     assert tool() == 2
     assert capsys.readouterr().err == "error: a.yaml: malformed at line 3\n"
+
+
+def test_an_error_does_not_steer_the_terminal():
+    line = error_line(UserError("key '\x1b[31mred\x07' is\nunknown \u202e"))
+    assert line == "error: key '\\x1b[31mred\\x07' is unknown \\u202e"
+    assert printable("a\tb\n\u4f60") == "a\tb\n\u4f60"

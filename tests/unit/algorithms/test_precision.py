@@ -89,7 +89,20 @@ def test_a_checkpoint_tells_with_what_its_run_began(tmp_path, resume):
     folder = tmp_path / "r" / "checkpoints" / "step-2"
     folder.mkdir(parents=True)
     saved = make_config(PPO, model={"dtype": "bfloat16"}).model_dump(mode="json")
-    (folder / "state.json").write_text(json.dumps({"format": FORMAT, "state": {"config": saved}}))
+    header = dict.fromkeys(("tensor", "pipeline", "data", "virtual_stages"), 1)
+    header |= {"first_stage_layers": None, "last_stage_layers": None}
+    schedule = {"last_epoch": 2, "step_count": 3, "lr": [0.1]}
+    role = {"dtype": "bfloat16", "model": {"head_outputs": None}, "optimizer_step": 2.0}
+    data = {"fingerprint": "x", "seed": 0, "consumed_samples": 8, "epoch": 0}
+    content = {
+        "format": FORMAT,
+        "step": 2,
+        "layout": header,
+        "roles": {"actor": role | {"schedule": schedule}},
+        "engine": {"skipped_steps": 0},
+        "state": {"step": 2, "algorithm": {}, "data": data, "config": saved},
+    }
+    (folder / "state.json").write_text(json.dumps(content))
     (folder / "manifest.json").write_text(json.dumps({"files": {}}))
     wanted = {"model.dtype": "bfloat16", "reward_model.dtype": "bfloat16"}
     assert kept_dtypes(config) == (wanted if resume else {})

@@ -168,7 +168,11 @@ def test_values_equal_to_the_derived_ones_are_accepted(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [('{\n "a": }', "line 2: malformed JSON"), ("[1]", "must hold a JSON object")],
+    [
+        ('{\n "a": }', "line 2: malformed JSON"),
+        ("[1]", "must hold a JSON object"),
+        ("[" * 100_000, "malformed JSON"),
+    ],
 )
 def test_malformed_json_names_file_and_line(tmp_path, content, expected):
     with pytest.raises(UserError) as caught:

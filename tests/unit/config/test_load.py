@@ -211,6 +211,7 @@ def test_a_mistake_from_an_override_says_so(write):
         ("run:\n  name: a\n bad: 1\n", ", line 3: malformed YAML"),
         ("run: {name: a}\nrun: {name: b}\n", ", line 2: malformed YAML (key 'run' is given twice)"),
         ("", "is empty, must be a mapping"),
+        ("[" * 100_000, "malformed YAML (nested too deeply)"),
         ("- a\n- b\n", "holds a list, must be a mapping"),
         (
             "run:\n  name: 2024-13-45\n",

@@ -276,11 +276,23 @@ def test_bad_input_is_told_before_any_work(models, tmp_path, capsys):
     x.mkdir()
     (x / "mine").touch()
     assert "exists" in refusal(capsys, source, x, "--to", "hf")
-    assert "holds no model" in refusal(capsys, source, x, "--to", "hf", "--overwrite")
-    assert [path.name for path in x.iterdir()] == ["mine"]
-    (x / "config.json").touch()
-    assert run(source, x, "--to", "hf", "--overwrite") == 0
+    (x / "config.json").touch()  # as a model's folder has, but not one of this tool
+    assert "was not made by" in refusal(capsys, source, x, "--to", "hf", "--overwrite")
+    assert sorted(path.name for path in x.iterdir()) == ["config.json", "mine"]
+
+
+def test_only_a_conversion_as_it_was_written_is_overwritten(models, tmp_path, capsys):
+    source, x = models["qwen2", True], tmp_path / "x"
+    again = (source, x, "--to", "hf", "--overwrite")
+    assert run(source, x, "--to", "hf") == run(*again) == 0
     assert_same(source, x)
+    (x / "notes.txt").write_text("mine")
+    assert "added or changed since (notes.txt)" in refusal(capsys, *again)
+    (x / "notes.txt").rename(tmp_path / "notes.txt")
+    config = (x / "config.json").read_text()
+    (x / "config.json").write_text(config.replace("{", "{ ", 1))
+    assert "added or changed since (config.json)" in refusal(capsys, *again)
+    assert (x / "config.json").read_text() != config
 
 
 @pytest.mark.parametrize(

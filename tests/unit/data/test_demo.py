@@ -132,3 +132,15 @@ def test_the_tool_teaches_and_exits_with_2_on_mistakes(tmp_path, arguments, code
     )
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"mine": 1}', "[]", '{"parameters": {}, "sha256": []}', "[" * 100_000, "\0" * 50],
+)
+def test_a_manifest_of_somebody_else_is_never_written_over(tmp_path, text):
+    (tmp_path / "demo.json").write_text(text)
+    with pytest.raises(UserError, match="demo.json: this file is not as the demo wrote it"):
+        write_demo_data(tmp_path, 0, 4, 2)
+    assert (tmp_path / "demo.json").read_text() == text
+    assert [x.name for x in tmp_path.iterdir()] == ["demo.json"]

@@ -70,12 +70,12 @@ def test_a_refused_start_leaves_another_runs_folder_alone(tmp_path, monkeypatch,
     folder = RunFolder.create(config, rank=0)
     folder.stop.touch()
     folder.metrics.write_text('{"step": 1}\n')
-    before = {path: path.read_bytes() for path in folder.path.iterdir()}
+    before = {x: x.read_bytes() for x in folder.path.rglob("*") if x.is_file()}
     other = make_config(PPO, run={"folder": str(tmp_path)}, model={"path": "other"})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(other.model_dump(mode="json")))
     assert prepare.main(["--", "train", str(tmp_path / "run.yaml")]) == 2
     assert "choose another run.name" in capsys.readouterr().err
-    assert {path: path.read_bytes() for path in folder.path.iterdir()} == before
+    assert {x: x.read_bytes() for x in folder.path.rglob("*") if x.is_file()} == before
 
 
 def test_missing_answers_are_told_before_any_folder_is_made(config, tmp_path, capsys):

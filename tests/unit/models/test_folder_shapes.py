@@ -15,7 +15,7 @@ from megatron_amrlhf.models.loading import load_stage
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
 from megatron_amrlhf.models.stage import StageModel
-from megatron_amrlhf.parallel.mesh import build_mesh, start_processes
+from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from tests.helpers_models import make_tiny_model
 from tests.unit.models.public_folders import REFUSED, SAME
 
@@ -41,10 +41,17 @@ def make(tmp_path_factory):
     return folder_of
 
 
-@torch.no_grad()
-def our_logits(folder):
+@pytest.fixture(scope="module")
+def mesh():
+    """One for all: a process group keeps its threads."""
     start_processes()
-    mesh, hf_config = build_mesh(1, 1), read_hf_config(folder)
+    yield build_mesh(1, 1)
+    stop_processes()
+
+
+@torch.no_grad()
+def our_logits(folder, mesh):
+    hf_config = read_hf_config(folder)
     shape = read_shape(hf_config)
     model = StageModel(shape, config_object(hf_config), mesh, torch.float32)
     load_stage(model.eval(), None, ShardedWeights(folder), mesh)
@@ -52,14 +59,14 @@ def our_logits(folder):
 
 
 @pytest.mark.parametrize("shape", SAME, ids=lambda shape: shape.name)
-def test_a_folder_computes_what_it_computes_in_transformers(shape, make, tmp_path):
+def test_a_folder_computes_what_it_computes_in_transformers(shape, make, mesh, tmp_path):
     folder = resolve_model_folder(str(make(shape, tmp_path / "model")), "/nowhere")
     check_weights(folder, None)
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         expected = reference(IDS).logits[0]
     assert expected.abs().max() > 1
-    torch.testing.assert_close(our_logits(folder), expected, rtol=TOLERANCE, atol=TOLERANCE)
+    torch.testing.assert_close(our_logits(folder, mesh), expected, rtol=TOLERANCE, atol=TOLERANCE)
     line = contents_line(folder, expected_shapes(read_hf_config(folder), None))
     assert shape.left in line and "\n" not in line
     assert shape.left or line.endswith("; nothing is left unread")

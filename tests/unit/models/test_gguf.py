@@ -20,6 +20,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models import gguf as ours
 from megatron_amrlhf.models.contents import contents_line
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
+from megatron_amrlhf.owned import make_folder
 from tests.helpers_models import make_tiny_model
 
 PROJECT = Path(__file__).parents[3]
@@ -358,10 +359,12 @@ def test_a_killed_conversion_leaves_nothing_that_counts(tmp_path, monkeypatch):
         patch.setattr(ours, "save_file", killed)
         resolve_model_folder(str(file), str(cache))
     assert [entry.suffix for entry in cache.iterdir()] == [".lock"]
-    stale = Path(str(next(cache.iterdir())).removesuffix(".lock") + ".tmpold")
-    stale.mkdir()
+    name = next(cache.iterdir()).name.removesuffix(".lock")
+    stale, users = cache / f".{name}.tmp", cache / f"{name}.tmpold"
+    make_folder(stale, "cache")
+    users.mkdir()
     assert (resolve_model_folder(str(file), str(cache)) / "model.safetensors").is_file()
-    assert not stale.exists()
+    assert not stale.exists() and users.is_dir()
 
 
 def test_a_converted_gguf_keeps_its_name_in_the_cache(tmp_path, monkeypatch):

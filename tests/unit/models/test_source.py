@@ -82,7 +82,7 @@ def test_a_hub_id_is_downloaded_and_checked(monkeypatch, tiny_folder):
         resolve_model_folder("some/model", "/nowhere")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\x00"])
+@pytest.mark.parametrize("text", ["{", "[1]", "\x00", '{"a":' * 100_000])
 def test_a_malformed_config_names_its_file(tiny_folder, text):
     (tiny_folder / "config.json").write_text(text)
     with pytest.raises(UserError, match="config.json"):
@@ -100,6 +100,23 @@ def test_weights_are_read_as_they_were_saved(tiny_folder, sharded):
     assert "lm_head.weight" in weights and "other" not in weights
     with pytest.raises(UserError, match="'other'"):
         weights.get("other")
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "[]",
+        '{"weight_map": ["a"]}',
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": "../b.safetensors"}}',
+        '{"weight_map": {"a": "/b.safetensors"}}',
+        "[" * 100_000,
+    ],
+)
+def test_an_index_that_is_none_or_leads_out_of_the_folder_is_refused(tiny_folder, index):
+    (tiny_folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="malformed index"):
+        ShardedWeights(tiny_folder)
 
 
 def test_a_missing_shard_is_named(tiny_folder):

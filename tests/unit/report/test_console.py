@@ -76,3 +76,13 @@ def test_units_follow_the_name():
     assert format_metric("memory/peak_gib", 1.5) == "1.5 GiB"
     assert format_metric("kl/ref_nats", None) == "- nats"
     assert format_metric("engine/skipped_steps", 12345) == "12345"
+
+
+def test_a_line_does_not_steer_the_terminal():
+    out, err = io.StringIO(), io.StringIO()
+    console = RunConsole(0, out, err)
+    console.line("resumed from \x1b[2J/run\nnext line")
+    with console.track("\x1b]0;title\x07", 1):
+        pass
+    assert out.getvalue() == "resumed from \\x1b[2J/run\nnext line\n"
+    assert "\x1b" not in err.getvalue() and "\x07" not in err.getvalue()

@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from megatron_amrlhf import cli
+from megatron_amrlhf.errors import printable
 from megatron_amrlhf.report.masks import (
     HIGH_RGB,
     LOW_RGB,
     print_records,
-    printable,
     rgb_of,
     token_views,
 )

@@ -5,6 +5,7 @@ import json
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.files import append_jsonl, read_jsonl, truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
@@ -90,3 +91,79 @@ def test_a_failed_atomic_write_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomic(path, "new \ud800")
     assert path.read_text() == "old"
+
+
+SOUND = b'{"step": 1, "loss/policy": 1.0}'
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (bytes(4096), "not valid JSON"),
+        (bytes(4096) + SOUND, "not valid JSON"),
+        (b'{"step": 2, "text": "\xff\xfe"}', "bytes that are no UTF-8"),
+        (b'{"loss/policy": 1.0}', "step: Field required"),
+        (b'{"step": "2"}', "step: "),
+        (b'{"step": 2.5}', "step: "),
+        (b'{"step": true}', "step: "),
+        (b'{"step": null}', "step: "),
+        (b'{"step": -5}', "step: "),
+        (b'{"step": 1' + b"0" * 25 + b"}", "out of range"),
+        (b'{"step": 2, "step": 3}', "given twice"),
+        (b'{"step": 2, "loss/policy": NaN}', "NaN"),
+        (b'{"step": 2, "loss/policy": 1e999}', "out of range"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[1]", "valid dictionary"),
+        (b"7", "valid dictionary"),
+        (b'{"step": 2}{"step": 3}', "not valid JSON"),
+    ],
+)
+def test_a_damaged_line_is_left_out_and_told(tmp_path, capsys, line, words):
+    path = tmp_path / "metrics.jsonl"
+    later = b'{"step": 4}'
+    before = b"\n".join([SOUND, line, b"", b'{"step": 3}', later, b'{"cut'])
+    path.write_bytes(before)
+    assert [x["step"] for x in read_jsonl(path)] == [1, 3, 4]
+    truncate_jsonl(path, 3)
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "left out: line 2: " in told and words in told
+    assert path.read_bytes() == SOUND + b'\n{"step": 3}\n'
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == before
+    truncate_jsonl(path, 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_sound_lines_stay_as_they_are_byte_by_byte(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = b'{"step":1,"a":1e-5,"b":0.10}\n{"step": 2, "text": "\xe4\xbd\xa0"}\r\n'
+    path.write_bytes(lines)
+    truncate_jsonl(path, 2)
+    assert path.read_bytes() == lines
+
+
+def test_many_damaged_lines_are_counted(tmp_path, capsys):
+    (tmp_path / "m").write_bytes(b"x\n" * 12)
+    truncate_jsonl(tmp_path / "m", 2)
+    assert "and 7 more lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to a device"])
+def test_what_is_no_file_is_named(tmp_path, kind):
+    path = tmp_path / "metrics.jsonl"
+    path.mkdir() if kind == "folder" else path.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="metrics.jsonl: is .*; move it away"):
+        truncate_jsonl(path, 2)
+
+
+def test_a_linked_file_becomes_the_runs_own(tmp_path):
+    """Its lines are gone on from, and what it was a link to stays."""
+    other, path = tmp_path / "other.jsonl", tmp_path / "metrics.jsonl"
+    other.write_bytes(SOUND + b'\n{"step": 2}\n')
+    path.symlink_to(other)
+    truncate_jsonl(path, 1)
+    append_jsonl(path, [{"step": 2}])
+    assert path.read_bytes() == SOUND + b'\n{"step": 2}\n' and not path.is_symlink()
+    path.unlink()
+    path.symlink_to("nowhere")
+    truncate_jsonl(path, 1)
+    assert path.read_bytes() == b""

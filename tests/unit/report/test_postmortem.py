@@ -1,6 +1,7 @@
 """What a run ended of, told from the files of its ranks."""
 
 import json
+import os
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_amrlhf import cli
 from megatron_amrlhf.report import living
-from megatron_amrlhf.report.heartbeat import Beat
+from megatron_amrlhf.report.heartbeat import Beat, read_beats
 from megatron_amrlhf.report.postmortem import find_cause, first_failure
 
 START = 0.0
@@ -150,3 +151,81 @@ def test_a_damaged_status_is_one_line(tmp_path, capsys, text):
 def test_no_run_is_one_line(tmp_path, capsys):
     assert cli.main(["status", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+STRAY = (
+    "rank-x.json",
+    "rank-.json",
+    "rank-0002 (copy).json",
+    "rank-00001.json",
+    "rank-\u0663.json",
+)
+
+
+def test_stray_files_beside_the_heartbeats_are_no_ranks(tmp_path, capsys):
+    """Neither a crash nor, by a large number in a name or a pipe, a status that never ends."""
+    put(tmp_path, beat(0, 9), beat(1, 9))
+    beats = tmp_path / "heartbeat"
+    for name in (*STRAY, "rank-99999999999999999999.json"):
+        (beats / name).write_text("{}")
+    (beats / "rank-0004.json").mkdir()
+    os.mkfifo(beats / "rank-0005.json")
+    (beats / "rank-0006.json").symlink_to("/dev/zero")
+    (beats / "rank-0007.json").symlink_to("rank-0007.json")
+    (beats / "rank-999999.json").write_text(json.dumps(asdict(beat(3, 9))))
+    (beats / "rank-0001.stacks.txt").unlink()
+    (beats / "rank-0001.stacks.txt").mkdir()
+    os.mkfifo(tmp_path / "watchdog.txt")
+    assert cli.main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.partition(" (")[0] for line in lines[:2]] == ["rank 0", "rank 1"]
+    damaged = [f"rank {rank}: its heartbeat file is damaged" for rank in (4, 5, 6, 7, 999999)]
+    assert lines[2:] == damaged
+    assert find_cause(tmp_path, START).startswith("rank 0 (host far, pid 10) was killed")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pid": 0},
+        {"pid": -1},
+        {"pid": 10**9},
+        {"rank": 7},
+        {"rank": "0"},
+        {"state": "missing"},
+        {"step": -1},
+        {"still_seconds": float("nan")},
+        {"still_seconds": -3.0},
+        {"time": ""},
+        {"time": "2026-01-01"},
+        {"time": "9999-12-31T23:59:59+00:00"},
+        {"stack": "text"},
+        {"stack": None},
+        {"beats": 1e99},
+        {"error": None},
+        {"waiting": 1},
+    ],
+)
+def test_a_heartbeat_that_no_rank_has_written_is_damaged(tmp_path, change):
+    """A pid of 0 or less would be a group of processes to `os.kill`."""
+    put(tmp_path, beat(0, 9))
+    file = tmp_path / "heartbeat" / "rank-0000.json"
+    assert read_beats(tmp_path)[0].state == "running"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    assert [x.state for x in read_beats(tmp_path)] == ["unreadable"]
+    assert read_beats(tmp_path, 2)[0].pid == 0 and read_beats(tmp_path, 2)[1].state == "missing"
+
+
+def test_what_files_say_does_not_steer_the_terminal(tmp_path, capsys):
+    steer = "\x1b[2J\x1b]0;x\x07\x9b31m\u202e\n\rmore"
+    put(tmp_path, replace(beat(0, 9, "failed", steer), host=steer, phase=steer))
+    status = tmp_path / "status.json"
+    status.write_text(json.dumps(json.loads(status.read_text()) | {"message": steer}))
+    assert cli.main(["status", str(tmp_path)]) == 0
+    assert cli.main(["status", str(tmp_path), "--ended-since", "0"]) == 0
+    assert cli.main(["status", str(tmp_path / steer)]) == 2
+    (tmp_path / "watchdog.txt").write_text(steer)
+    assert cli.main(["status", str(tmp_path), "--ended-since", "0"]) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("\\x1b[2J") >= 6
+    assert all(c == "\n" or c.isprintable() for c in said)

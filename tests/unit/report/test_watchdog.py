@@ -11,17 +11,14 @@ from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog, find_laggard
 from tests.unit.config.samples import PRM, make_config
 
 LIMIT = 8.0
-WAITING = Beat(
-    0, "far", 1, "running", 2, "update", 9, 5, LIMIT, True, 7, "now", "", ("a:1 f: g()",)
-)
+TIME = "2026-01-01T00:00:00+00:00"
+WAITING = Beat(0, "far", 1, "running", 2, "update", 9, 5, LIMIT, True, 7, TIME, "", ("a:1 f: g()",))
 WORKING = replace(WAITING, rank=1, waiting=False, stack=("b:1 stuck: loop()",))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    folder = RunFolder.create(make_config(PRM, run={"folder": str(tmp_path)}), 0)
-    (folder.path / "heartbeat").mkdir()
-    return folder
+    return RunFolder.create(make_config(PRM, run={"folder": str(tmp_path)}), 0)
 
 
 def put(folder, *beats):

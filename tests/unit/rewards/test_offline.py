@@ -61,7 +61,7 @@ def test_quantiles_of_other_scores_than_the_files_are_refused(file, scores):
 
 def test_a_damaged_fingerprint_is_no_statistics_file(file):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prm": None}))
-    with pytest.raises(UserError, match="no statistics file .*: prm must be a fingerprint"):
+    with pytest.raises(UserError, match="no statistics file .*: prm: .* valid string"):
         load(file)
 
 
@@ -87,8 +87,8 @@ def test_scores_of_another_prm_or_other_weights_are_refused(file):
         ("[1.0]", "no statistics file of tools/score_tokens.py: it holds no JSON object"),
         ('{"mean": 1.0}', "it lacks attribute_weights, count, data, median"),
         ('{"lr": 1.0, "b": 2}', "it lacks .* and has unknown b, lr$"),
-        ('"std": -1.0', "finite numbers"),
-        ('"mean": NaN', "finite numbers"),
+        ('"std": -1.0', "std: .* greater than or equal to 0"),
+        ('"mean": NaN', "NaN is no JSON number"),
         (None, "cannot be read"),
     ],
 )
@@ -141,3 +141,33 @@ def test_a_fingerprint_sees_every_file_its_name_size_beginning_and_end(tmp_path)
 def test_a_fingerprint_is_that_of_the_statistics_made_before(tmp_path):
     (tmp_path / "a.safetensors").write_bytes(bytes(range(256)) * 40000)  # more than both ends
     assert model_fingerprint(tmp_path) == "d317956835c57ee246c264b72388eb3f"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("count", "many"),
+        ("count", 0),
+        ("num_answers", -1),
+        ("quantiles", []),
+        ("attribute_weights", "1.0"),
+        ("mean", True),
+        ("data", None),
+    ],
+)
+def test_a_value_that_no_scoring_wrote_is_named(file, key, value):
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"no statistics file .*: {key}"):
+        load(file)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", bytes(99), b'{"a": 1e999}'])
+def test_what_is_no_json_is_one_line(file, content):
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="no statistics file") as caught:
+        load(file)
+    assert "\n" not in str(caught.value)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        load(file)
