@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 EXIT_USER_ERROR = 2
 
@@ -20,6 +22,22 @@ def error_line(error: UserError, rank: int = 0) -> str:
     """What a person sees of a mistake: one line, which names a rank other than the first."""
     which = f" (rank {rank})" if rank else ""
     return f"error{which}: {' '.join(str(error).split())}"
+
+
+@contextlib.contextmanager
+def telling(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, a mistake is told in the words of a tool that has no run's configuration.
+
+    Args:
+        names: by key of a configuration, as ``model.path``, what its user has given instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, name in names.items():
+            text = re.sub(rf"(?<![\w./-]){re.escape(key)}(?![\w/-])", name, text)
+        raise UserError(text) from error.__cause__
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:

@@ -1,6 +1,8 @@
 """How a mistake is told, by amrlhf and by the tools alike."""
 
-from megatron_amrlhf.errors import UserError, tells_user_errors
+import pytest
+
+from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 
 
 @tells_user_errors
@@ -11,3 +13,18 @@ def tool():
 def test_a_tool_tells_a_mistake_of_several_lines_in_one(capsys):
     assert tool() == 2
     assert capsys.readouterr().err == "error: a.yaml: malformed at line 3\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("model.path: no such file", "SOURCE: no such file"),
+        ("use another model.path.", "use another SOURCE."),
+        ("reward_model.path: no head", "reward_model.path: no head"),
+        ("/models/model.path/x: no such file", "/models/model.path/x: no such file"),
+    ],
+)
+def test_a_tool_tells_its_own_argument_in_place_of_a_key(said, told):
+    with pytest.raises(UserError) as caught, telling({"model.path": "SOURCE"}):
+        raise UserError(said)
+    assert str(caught.value) == told

@@ -304,6 +304,26 @@ def test_a_layout_that_cannot_be_is_refused(models, tmp_path, capsys, arguments,
 
 
 @pytest.mark.parametrize(
+    ("source", "more", "line"),
+    [
+        ("no.gguf", [], "SOURCE: no such file: no.gguf"),
+        ("file", [], "SOURCE: 'file' is no Hugging Face folder"),
+        ("/no/such", [], "SOURCE: '/no/such' is no Hugging Face folder"),
+        ("pip:no-such-package", [], "SOURCE: package 'no-such-package' is not installed"),
+        ("mid", ["--model", "no.gguf"], "--model: no such file: no.gguf"),
+        ("mid", ["--model", "pip:no-such-package"], "--model: package 'no-such-package'"),
+    ],
+)
+def test_what_is_not_there_is_told_by_the_tools_own_argument(
+    tmp_path, capsys, monkeypatch, source, more, line
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "mid" / "mp_rank_00").mkdir(parents=True)
+    assert refusal(capsys, source, "x", "--to", "hf", *more).startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt_neox", "architectures": ["GPTNeoX"]}, r"'gpt_neox' (GPTNeoX)"),
