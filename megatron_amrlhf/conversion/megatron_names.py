@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -72,7 +73,8 @@ def megatron_args(
     shape: ModelShape, hf_config: Mapping[str, Any], target: MegatronTarget, dtype: torch.dtype
 ) -> argparse.Namespace:
     """Megatron-LM's arguments for a model, as ``--use-checkpoint-args`` reads them."""
-    cut, rope = target.cut, AutoConfig.for_model(**hf_config).rope_parameters
+    cut, own = target.cut, copy.deepcopy(dict(hf_config))  # transformers writes into it
+    rope = AutoConfig.for_model(**own).rope_parameters
     kind = rope["rope_type"]
     return argparse.Namespace(
         num_layers=shape.num_layers,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def expected_shapes(
         UserError: transformers does not take the config; says why.
     """
     try:
-        config = AutoConfig.for_model(**hf_config)
+        config = AutoConfig.for_model(**copy.deepcopy(dict(hf_config)))  # it writes into them
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # of many kinds: each check of theirs has its own

@@ -378,6 +378,28 @@ def test_computed_frequencies_of_old_llama_folders_are_left_out(models, tmp_path
     assert_same(models["llama", False], tmp_path / "new")
 
 
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        (["hf", "--verify"], {"type": "linear", "factor": 2.0}),
+        (["hf"], {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
+        (["hf"], FAMILIES["llama3-rope"]["rope"]),
+        (["hf"], None),
+        (["megatron"], {"type": "linear", "factor": 2.0}),
+    ],
+    ids=["linear", "yarn", "llama3", "none", "megatron"],
+)
+def test_a_config_of_the_old_kind_is_written_as_it_was_read(models, tmp_path, options, scaling):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(models["llama", True], old)
+    config = json.loads((old / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 5e5, "rope_scaling": scaling}
+    (old / "config.json").write_text(json.dumps(config))
+    assert run(old, new, "--to", *options) == 0
+    assert json.loads((new / "config.json").read_text()) == config
+
+
 def test_a_dry_run_tells_what_is_then_written(models, tmp_path, capsys):
     arguments = (models["qwen3", False], tmp_path / "x", "--to", "megatron", "--tensor", "2")
     capsys.readouterr()
