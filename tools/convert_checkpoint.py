@@ -83,6 +83,8 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     folder = expanded(options.target)
     check_target(folder, source.weights.folder, options.overwrite or options.dry_run)
     conversion = Conversion(source, target, options.dtype)
+    for warning in conversion.warnings():
+        print(f"warning: {warning}; the weights convert as they are", file=sys.stderr)
     if options.dry_run:
         tell_plan(conversion, folder)
         return 0
@@ -143,7 +145,8 @@ def parser() -> Parser:
         "--layer-spec",
         default="te",
         choices=("te", "local"),
-        help="parameter names of Transformer Engine's or of the local layers (default: te)",
+        help="parameter names of Transformer Engine's or of the local layers, in torch_dist which "
+        "empty states there are (default: te)",
     )
     megatron(
         "--iteration", type=at_least_zero, default=1, help="its number (default: 1); 0: release"

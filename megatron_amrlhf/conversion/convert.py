@@ -22,7 +22,7 @@ from megatron_amrlhf.conversion.megatron_folder import (
     rank_names,
     write_megatron,
 )
-from megatron_amrlhf.conversion.megatron_names import MegatronTarget
+from megatron_amrlhf.conversion.megatron_names import MegatronTarget, lost_in_megatron
 from megatron_amrlhf.conversion.sources import Source
 from megatron_amrlhf.conversion.tensors import CheckedWeights, checked
 from megatron_amrlhf.conversion.torch_dist import open_torch_dist, write_torch_dist
@@ -91,6 +91,12 @@ class Conversion:
     def _layout(self) -> MegatronTarget:
         is_dist = isinstance(self.target, TorchDistTarget)
         return self.target.layout if is_dist else self.target
+
+    def warnings(self) -> list[str]:
+        """What the target's own software would compute otherwise, a line for each."""
+        if isinstance(self.target, HfTarget):
+            return []
+        return lost_in_megatron(self.shape, self.source.hf_config)
 
     def plan(self) -> list[PlanLine]:
         """What will be written, in order."""
