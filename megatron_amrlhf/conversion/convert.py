@@ -15,7 +15,7 @@ from megatron_amrlhf.conversion.folders import (
     travelling_files,
     write_config,
 )
-from megatron_amrlhf.conversion.hf_folder import Kind, plan_hf, write_hf
+from megatron_amrlhf.conversion.hf_folder import plan_hf, write_hf
 from megatron_amrlhf.conversion.megatron_folder import (
     entries_of,
     open_megatron,
@@ -29,18 +29,23 @@ from megatron_amrlhf.conversion.torch_dist import open_torch_dist, write_torch_d
 from megatron_amrlhf.conversion.verify import Comparison, compare_logits
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.expected import HEAD_NAMES
+from megatron_amrlhf.models.heads import Form
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.rewards.kinds import head_form
 
 KEY = re.compile(r"(?:\bparallel)?\.([a-z_]+)")  # of a run, in a message
 
 
 @dataclass(frozen=True)
 class HfTarget:
-    """A Hugging Face folder: the most bytes of a file, and what the folder is for."""
+    """A Hugging Face folder: the most bytes of a file, and of a model with a head its class.
+
+    None: the class that reads the head where its numbers mean something.
+    """
 
     shard_bytes: int
-    kind: Kind
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -82,10 +87,17 @@ class Conversion:
         )
         self._rounds = dtype is not None or source.dtype is not None
         if isinstance(target, HfTarget):
-            if target.kind == "token-classification" and self.weights.head_outputs is None:
-                raise UserError(f"{self.weights.folder} has no linear head to classify tokens with")
+            if target.form is not None and self.weights.head_outputs is None:
+                raise UserError(f"{self.weights.folder} has no linear head to classify with")
         else:
             _check_layout(self.shape, self._layout)
+
+    @property
+    def _form(self) -> Form | None:
+        """Of a Hugging Face folder with a head; else None."""
+        if self.weights.head_outputs is None or not isinstance(self.target, HfTarget):
+            return None
+        return self.target.form or head_form(self.source.hf_config)
 
     @property
     def _layout(self) -> MegatronTarget:
@@ -101,7 +113,7 @@ class Conversion:
     def plan(self) -> list[PlanLine]:
         """What will be written, in order."""
         if isinstance(self.target, HfTarget):
-            files = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
+            files = plan_hf(self.weights, self.target.shard_bytes, self._form)
             lines = [PlanLine(file.name, len(file.tensors), file.nbytes) for file in files]
         elif isinstance(self.target, TorchDistTarget):
             lines = [PlanLine("torch_dist", len(self.weights.names()), self.weights.total)]
@@ -134,7 +146,7 @@ class Conversion:
             return sum(
                 line.num_tensors for line in self._rank_lines()[: len(rank_names(self._layout))]
             )
-        return len(self.weights.names())
+        return len(self.weights.names()) - (self._form == "sequence-classification")
 
     def write(
         self,
@@ -172,9 +184,8 @@ class Conversion:
     def _write(self, folder: Path, advance: Callable[[], None]) -> None:
         source, config = self.source, self.source.hf_config
         if isinstance(self.target, HfTarget):
-            plan = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
-            kind = self.target.kind
-            write_hf(self.weights, plan, config, kind, source.model_folder, folder, advance)
+            plan = plan_hf(self.weights, self.target.shard_bytes, self._form)
+            write_hf(self.weights, plan, config, self._form, source.model_folder, folder, advance)
             return
         if isinstance(self.target, TorchDistTarget):
             write_torch_dist(self.weights, self.shape, config, self._layout, folder, advance)
@@ -186,13 +197,12 @@ class Conversion:
     def _compare(self, folder: Path) -> list[Comparison]:
         config = self.source.hf_config
         has_head = self.weights.head_outputs is not None
-        is_classifier = isinstance(self.target, HfTarget) and self.target.kind != "causal-lm"
         before: CheckedWeights | Path = self.weights
         if self.source.form == "hf" and not has_head:
             before = self.source.weights.folder
         if isinstance(self.target, HfTarget):
             after: CheckedWeights | Path = folder
-            if has_head and not is_classifier:
+            if self._form == "sequence-classification":  # which runs at one token alone
                 after = checked(ShardedWeights(folder), config, None)
         else:
             reader = open_torch_dist if isinstance(self.target, TorchDistTarget) else open_megatron

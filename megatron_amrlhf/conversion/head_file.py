@@ -8,11 +8,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_amrlhf.checkpoint.export import HEAD_FILE
 from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX
 
+HEAD_FILE = "head.safetensors"
 OUTPUT_LAYER = "output_layer."  # where our last stage has a language model's output or the head
 
 

@@ -6,15 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
-from megatron_amrlhf.models.source import HUB_ID, read_hf_config, resolve_model_folder
+from megatron_amrlhf.models.expected import HEAD_NAMES
+from megatron_amrlhf.models.source import (
+    HUB_ID,
+    ShardedWeights,
+    read_hf_config,
+    resolve_model_folder,
+)
 from megatron_amrlhf.planning.passes import reward_roles
-
-HEAD_FILE, HEAD_WEIGHT = "head.safetensors", "head.weight"
 
 
 def model_config(path: str, cache_folder: str) -> dict[str, Any]:
@@ -63,7 +66,6 @@ def reward_configs(
 
 def _head_outputs(folder: Path) -> int:
     try:
-        with safe_open(folder / HEAD_FILE, framework="pt") as file:
-            return file.get_slice(HEAD_WEIGHT).get_shape()[0]
-    except (OSError, SafetensorError):
+        return ShardedWeights(folder).get(HEAD_NAMES[0]).shape[0]
+    except UserError:  # without weights too a plan can be made
         return 1
