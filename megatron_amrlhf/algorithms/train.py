@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -12,9 +13,11 @@ from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.kto import Kto
 from megatron_amrlhf.algorithms.loop import train
 from megatron_amrlhf.algorithms.orm import Orm
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.checks import check_total_steps
@@ -23,6 +26,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import check_vocabulary, end_token_ids, load_tokenizer
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
+from megatron_amrlhf.engine.partitioned import check_deepspeed
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.models.expected import check_weights
 from megatron_amrlhf.models.shape import check_shape
@@ -50,12 +54,27 @@ ALGORITHMS = {
 TIMEOUT_AFTER_WATCHDOG_SECONDS = 600.0
 
 
-def run(config: Config) -> bool:
-    """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose models and data are right.
 
-    Returns:
-        Whether all steps are done; if not, the run was asked to stop and goes on when started
-        again.
+    Attributes:
+        model_folder: Hugging Face folder of ``model.path``.
+        tokenizer: the policy's, or that of the reward model that is trained.
+        end_ids: tokens that end an answer.
+        algorithm: has read the data; ``build`` adds its roles.
+    """
+
+    model_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    algorithm: PolicyAlgorithm | RewardTraining
+
+
+def prepare(config: Config) -> Prepared:
+    """All that is checked between the configuration and the first process group.
+
+    `amrlhf doctor` calls it too, so what is refused here is an error there.
 
     Raises:
         UserError: the model, the data or the layout is wrong; nothing was written.
@@ -69,9 +88,25 @@ def run(config: Config) -> bool:
     check_total_steps(config, algorithm.total_steps)
     outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
     check_weights(model_folder, outputs)
+    check_deepspeed(config)
+    return Prepared(model_folder, tokenizer, end_ids, algorithm)
+
+
+def run(config: Config) -> bool:
+    """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
+
+    Returns:
+        Whether all steps are done; if not, the run was asked to stop and goes on when started
+        again.
+
+    Raises:
+        UserError: the model, the data or the layout is wrong; nothing was written.
+    """
+    prepared = prepare(config)
+    algorithm = prepared.algorithm
     start_processes(_timeout_seconds(config))
     try:
-        context = _context(config, model_folder, tokenizer, end_ids)
+        context = _context(config, prepared.model_folder, prepared.tokenizer, prepared.end_ids)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner)
