@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_amrlhf.conversion.folders import (
     check_free_space,
     check_target,
@@ -34,6 +36,7 @@ from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.rewards.kinds import head_form
 
+NORM = "model.norm.weight"  # which every model has
 KEY = re.compile(r"(?:\bparallel)?\.([a-z_]+)")  # of a run, in a message
 
 
@@ -85,7 +88,6 @@ class Conversion:
         self.weights: CheckedWeights = checked(
             source.weights, source.hf_config, dtype or source.dtype
         )
-        self._rounds = dtype is not None or source.dtype is not None
         if isinstance(target, HfTarget):
             if target.form is not None and self.weights.head_outputs is None:
                 raise UserError(f"{self.weights.folder} has no linear head to classify with")
@@ -194,6 +196,12 @@ class Conversion:
         write_config(folder, config)
         copy_travelling(source.model_folder, folder)
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether the written weights have fewer digits than the source's."""
+        own = self.source.weights.get(NORM).dtype
+        return torch.promote_types(own, self.weights.dtype) != self.weights.dtype
+
     def _compare(self, folder: Path) -> list[Comparison]:
         config = self.source.hf_config
         has_head = self.weights.head_outputs is not None
@@ -207,7 +215,7 @@ class Conversion:
         else:
             reader = open_torch_dist if isinstance(self.target, TorchDistTarget) else open_megatron
             after = checked(reader(folder, self.shape), config, None)
-        return compare_logits(before, after, config, self._rounds)
+        return compare_logits(before, after, config, isinstance(before, Path) and self._rounds)
 
 
 def _check_layout(shape: ModelShape, layout: MegatronTarget) -> None:
