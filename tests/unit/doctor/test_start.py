@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_amrlhf.algorithms.train import prepare
+from megatron_amrlhf.checkpoint import folders
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.judge_run import judge_run
 from megatron_amrlhf.doctor.start import judge_start
@@ -143,7 +144,8 @@ def test_a_model_that_is_to_be_fetched_is_a_warning(folder):
     assert "would be fetched" in only(judge_start(config), "warning").message
 
 
-def test_a_folder_of_another_run_and_a_damaged_checkpoint_are_errors(folder):
+def test_a_folder_of_another_run_and_a_damaged_checkpoint_are_errors(folder, monkeypatch):
+    monkeypatch.setattr(folders, "LONGEST_LAG_SECONDS", 0.0)
     config = load_config(folder / "ppo.yaml", overrides(folder, []))
     step = config.run.path / "checkpoints" / "step-2"
     step.mkdir(parents=True)
