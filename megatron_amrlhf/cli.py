@@ -97,7 +97,12 @@ def plan(config: Config, arguments: argparse.Namespace) -> int:
 
 
 def show_config(config: Config, arguments: argparse.Namespace) -> int:
-    """Prints the configuration with every default filled in, as YAML."""
+    """Prints the configuration with every default filled in, as YAML.
+
+    Raises:
+        UserError: its keys do not go together on one replica.
+    """
+    check_run(config, config.parallel.tensor * config.parallel.pipeline)
     if _rank() == 0:
         print(dump_config(config), end="")
     return EXIT_OK

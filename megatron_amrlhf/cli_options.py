@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         ("train", "train a reward model or a policy", train_epilog, _add_config),
         ("score", "score given answers' tokens by the run's PRM", SCORE_EPILOG, _add_score),
         ("plan", plan_options.SUMMARY, plan_options.EPILOG, _add_plan),
-        ("config", "print the whole configuration, defaults included, as YAML", None, _add_config),
+        ("config", "check a run's keys and print all, defaults included", None, _add_config),
         ("show-masks", "show answers with token rewards and mask", SHOW_MASKS_EPILOG, _add_masks),
         ("status", "say what each rank does, or why a run ended", STATUS_EPILOG, _add_status),
         ("doctor", doctor_options.SUMMARY, doctor_options.EPILOG, _add_doctor),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import re
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 EXIT_USER_ERROR = 2
 # Marks that turn the order of the text around them.
@@ -41,6 +43,22 @@ def _is_harmless(character: str) -> bool:
         return True
     category = unicodedata.category(character)
     return category not in ("Cc", "Cs") and character not in DIRECTION_MARKS
+
+
+@contextlib.contextmanager
+def telling(names: Mapping[str, str]) -> Iterator[None]:
+    """Inside, a mistake is told in the words of a tool that has no run's configuration.
+
+    Args:
+        names: by key of a configuration, as ``model.path``, what its user has given instead.
+    """
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for key, name in names.items():
+            text = re.sub(rf"(?<![\w./-]){re.escape(key)}(?![\w/-])", name, text)
+        raise UserError(text) from error.__cause__
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:

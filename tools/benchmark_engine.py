@@ -22,7 +22,7 @@ from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.costs import bubble_fraction
-from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
 from megatron_amrlhf.evaluation.start_ranks import start_ranks
 from megatron_amrlhf.files import writable_folder, write_atomic
@@ -139,7 +139,8 @@ def _parser() -> Parser:
 def _model(options: argparse.Namespace, scratch: Path) -> Path:
     """The Hugging Face folder of both roles."""
     if options.model:
-        return resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
+        with telling({"model.path": "--model", "model.cache_folder": "the cache folder"}):
+            return resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
     sizes = dict(SIZES)
     for text in options.size:
         key, _, value = text.partition("=")

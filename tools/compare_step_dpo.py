@@ -21,7 +21,7 @@ from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
@@ -67,7 +67,8 @@ class Shape:
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments)."""
     options = _parser().parse_args(arguments)
-    folder = resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
+    with telling({"model.path": "--model", "model.cache_folder": "the cache folder"}):
+        folder = resolve_model_folder(options.model, "~/.cache/megatron_amrlhf")
     config = make_config(options)
     out = writable_folder(options.out, "--out") if options.out else None
     start_processes()

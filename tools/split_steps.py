@@ -15,7 +15,7 @@ from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
 from megatron_amrlhf.data.prm_data import step_reader
 from megatron_amrlhf.data.rows import select_rows
 from megatron_amrlhf.data.step_record import StepRecord
-from megatron_amrlhf.errors import UserError, tells_user_errors
+from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.rewards.outcome import RIGHT_STEP
 
@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not 0 < options.heldout < 1:
         raise UserError(f"--heldout {options.heldout}: must be between 0 and 1")
-    train, heldout = _split(_read(options.source, options.format), options.heldout)
+    with telling({"data.format": "--format"}):
+        solutions = _read(options.source, options.format)
+    train, heldout = _split(solutions, options.heldout)
     _write(expanded(options.out), options.source, train, heldout, options.pairs)
     return 0
 

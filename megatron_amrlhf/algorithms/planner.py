@@ -11,7 +11,7 @@ from typing import Any
 from megatron_amrlhf.config.checks import check_model, check_run
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, telling
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.models.families import complete_config
 from megatron_amrlhf.parallel.dtypes import own_choice
@@ -36,7 +36,8 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     parallel = config.parallel
     replica = parallel.tensor * parallel.pipeline
     world_size = options.gpus or replica
-    policy = model_config(options.model or config.model.path, config.model.cache_folder)
+    with telling({"model.path": "--model"} if options.model else {}):
+        policy = model_config(options.model or config.model.path, config.model.cache_folder)
     rewards, notes = reward_configs(config, policy)
     read = [policy, *(hf_config for hf_config, _ in rewards.values())]
     hf_configs = [complete_config(hf_config) for hf_config in read]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -13,11 +14,13 @@ from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.kto import Kto
 from megatron_amrlhf.algorithms.loop import train
 from megatron_amrlhf.algorithms.orm import Orm
+from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.precision import decide, kept_dtypes
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.algorithms.reward_models import check_same_rows
+from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.watch import watch
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.config.checks import check_total_steps
@@ -33,6 +36,7 @@ from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.data.vocabulary import check_rows, check_vocabulary, usable_ids
 from megatron_amrlhf.engine.announce import describe_choices
 from megatron_amrlhf.engine.footprint import stage_spec
+from megatron_amrlhf.engine.partitioned import check_deepspeed
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.contents import contents_line
@@ -62,12 +66,29 @@ ALGORITHMS = {
 TIMEOUT_AFTER_WATCHDOG_SECONDS = 600.0
 
 
-def run(config: Config) -> bool:
-    """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose models and data are right.
 
-    Returns:
-        Whether all steps are done; if not, the run was asked to stop and goes on when started
-        again.
+    Attributes:
+        model_folder: Hugging Face folder of ``model.path``.
+        tokenizer: the policy's, or that of the reward model that is trained.
+        end_ids: tokens that end an answer.
+        algorithm: has read the data; ``build`` adds its roles.
+        usable: ``[V]`` bool, the model's ids that are a token.
+    """
+
+    model_folder: Path
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+    algorithm: PolicyAlgorithm | RewardTraining
+    usable: Tensor
+
+
+def prepare(config: Config) -> Prepared:
+    """All that is checked between the configuration and the first process group.
+
+    `amrlhf doctor` calls it too, so what is refused here is an error there.
 
     Raises:
         UserError: the model, the data or the layout is wrong; nothing was written.
@@ -88,9 +109,25 @@ def run(config: Config) -> bool:
     check_total_steps(config, algorithm.total_steps)
     outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
     check_weights(model_folder, outputs)
+    check_deepspeed(config)
+    return Prepared(model_folder, tokenizer, end_ids, algorithm, usable)
+
+
+def run(config: Config) -> bool:
+    """Trains what ``algorithm.kind`` says and leaves ``runs/NAME/``. One call a process.
+
+    Returns:
+        Whether all steps are done; if not, the run was asked to stop and goes on when started
+        again.
+
+    Raises:
+        UserError: the model, the data or the layout is wrong; nothing was written.
+    """
+    prepared = prepare(config)
+    algorithm = prepared.algorithm
     start_processes(_timeout_seconds(config))
     try:
-        context = _context(config, model_folder, tokenizer, end_ids, usable)
+        context = _context(config, prepared)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner)
@@ -98,19 +135,13 @@ def run(config: Config) -> bool:
         stop_processes()
 
 
-def _context(
-    config: Config,
-    model_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    end_ids: list[int],
-    usable: Tensor,
-) -> Context:
+def _context(config: Config, prepared: Prepared) -> Context:
     """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
     doing = "cannot compare the ranks' prompts"
-    check_same_prompts(on_all_ranks(lambda: known_prompt(tokenizer), doing))
+    check_same_prompts(on_all_ranks(lambda: known_prompt(prepared.tokenizer), doing))
     doing, given = f"cannot use {config.run.path}", config
     kept = on_all_ranks(lambda: kept_dtypes(given) if mesh.rank == 0 else None, doing)[0]
     config, notes = decide(given, kept)
@@ -121,13 +152,13 @@ def _context(
         config=config,
         mesh=mesh,
         engine=Zero3Engine(config, mesh),
-        tokenizer=tokenizer,
-        end_ids=tuple(end_ids),
-        model_folder=model_folder,
+        tokenizer=prepared.tokenizer,
+        end_ids=tuple(prepared.end_ids),
+        model_folder=prepared.model_folder,
         console=RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None),
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),
-        usable=None if usable.all() else usable.to(mesh.device),
+        usable=None if prepared.usable.all() else prepared.usable.to(mesh.device),
     )
     for note in notes:
         context.console.line(note)

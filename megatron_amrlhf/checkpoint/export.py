@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,16 +22,17 @@ from megatron_amrlhf.checkpoint.files import (
     write_tensors,
     write_text,
 )
-from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.chat import end_token_ids, end_tokens_listed
 from megatron_amrlhf.engine.role import Role
 from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX, REPLICATED, Entry
+from megatron_amrlhf.models.expected import HEAD_NAMES
+from megatron_amrlhf.models.heads import STORED_NAMES, Form, with_form
+from megatron_amrlhf.models.mapping import REPLICATED, Entry
 from megatron_amrlhf.models.source import read_hf_config
-from megatron_amrlhf.models.weight_files import HEAD_FILE, INDEX_FILE
+from megatron_amrlhf.models.weight_files import INDEX_FILE
 from megatron_amrlhf.owned import begin_beside, put_in_place
 from megatron_amrlhf.parallel.mesh import Mesh
-from megatron_amrlhf.rewards.kinds import with_meaning
+from megatron_amrlhf.rewards.kinds import head_form, with_meaning
 
 GENERATION_FILE = "generation_config.json"
 
@@ -40,9 +42,9 @@ def export_role(
 ) -> None:
     """Writes a role as a Hugging Face folder. Entered by every rank.
 
-    Weights keep the role's dtype; a linear head goes to ``head.safetensors`` (``head.weight``,
-    ``head.bias``). All nodes must see the same file system. An export that is already there is
-    replaced when the new one is complete.
+    Weights keep the role's dtype. A model with a linear head becomes one of transformers' token
+    classifiers, an outcome reward model a sequence classifier. All nodes must see the same file
+    system. An export that is already there is replaced when the new one is complete.
 
     Args:
         engine: holds the role.
@@ -55,20 +57,23 @@ def export_role(
     """
     role, mesh = engine.roles[role_name], engine.mesh
     folder = folder.resolve()  # a link may lead to a larger disk
+    hf_config = with_meaning(read_hf_config(role.spec.folder), role.spec.name, engine.config)
+    form = None if role.spec.head_outputs is None else head_form(hf_config)
     doing = f"cannot write the export {folder}"
     temporary = on_all_ranks(lambda: mesh.is_main and begin_beside(folder, "export"), doing)[0]
 
     def finish() -> None:
         if mesh.is_main:
-            _write_index(temporary, maps)
-            _write_config(temporary, role, engine.config)
+            _write_index(temporary, [places for places, _ in written])
+            bias = next((bias for _, bias in written if bias), [])
+            _write_config(temporary, role, with_form(hf_config, form, role.spec.head_outputs, bias))
             write_end_tokens(role.spec.folder, temporary, tokenizer)
             tokenizer.save_pretrained(temporary)
             put_in_place(temporary, folder, "export")
 
     with deleted_on_failure(temporary, "export", mesh.is_main):
         tensors = _full_tensors(role, mesh)
-        maps = on_all_ranks(lambda: _write_weights(temporary, tensors, mesh), doing)
+        written = on_all_ranks(lambda: _write_weights(temporary, tensors, form, mesh), doing)
         on_all_ranks(finish, doing)
 
 
@@ -108,20 +113,21 @@ def _gather_shards(local: Tensor, entry: Entry, mesh: Mesh) -> list[Tensor] | No
     return shards
 
 
-def _write_weights(folder: Path, tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, tuple]:
-    """Writes this stage's files; gives the file and the size in bytes of each tensor."""
-    stage_file = f"model-{mesh.pp_rank + 1:05d}-of-{mesh.pp_size:05d}.safetensors"
-    files: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        file = HEAD_FILE if name.startswith(HEAD_FILE_PREFIX) else stage_file
-        files.setdefault(file, {})[name] = tensor
-    for file, content in files.items():
-        write_tensors(folder / file, content, {"format": "pt"})
-    return {
-        name: (file, tensor.nbytes)
-        for file, content in files.items()
-        for name, tensor in content.items()
-    }
+def _write_weights(
+    folder: Path, tensors: dict[str, Tensor], form: Form | None, mesh: Mesh
+) -> tuple[dict[str, tuple], list[float]]:
+    """Writes this stage's file; gives the file and the bytes of each tensor.
+
+    Also the bias of a head whose class has none.
+    """
+    file = f"model-{mesh.pp_rank + 1:05d}-of-{mesh.pp_size:05d}.safetensors"
+    bias: list[float] = []
+    if form == "sequence-classification" and HEAD_NAMES[1] in tensors:
+        bias = tensors.pop(HEAD_NAMES[1]).tolist()
+    stored = {STORED_NAMES.get(name, name): tensor for name, tensor in tensors.items()}
+    if stored:
+        write_tensors(folder / file, stored, {"format": "pt"})
+    return {name: (file, tensor.nbytes) for name, tensor in stored.items()}, bias
 
 
 def _write_index(folder: Path, maps: list[dict[str, tuple]]) -> None:
@@ -137,11 +143,9 @@ def _write_index(folder: Path, maps: list[dict[str, tuple]]) -> None:
     write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, role: Role, run: Config) -> None:
-    config = read_hf_config(role.spec.folder)
-    config.pop("torch_dtype", None)
+def _write_config(folder: Path, role: Role, hf_config: dict[str, Any]) -> None:
+    config = {key: value for key, value in hf_config.items() if key != "torch_dtype"}
     config["dtype"] = role.spec.dtype_name
-    config = with_meaning(config, role.spec.name, run)
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
 
 

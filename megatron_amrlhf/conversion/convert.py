@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from megatron_amrlhf.conversion.folders import (
     check_free_space,
     check_target,
@@ -15,32 +17,38 @@ from megatron_amrlhf.conversion.folders import (
     travelling_files,
     write_config,
 )
-from megatron_amrlhf.conversion.hf_folder import Kind, plan_hf, write_hf
+from megatron_amrlhf.conversion.hf_folder import plan_hf, write_hf
 from megatron_amrlhf.conversion.megatron_folder import (
     entries_of,
     open_megatron,
     rank_names,
     write_megatron,
 )
-from megatron_amrlhf.conversion.megatron_names import MegatronTarget
+from megatron_amrlhf.conversion.megatron_names import MegatronTarget, lost_in_megatron
 from megatron_amrlhf.conversion.sources import Source
 from megatron_amrlhf.conversion.tensors import CheckedWeights, checked
 from megatron_amrlhf.conversion.torch_dist import open_torch_dist, write_torch_dist
 from megatron_amrlhf.conversion.verify import Comparison, compare_logits
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.expected import HEAD_NAMES
+from megatron_amrlhf.models.heads import Form
 from megatron_amrlhf.models.shape import ModelShape, read_shape
 from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.rewards.kinds import head_form
 
+NORM = "model.norm.weight"  # which every model has
 KEY = re.compile(r"(?:\bparallel)?\.([a-z_]+)")  # of a run, in a message
 
 
 @dataclass(frozen=True)
 class HfTarget:
-    """A Hugging Face folder: the most bytes of a file, and what the folder is for."""
+    """A Hugging Face folder: the most bytes of a file, and of a model with a head its class.
+
+    None: the class that reads the head where its numbers mean something.
+    """
 
     shard_bytes: int
-    kind: Kind
+    form: Form | None
 
 
 @dataclass(frozen=True)
@@ -80,22 +88,34 @@ class Conversion:
         self.weights: CheckedWeights = checked(
             source.weights, source.hf_config, dtype or source.dtype
         )
-        self._rounds = dtype is not None or source.dtype is not None
         if isinstance(target, HfTarget):
-            if target.kind == "token-classification" and self.weights.head_outputs is None:
-                raise UserError(f"{self.weights.folder} has no linear head to classify tokens with")
+            if target.form is not None and self.weights.head_outputs is None:
+                raise UserError(f"{self.weights.folder} has no linear head to classify with")
         else:
             _check_layout(self.shape, self._layout)
+
+    @property
+    def _form(self) -> Form | None:
+        """Of a Hugging Face folder with a head; else None."""
+        if self.weights.head_outputs is None or not isinstance(self.target, HfTarget):
+            return None
+        return self.target.form or head_form(self.source.hf_config)
 
     @property
     def _layout(self) -> MegatronTarget:
         is_dist = isinstance(self.target, TorchDistTarget)
         return self.target.layout if is_dist else self.target
 
+    def warnings(self) -> list[str]:
+        """What the target's own software would compute otherwise, a line for each."""
+        if isinstance(self.target, HfTarget):
+            return []
+        return lost_in_megatron(self.shape, self.source.hf_config)
+
     def plan(self) -> list[PlanLine]:
         """What will be written, in order."""
         if isinstance(self.target, HfTarget):
-            files = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
+            files = plan_hf(self.weights, self.target.shard_bytes, self._form)
             lines = [PlanLine(file.name, len(file.tensors), file.nbytes) for file in files]
         elif isinstance(self.target, TorchDistTarget):
             lines = [PlanLine("torch_dist", len(self.weights.names()), self.weights.total)]
@@ -128,7 +148,7 @@ class Conversion:
             return sum(
                 line.num_tensors for line in self._rank_lines()[: len(rank_names(self._layout))]
             )
-        return len(self.weights.names())
+        return len(self.weights.names()) - (self._form == "sequence-classification")
 
     def write(
         self,
@@ -166,9 +186,8 @@ class Conversion:
     def _write(self, folder: Path, advance: Callable[[], None]) -> None:
         source, config = self.source, self.source.hf_config
         if isinstance(self.target, HfTarget):
-            plan = plan_hf(self.weights, self.target.shard_bytes, self.target.kind)
-            kind = self.target.kind
-            write_hf(self.weights, plan, config, kind, source.model_folder, folder, advance)
+            plan = plan_hf(self.weights, self.target.shard_bytes, self._form)
+            write_hf(self.weights, plan, config, self._form, source.model_folder, folder, advance)
             return
         if isinstance(self.target, TorchDistTarget):
             write_torch_dist(self.weights, self.shape, config, self._layout, folder, advance)
@@ -177,21 +196,26 @@ class Conversion:
         write_config(folder, config)
         copy_travelling(source.model_folder, folder)
 
+    @property
+    def _rounds(self) -> bool:
+        """Whether the written weights have fewer digits than the source's."""
+        own = self.source.weights.get(NORM).dtype
+        return torch.promote_types(own, self.weights.dtype) != self.weights.dtype
+
     def _compare(self, folder: Path) -> list[Comparison]:
         config = self.source.hf_config
         has_head = self.weights.head_outputs is not None
-        is_classifier = isinstance(self.target, HfTarget) and self.target.kind != "causal-lm"
         before: CheckedWeights | Path = self.weights
         if self.source.form == "hf" and not has_head:
             before = self.source.weights.folder
         if isinstance(self.target, HfTarget):
             after: CheckedWeights | Path = folder
-            if has_head and not is_classifier:
+            if self._form == "sequence-classification":  # which runs at one token alone
                 after = checked(ShardedWeights(folder), config, None)
         else:
             reader = open_torch_dist if isinstance(self.target, TorchDistTarget) else open_megatron
             after = checked(reader(folder, self.shape), config, None)
-        return compare_logits(before, after, config, self._rounds)
+        return compare_logits(before, after, config, isinstance(before, Path) and self._rounds)
 
 
 def _check_layout(shape: ModelShape, layout: MegatronTarget) -> None:

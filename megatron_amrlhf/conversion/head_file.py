@@ -7,11 +7,11 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_amrlhf.checkpoint.export import HEAD_FILE
 from megatron_amrlhf.checkpoint.files import write_tensors
 from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.models.expected import HEAD_NAMES
 from megatron_amrlhf.models.mapping import HEAD_FILE_PREFIX
+from megatron_amrlhf.models.weight_files import HEAD_FILE
 
 OUTPUT_LAYER = "output_layer."  # where our last stage has a language model's output or the head
 

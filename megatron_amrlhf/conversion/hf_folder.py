@@ -6,21 +6,18 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import torch
 
-from megatron_amrlhf.checkpoint.export import HEAD_FILE
 from megatron_amrlhf.checkpoint.files import write_text
 from megatron_amrlhf.conversion.folders import copy_travelling, write_config
 from megatron_amrlhf.conversion.tensors import CheckedWeights
 from megatron_amrlhf.models.expected import HEAD_NAMES
-from megatron_amrlhf.models.families import family_of
-from megatron_amrlhf.models.source import CLASSIFIER_NAMES
+from megatron_amrlhf.models.heads import STORED_NAMES, Form, with_form
 from megatron_amrlhf.models.weight_files import INDEX_FILE
 
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-Kind = Literal["causal-lm", "token-classification"]
 
 
 @dataclass(frozen=True)
@@ -32,31 +29,27 @@ class PlannedFile:
     nbytes: int
 
 
-def plan_hf(weights: CheckedWeights, shard_bytes: int, kind: Kind) -> list[PlannedFile]:
+def plan_hf(weights: CheckedWeights, shard_bytes: int, form: Form | None) -> list[PlannedFile]:
     """Cuts tensors into files of at most ``shard_bytes`` (or one tensor), in the model's order.
 
-    A linear head goes to ``head.safetensors``, or as ``score`` among the others in a folder for
-    token classification.
+    A linear head is ``score`` among the others; a sequence classifier's has no bias there.
     """
-    theirs = {ours: name for name, ours in CLASSIFIER_NAMES.items()}
     groups: list[list[tuple[str, str]]] = [[]]
-    head, size = [], 0
+    size = 0
     for name in weights.names():
-        if name in HEAD_NAMES and kind == "causal-lm":
-            head.append((name, name))
+        if name == HEAD_NAMES[1] and form == "sequence-classification":
             continue
         if groups[-1] and size + weights.nbytes(name) > shard_bytes:
             groups.append([])
             size = 0
-        groups[-1].append((theirs.get(name, name), name))
+        groups[-1].append((STORED_NAMES.get(name, name), name))
         size += weights.nbytes(name)
     count = len(groups)
     names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-    names = ["model.safetensors"] if count == 1 and not head else names
-    files = dict(zip(names, groups, strict=True)) | ({HEAD_FILE: head} if head else {})
+    names = ["model.safetensors"] if count == 1 else names
     return [
         PlannedFile(file, tuple(tensors), sum(weights.nbytes(ours) for _, ours in tensors))
-        for file, tensors in files.items()
+        for file, tensors in zip(names, groups, strict=True)
     ]
 
 
@@ -64,7 +57,7 @@ def write_hf(
     weights: CheckedWeights,
     plan: list[PlannedFile],
     hf_config: Mapping[str, Any],
-    kind: Kind,
+    form: Form | None,
     files_from: Path,
     folder: Path,
     advance: Callable[[], None],
@@ -75,7 +68,7 @@ def write_hf(
         weights: read tensor by tensor.
         plan: the files.
         hf_config: the parsed config.json of the model.
-        kind: what the folder is for; sets ``architectures`` and the labels.
+        form: of the folder; None for a language model.
         files_from: folder of the tokenizer files and generation settings.
         folder: an empty folder.
         advance: called after each tensor.
@@ -89,29 +82,21 @@ def write_hf(
             write_safetensors(stream, file, weights, advance)
     if len(plan) > 1:
         places = {stored: file.name for file in plan for stored, _ in file.tensors}
-        index = {"metadata": {"total_size": weights.total}, "weight_map": places}
+        total = sum(file.nbytes for file in plan)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
         write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
-    write_config(folder, output_config(hf_config, weights, kind))
+    write_config(folder, output_config(hf_config, weights, form))
     copy_travelling(files_from, folder)
 
 
 def output_config(
-    hf_config: Mapping[str, Any], weights: CheckedWeights, kind: Kind
+    hf_config: Mapping[str, Any], weights: CheckedWeights, form: Form | None
 ) -> dict[str, Any]:
     """The config.json to write: the model's own, with the dtype and what it is for."""
     config = {key: value for key, value in hf_config.items() if key != "torch_dtype"}
     config["dtype"] = str(weights.dtype).removeprefix("torch.")
-    architecture = family_of(hf_config).architecture
-    labels = ("id2label", "label2id", "classifier_dropout", "num_labels")
-    config = {key: value for key, value in config.items() if key not in labels}
-    if kind == "token-classification":
-        architecture = architecture.replace("ForCausalLM", "ForTokenClassification")
-        count = weights.head_outputs
-        config["id2label"] = {str(i): f"LABEL_{i}" for i in range(count)}
-        config["label2id"] = {f"LABEL_{i}": i for i in range(count)}
-        config["classifier_dropout"] = 0.0
-    config["architectures"] = [architecture]
-    return config
+    bias = weights.get(HEAD_NAMES[1]).tolist() if form == "sequence-classification" else []
+    return with_form(config, form, weights.head_outputs, bias)
 
 
 def write_safetensors(

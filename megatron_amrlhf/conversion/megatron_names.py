@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -19,6 +20,14 @@ RELEASE = "release"  # in place of an iteration: weights without a training stat
 FUSED = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
+}
+
+
+# What megatron-core's RotaryEmbedding takes for these numbers of a llama3 rope, and no others.
+FIXED_LLAMA3 = {
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
 }
 
 
@@ -72,8 +81,8 @@ def megatron_args(
     shape: ModelShape, hf_config: Mapping[str, Any], target: MegatronTarget, dtype: torch.dtype
 ) -> argparse.Namespace:
     """Megatron-LM's arguments for a model, as ``--use-checkpoint-args`` reads them."""
-    cut, rope = target.cut, AutoConfig.for_model(**hf_config).rope_parameters
-    kind = rope["rope_type"]
+    cut, rope = target.cut, _rope_of(hf_config)
+    kind, theta = rope["rope_type"], rope["rope_theta"]
     return argparse.Namespace(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,
@@ -90,7 +99,7 @@ def megatron_args(
         add_position_embedding=False,
         position_embedding_type="rope",
         use_rotary_position_embeddings=True,
-        rotary_base=int(rope["rope_theta"]),
+        rotary_base=int(theta) if theta == int(theta) else theta,
         rotary_percent=1.0,
         rotary_interleaved=False,
         use_rope_scaling=kind == "llama3",
@@ -119,3 +128,37 @@ def megatron_args(
         fp16=dtype == torch.float16,
         iteration=target.iteration,
     )
+
+
+def _rope_of(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    own = copy.deepcopy(dict(hf_config))  # transformers writes into it
+    return AutoConfig.for_model(**own).rope_parameters
+
+
+def lost_in_megatron(shape: ModelShape, hf_config: Mapping[str, Any]) -> list[str]:
+    """What a model computes and ``megatron_args`` cannot say: a line for each."""
+    rope, found = _rope_of(hf_config), []
+    if rope["rope_type"] == "llama3":
+        others = {
+            key: rope[key]
+            for key, fixed in FIXED_LLAMA3.items()
+            if key in rope and rope[key] != fixed
+        }
+        if others:
+            has = ", ".join(f"{key} {value:g}" for key, value in others.items())
+            takes = ", ".join(f"{FIXED_LLAMA3[key]:g}" for key in others)
+            found.append(
+                f"the model's llama3 rope has {has}, where Megatron-LM always takes {takes}: it "
+                "would turn positions otherwise"
+            )
+    if rope["rope_type"] == "yarn":
+        found.append(
+            "the model's yarn rope is not among the arguments that are written: Megatron-LM would "
+            "take a plain one"
+        )
+    if shape.window is not None and shape.window < shape.max_positions:
+        found.append(
+            f"the model's sliding_window of {shape.window} tokens is not among the arguments that "
+            "are written: Megatron-LM would attend to all tokens before"
+        )
+    return found

@@ -19,7 +19,7 @@ from megatron_amrlhf.conversion.megatron_folder import (
     open_megatron,
 )
 from megatron_amrlhf.conversion.torch_dist import is_torch_dist, open_torch_dist
-from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.errors import UserError, telling
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.shards import NamedWeights
@@ -55,8 +55,6 @@ def form_of(folder: Path) -> tuple[Form, Path]:
     Raises:
         UserError: it is nothing that can be converted.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder")
     for place in (folder, folder / "checkpoints"):
         latest = place if (place / STATE_FILE).is_file() else find_latest(place)
         if latest is not None:
@@ -85,15 +83,19 @@ def open_source(path: str, role: str | None, model: str | None) -> Source:
     Raises:
         UserError: nothing usable is there.
     """
-    cache = ModelSection.model_fields["cache_folder"].default
-    folder = expanded(path)
-    folder = folder if folder.exists() else resolve_model_folder(path, cache)
+    cache, folder = ModelSection.model_fields["cache_folder"].default, expanded(path)
+    if not folder.is_dir():  # a .gguf file, or the name of a model that is not here
+        with telling({"model.path": "SOURCE", "model.cache_folder": "the cache folder"}):
+            folder = resolve_model_folder(path, cache)
     form, place = form_of(folder)
     if form == "hf" and model is not None:
         raise UserError("--model: a Hugging Face folder has a config.json of its own")
     if form != "ours" and role is not None:
         raise UserError("--role: only the checkpoint of a run has roles")
-    model_folder = resolve_model_folder(model, cache) if model else _model_of(form, place, cache)
+    with telling({"model.path": "--model" if model else f"{place}'s model.path"}):
+        model_folder = (
+            resolve_model_folder(model, cache) if model else _model_of(form, place, cache)
+        )
     hf_config = read_hf_config(model_folder)
     try:
         shape = read_shape(hf_config)

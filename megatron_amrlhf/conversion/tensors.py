@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.expected import HEAD_NAMES, LM_HEAD, check_tied, expected_shapes
+from megatron_amrlhf.models.heads import bias_beside
 from megatron_amrlhf.models.shards import NamedWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +63,8 @@ class CheckedWeights:
         Raises:
             UserError: it has another shape, or another dtype and none was asked for.
         """
+        if name == HEAD_NAMES[1] and name not in self.weights:
+            return bias_beside(self.folder, self.head_outputs).to(self.dtype)
         tensor = self.weights.get(name)
         if tuple(tensor.shape) != self.shapes[name]:
             raise UserError(
@@ -96,8 +99,8 @@ def checked(
     found = {name for name in weights.names() if not name.endswith("rotary_emb.inv_freq")}
     if hf_config.get("tie_word_embeddings") or has_head:
         found.discard(LM_HEAD)  # a copy of the embedding, or not used
-    if has_head and HEAD_NAMES[1] not in found:
-        raise UserError(f"{weights.folder} has a head without a bias ({HEAD_NAMES[1]})")
+    if has_head:
+        found.add(HEAD_NAMES[1])  # where it is missing there is one beside, or it is zero
     for what, names in (("lacks", shapes.keys() - found), ("has unknown", found - shapes.keys())):
         if names:
             listed = ", ".join(sorted(names)[:3])

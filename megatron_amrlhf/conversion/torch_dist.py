@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch import Tensor
 
 from megatron_amrlhf.config.cut import PipelineCut
@@ -43,6 +44,16 @@ from megatron_amrlhf.parallel.mesh import start_processes
 from megatron_amrlhf.reading import Unreadable, read_object
 
 METADATA, COMMON, CONFIG = ".metadata", "common.pt", "metadata.json"
+# Modules of a layer for which megatron-core's models ask an object beside the weights, which is
+# empty without FP8. Transformer Engine's norms have one too.
+LINEARS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+QK_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
+FINAL_NORM = "decoder.final_layernorm"
 # What torch's .metadata is made of. It is a pickle; nothing else in one is loaded.
 METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
@@ -170,8 +181,24 @@ def write_torch_dist(
         for _ in entry.hf:
             advance()
     start_processes()
-    dist_checkpointing.save(state, str(place))
+    dist_checkpointing.save(state | _extra_states(shape, target), str(place))
     write_head(weights, folder)
     for _ in HEAD_NAMES if weights.head_outputs is not None else ():
         advance()
     write_tracker(target, folder)
+
+
+def _extra_states(shape: ModelShape, target: MegatronTarget) -> dict[str, ShardedObject]:
+    """The empty objects without which megatron-core's default strictness refuses a folder."""
+    is_te = target.spec == "te"
+    modules = [*LINEARS, *(QK_NORMS if is_te and shape.qk_norm else ())]
+    keys = [f"decoder.layers.{module}._extra_state" for module in modules]
+    found = {
+        f"{key}/{layer}": ShardedObject(key, None, (shape.num_layers,), (layer,))
+        for key in keys
+        for layer in range(shape.num_layers)
+    }
+    if is_te:
+        key = f"{FINAL_NORM}._extra_state"
+        found[key] = ShardedObject(key, None, (1,), (0,))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +130,7 @@ def megatron_logits(
     """As ``hugging_face_logits``, computed by megatron-core in one process."""
     start_processes()
     mesh, shape = build_mesh(1, 1), read_shape(hf_config)
-    config = AutoConfig.for_model(**hf_config)
+    config = AutoConfig.for_model(**copy.deepcopy(dict(hf_config)))
     model = StageModel(shape, config, mesh, dtype, weights.head_outputs).to(mesh.device)
     load_stage(model.eval(), weights.head_outputs, weights, mesh)
     tokens, positions = probe.tokens.to(mesh.device), probe.positions.to(mesh.device)

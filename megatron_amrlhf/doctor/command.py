@@ -49,8 +49,10 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
-# These load transformers; only for a CONFIG.yaml.
+# They load transformers and megatron-core; only for a CONFIG.yaml.
 ROOM, CHAT = "megatron_amrlhf.doctor.checkpoint_room", "megatron_amrlhf.doctor.judge_chat"
+START = "megatron_amrlhf.doctor.start"
+START_SECONDS = 3600.0  # in which rank 0 reads the run's data
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -144,6 +146,10 @@ class Examination:
             report.values["clocks"] = [asdict(clock) for clock in clocks]
         if meeting.world_size > 1:
             self._examine_network(hosts)
+        if self._config is not None:
+            if meeting.is_main:
+                self._examine_start(self._config)
+            meeting.answer(limit_seconds=START_SECONDS)
 
     def _judge_chat(self) -> list[Finding]:
         """Of the run's models; nothing where transformers is not installed, which is told apart."""
@@ -171,6 +177,18 @@ class Examination:
         room = self._room() if self._config else None
         report.findings += judge_disks(report.facts, room)
         report.findings += judge_locks(report.facts)
+
+    def _examine_start(self, config: Config) -> None:
+        """Models and data, where the keys and the files are right."""
+        findings = self._report.findings
+        if any(each.check == "run" and each.level == "error" for each in findings):
+            message = "models and data are not judged before that is mended"
+            findings.append(Finding("start", "warning", message))
+            return
+        try:
+            findings += importlib.import_module(START).judge_start(config)
+        except ImportError as error:
+            findings.append(Finding("start", "error", f"nothing can be loaded: {error}"))
 
     def _room(self) -> CheckpointRoom | None:
         """What the run's checkpoints take; a warning where that cannot be known."""

@@ -1,4 +1,4 @@
-"""What is wrong with the run itself, as its start would say."""
+"""What is wrong with the run's keys and files, as its start would say."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from megatron_amrlhf.errors import UserError
 
 
 def judge_run(config: Config, world_size: int) -> list[Finding]:
-    """Files, and on several ranks also the rules between keys and the layout.
+    """Files and the rules between keys, and on several ranks the layout.
 
     Args:
         config: the run.
-        world_size: number of ranks; one may be a doctor who is alone, whatever the run will be.
+        world_size: number of ranks; one may be a doctor who is alone, whatever the run will be:
+            then the layout is judged for one replica.
     """
     findings, ranks = [], world_size if world_size > 1 else None
+    parallel = config.parallel
     try:
-        if ranks is not None:
-            check_run(config, ranks)
+        check_run(config, ranks or parallel.tensor * parallel.pipeline)
     except UserError as error:
         findings.append(Finding("run", "error", str(error), "change CONFIG.yaml or use --set"))
     try:
@@ -26,5 +27,5 @@ def judge_run(config: Config, world_size: int) -> list[Finding]:
     except UserError as error:
         fix = "make the files or name others, the run does not start without"
         findings.append(Finding("run", "error", str(error), fix))
-    what = "files" if ranks is None else f"files, keys and the layout of {ranks} ranks"
+    what = "files and keys" if ranks is None else f"files, keys and the layout of {ranks} ranks"
     return findings or [Finding("run", "ok", f"{what} are as the run wants them")]

@@ -114,8 +114,12 @@ class Meeting:
             raise Absent(step, absent, limit, values)
         return values
 
-    def answer(self, value: Any = None) -> Any:
+    def answer(self, value: Any = None, limit_seconds: float | None = None) -> Any:
         """Rank 0's JSON-able ``value`` (read on rank 0 only), on every rank.
+
+        Args:
+            value: of rank 0.
+            limit_seconds: how long the others wait; None: by ``timeout_seconds``.
 
         Raises:
             Ended: on the other ranks, where rank 0 has called ``end`` instead.
@@ -128,7 +132,8 @@ class Meeting:
             return value
         with self._told_when_lost():
             # Rank 0 may wait for a rank that is late for each of two gathers before this answer.
-            self._store.wait([key], timedelta(seconds=2 * self.timeout_seconds + 30))
+            limit = limit_seconds or 2 * self.timeout_seconds + 30
+            self._store.wait([key], timedelta(seconds=limit))
             said = json.loads(self._store.get(key))
         if "end" in said:
             raise Ended(said["end"])

@@ -20,8 +20,8 @@ EPILOG = """\
 What is checked, each with ok, warning or error and what to do about it:
 
   arrival       every rank of the job comes; those that do not are named
-  run           with CONFIG.yaml: the files that it names are there; as ranks of a job also its
-                keys and layout
+  run           with CONFIG.yaml: its keys go together, the files that it names are there; as ranks
+                of a job also its layout
   versions      Python and libraries are those of requirements.txt, the same on all ranks
   devices       GPUs, driver and NCCL, one GPU a rank; or CPU cores, threads and memory
   limits        ulimit -n, -l, -u and the size of /dev/shm
@@ -32,6 +32,8 @@ What is checked, each with ok, warning or error and what to do about it:
   clocks        clocks of the nodes against rank 0's
   network       all-reduce of all ranks; every pair of ranks of a host and of nodes (a ring where
                 they are many); links that take more than 3 times the median are named
+  start         with CONFIG.yaml: model, tokenizer, template, data and reward models, by what the
+                start of the run itself calls: what it refuses is an error here, in the same words
 
 One process looks at its own machine. Started as the ranks of a job, in the same way as the run is
 to be started, it also looks between them:

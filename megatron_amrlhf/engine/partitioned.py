@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import (
     safe_get_local_fp32_param,
     safe_get_local_optimizer_state,
@@ -17,6 +18,8 @@ from deepspeed.utils import (
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from megatron_amrlhf.config.deepspeed import resolve_deepspeed
+from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
 from megatron_amrlhf.engine.disk import Disk
 from megatron_amrlhf.engine.mpu import Mpu
@@ -82,9 +85,7 @@ class PartitionedWeights(Weights):
                 dist_init_required=False,
             )
         except ValidationError as error:
-            problem = error.errors(include_url=False)[0]
-            key = ".".join(str(part) for part in problem["loc"])
-            raise UserError(f"engine.deepspeed: {error.title}: {key}: {problem['msg']}") from None
+            raise _refused(error) from None
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
         self._disk: Disk | None = None  # of masters and moments
         if gradients is not None:
@@ -261,3 +262,25 @@ def _set(parameter: nn.Parameter, value: Tensor, kind: str) -> None:
         safe_set_local_fp32_param(parameter, value)
     else:
         safe_set_local_optimizer_state(parameter, value, kind)
+
+
+def check_deepspeed(config: Config) -> None:
+    """Lets DeepSpeed look at its settings before any process group starts.
+
+    Raises:
+        UserError: it refuses one.
+    """
+    if config.engine.zero_stage < 3:  # its engine is not used
+        return
+    settings = resolve_deepspeed(config, None, "actor", trainable=True)
+    del settings["train_batch_size"]  # of all ranks, which it counts
+    try:
+        DeepSpeedConfig(settings)
+    except ValidationError as error:
+        raise _refused(error) from None
+
+
+def _refused(error: ValidationError) -> UserError:
+    problem = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    return UserError(f"engine.deepspeed: {error.title}: {key}: {problem['msg']}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.models.heads import bias_beside
 from megatron_amrlhf.models.mapping import stage_entries
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.models.stage import StageModel
@@ -32,6 +33,8 @@ def load_stage(
         is_head = entry.hf[0].startswith("head.")
         if is_head and entry.hf[0] not in weights:
             parameter.zero_()
+            if parameter.ndim == 1:
+                parameter.copy_(bias_beside(weights.folder, len(parameter)))
             continue
         tensors = [weights.get(name) for name in entry.hf]
         shard = entry.layout.split(tensors, mesh.tp_size, model.shape)[mesh.tp_rank]

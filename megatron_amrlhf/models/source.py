@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 
@@ -62,6 +62,14 @@ def resolve_model_folder(path: str, cache_folder: str) -> Path:
             f"model.path: {path!r} is no Hugging Face folder, .gguf file, pip:NAME or hub id"
         )
     return _download(path)
+
+
+def is_to_be_fetched(path: str) -> bool:
+    """Whether ``model.path`` is a hub id of which nothing is on this machine."""
+    if path.startswith("pip:") or path.endswith(".gguf") or expanded(path).exists():
+        return False
+    cached = try_to_load_from_cache(path, "config.json") if HUB_ID.fullmatch(path) else "invalid"
+    return not isinstance(cached, str)
 
 
 def read_hf_config(folder: str | Path) -> dict:

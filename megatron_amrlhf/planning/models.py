@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
-from megatron_amrlhf.models.source import HUB_ID, read_hf_config, resolve_model_folder
+from megatron_amrlhf.models.expected import HEAD_NAMES
+from megatron_amrlhf.models.source import (
+    HUB_ID,
+    ShardedWeights,
+    read_hf_config,
+    resolve_model_folder,
+)
 from megatron_amrlhf.planning.passes import reward_roles
-
-HEAD_FILE, HEAD_WEIGHT = "head.safetensors", "head.weight"
 
 
 def model_config(path: str, cache_folder: str) -> dict[str, Any]:
@@ -34,8 +38,9 @@ def model_config(path: str, cache_folder: str) -> dict[str, Any]:
     if folder.exists() or path.startswith("pip:") or not HUB_ID.fullmatch(path):
         return read_hf_config(resolve_model_folder(path, cache_folder))
     try:
-        return read_hf_config(Path(hf_hub_download(path, "config.json")).parent)
-    except (OSError, ValueError) as error:
+        # Asks for the repository first, so that it fails at once where there is no network.
+        return read_hf_config(snapshot_download(path, allow_patterns=["config.json"]))
+    except (OSError, ValueError, HTTPError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"model.path: no folder {path!r} here, and the hub has not given its config.json "
@@ -63,7 +68,6 @@ def reward_configs(
 
 def _head_outputs(folder: Path) -> int:
     try:
-        with safe_open(folder / HEAD_FILE, framework="pt") as file:
-            return file.get_slice(HEAD_WEIGHT).get_shape()[0]
-    except (OSError, SafetensorError):
+        return ShardedWeights(folder).get(HEAD_NAMES[0]).shape[0]
+    except UserError:  # without weights too a plan can be made
         return 1

@@ -7,7 +7,7 @@ Prompts, answers and tokens are untrusted text: nothing of them reaches a termin
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE
@@ -35,6 +35,7 @@ USES = {
     "left_out": "left out, as all that are cut",
 }
 MAX_EXCERPT_CHARACTERS = 60
+TABLE_COLUMNS = 64  # a narrower terminal has no room for the table's text
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,11 @@ def print_records(console: Console, records: Sequence[SampleRecord]) -> None:
         console.print(Text(printable(record.prompt), style="italic"))
         console.print(Text(describe_threshold(record), style="dim"))
         console.print(Padding(_answer(views), (1, 0, 0, 2)))
-        console.print(_message_table(record, views))
+        if console.width < TABLE_COLUMNS:
+            for row in _message_rows(record, views):
+                console.print(Text("  ".join(row)))
+        else:
+            console.print(_message_table(record, views))
 
 
 def _answer(views: Sequence[TokenView]) -> Text:
@@ -183,17 +188,22 @@ def _message_table(record: SampleRecord, views: Sequence[TokenView]) -> Table:
     for heading in ("message", "tokens", "sign", "reward", "kept"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("text")
+    for *numbers, text in _message_rows(record, views):
+        table.add_row(*numbers, Text(text))
+    return table
+
+
+def _message_rows(record: SampleRecord, views: Sequence[TokenView]) -> Iterator[tuple[str, ...]]:
     for number, message in enumerate(record.messages):
         kept = sum(record.mask[message.start : message.end])
-        table.add_row(
+        yield (
             str(number),
             f"{message.start}-{message.end - 1}",
             SIGNS.get(message.sign, "?"),
             f"{message.reward:.4g}",
             f"{kept}/{message.end - message.start}",
-            Text(message_text(views, message.start, message.end)),
+            message_text(views, message.start, message.end),
         )
-    return table
 
 
 def _legend() -> Text:

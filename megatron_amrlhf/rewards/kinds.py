@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_amrlhf.config.algorithms import PrmAlgorithm
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.models.heads import Form
 
 PROCESS, OUTCOME = "process", "outcome"
 KIND_OF_ROLE = {"prm": PROCESS, "orm": OUTCOME}  # role that was trained -> kind
@@ -59,3 +60,9 @@ def reward_kind(hf_config: Mapping[str, Any]) -> str:
     reward, and what it says before is not used.
     """
     return hf_config.get(KIND, PROCESS)
+
+
+def head_form(hf_config: Mapping[str, Any]) -> Form:
+    """The class of transformers that reads a head where its numbers mean something."""
+    is_outcome = reward_kind(hf_config) == OUTCOME
+    return "sequence-classification" if is_outcome else "token-classification"

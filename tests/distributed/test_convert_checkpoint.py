@@ -92,7 +92,9 @@ def save_run(folder: str, tensor: int, cut: PipelineCut, zero_stage: int) -> Non
     ],
     ids=["tp2-dp2-zero3", "pp2-uneven-dp2-zero1", "tp2-pp2-zero0"],
 )
-def test_a_runs_checkpoint_converts_to_what_it_exports(tmp_path, tensor, cut, data, zero_stage):
+def test_a_runs_checkpoint_converts_to_what_it_exports(
+    tmp_path, capfd, tensor, cut, data, zero_stage
+):
     make_tiny_model(tmp_path / "model", "qwen3", tied=True, **KIND)
     make_tiny_model(tmp_path / "prm", "qwen3", tied=True, **KIND)
     reference.add_head(tmp_path / "prm", 48, HEAD_OUTPUTS, seed=1)
@@ -104,6 +106,7 @@ def test_a_runs_checkpoint_converts_to_what_it_exports(tmp_path, tensor, cut, da
 
     source = tmp_path / "run"
     assert run(source, tmp_path / "actor", "--to", "hf", "--role", "actor", "--verify") == 0
+    assert "(tolerance 1e-04)" in capfd.readouterr().out  # both sides have the rounded weights
     assert_same_weights(tmp_path / "actor-export", tmp_path / "actor")
     step = source / "checkpoints" / "step-3"
     assert run(step, tmp_path / "prm-hf", "--to", "hf", "--role", "prm") == 0

@@ -8,8 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.config.schema import Config
@@ -40,6 +45,7 @@ class Case:
     dtype: str = "float32"
     trainable: bool = False
     rope: str = "default"
+    role: str = "actor"
 
     @property
     def name(self) -> str:
@@ -58,7 +64,9 @@ CASES = (
     Case("mistral", tied=True),
     Case("qwen3", tied=False),
     Case("qwen3", tied=True, trainable=True),
-    Case("qwen3", tied=False, head=True),
+    Case("qwen3", tied=False, head=True, role="prm"),
+    Case("mistral", tied=True, head=True, role="orm"),
+    Case("llama", tied=False, head=True, dtype="bfloat16", role="orm"),
     Case("llama", tied=True, rope="llama3"),
     Case("qwen3", tied=True, rope="yarn"),
 )
@@ -76,7 +84,7 @@ ROPES = {
 
 
 def make_source(folder: Path, case: Case) -> None:
-    """A model folder, with a head in a file of its own if the case has one."""
+    """A model folder, with a head if the case has one."""
     model = make_tiny_model(
         folder, case.family, case.tied, seed=3, vocab_size=VOCAB, rope=ROPES[case.rope]
     )
@@ -84,7 +92,9 @@ def make_source(folder: Path, case: Case) -> None:
         generator = torch.Generator().manual_seed(5)
         weight = torch.randn(HEAD_OUTPUTS, model.config.hidden_size, generator=generator)
         bias = torch.randn(HEAD_OUTPUTS, generator=generator)
-        save_file({"head.weight": weight, "head.bias": bias}, folder / "head.safetensors")
+        tensors = load_file(folder / "model.safetensors")
+        tensors |= {"head.weight": weight, "head.bias": bias}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def export_all(sources: str, exports: str, tensor: int, pipeline: int) -> None:
@@ -104,8 +114,8 @@ def export_all(sources: str, exports: str, tensor: int, pipeline: int) -> None:
         engine = Zero3Engine(config, mesh)
         training = {"trainable": True, "learning_rate": 1e-3} if case.trainable else {}
         head = HEAD_OUTPUTS if case.head else None
-        engine.add_role(RoleSpec("actor", source, getattr(torch, case.dtype), head, **training))
-        export_role(engine, "actor", Path(exports) / "new" / case.name, load_tokenizer(source))
+        engine.add_role(RoleSpec(case.role, source, getattr(torch, case.dtype), head, **training))
+        export_role(engine, case.role, Path(exports) / "new" / case.name, load_tokenizer(source))
     _refuses_a_folder_that_is_no_export(engine, Path(sources))
 
 
@@ -121,6 +131,10 @@ def assert_same_tensors(case: Case, source: Path, export: Path) -> None:
     expected = set(before.names())
     if case.head:
         expected.discard("lm_head.weight")  # a role with a head of its own has no LM head
+    if case.role == "orm":  # transformers' class has no bias
+        expected.discard("head.bias")
+        bias = before.get("head.bias").to(getattr(torch, case.dtype))
+        assert json.loads((export / "config.json").read_text())["score_bias"] == bias.tolist()
     assert set(after.names()) == expected
     for name in expected:
         wanted, got = before.get(name).to(getattr(torch, case.dtype)), after.get(name)
@@ -133,12 +147,13 @@ def assert_sound_index(case: Case, export: Path, pipeline: int) -> None:
     size = sum(weights.get(name).nbytes for name in weights.names())
     assert index["metadata"]["total_size"] == size
     stages = {f"model-{i + 1:05d}-of-{pipeline:05d}.safetensors" for i in range(pipeline)}
-    head = {"head.safetensors"} if case.head else set()
-    assert set(index["weight_map"].values()) == stages | head
-    assert {path.name for path in export.glob("*.safetensors")} == stages | head
+    assert set(index["weight_map"].values()) == stages
+    assert {path.name for path in export.glob("*.safetensors")} == stages
     config = json.loads((export / "config.json").read_text())
     assert config["dtype"] == case.dtype and "torch_dtype" not in config
-    assert not config.keys() & set(KEYS), "a policy says nothing about rewards"
+    kind = {"prm": "process", "orm": "outcome"}.get(case.role)
+    assert config.get("reward_kind") == kind
+    assert kind or not config.keys() & set(KEYS), "a policy says nothing about rewards"
     assert config["tie_word_embeddings"] == case.tied
 
 
@@ -153,6 +168,24 @@ def assert_opens_in_transformers(case: Case, source: Path, export: Path) -> None
     assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
     generation = [(folder / "generation_config.json").read_bytes() for folder in (source, export)]
     assert generation[0] == generation[1]
+
+
+def assert_gives_its_scores_in_transformers(case: Case, source: Path, export: Path) -> None:
+    """The class that the export names reads the head as the source's tensors say."""
+    tokens = torch.arange(3, 25)[None] % VOCAB
+    weights = ShardedWeights(source)
+    auto = AutoModelForSequenceClassification if case.role == "orm" else None
+    model, told = (auto or AutoModelForTokenClassification).from_pretrained(
+        export, output_loading_info=True
+    )
+    assert not told["missing_keys"] and not told["unexpected_keys"], told
+    assert model.config.architectures == [type(model).__name__]
+    with torch.no_grad():
+        backbone = AutoModelForCausalLM.from_pretrained(source).model
+        wanted = backbone(tokens).last_hidden_state @ weights.get("head.weight").T
+        found = model.eval()(tokens).logits
+    wanted = wanted[:, -1] if auto else wanted + weights.get("head.bias")
+    torch.testing.assert_close(found, wanted, rtol=0, atol=LOGIT_TOLERANCE)
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +209,7 @@ def test_hf_to_role_to_hf_is_bitwise(sources, tmp_path, tensor, pipeline, data):
         source, export = sources / case.name, tmp_path / "new" / case.name
         assert_same_tensors(case, source, export)
         assert_sound_index(case, export, pipeline)
-        if not case.head and case.dtype == "float32":
-            assert_opens_in_transformers(case, source, export)
+        if case.dtype == "float32":
+            check = assert_gives_its_scores_in_transformers
+            (check if case.head else assert_opens_in_transformers)(case, source, export)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {case.name for case in CASES}

@@ -191,6 +191,13 @@ def test_train_help_teaches_every_key(capsys):
         assert part in text
 
 
+def test_config_refuses_keys_that_do_not_go_together(config_path, capsys):
+    arguments = ["config", config_path, "--set", "optimizer.betas=[1.0,0.9]"]
+    assert cli.main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: optimizer.betas: both must be < 1")
+
+
 def test_nothing_heavy_is_loaded_for_a_wrong_config(config_path):
     code = (
         "import sys; from megatron_amrlhf.cli import main; "

@@ -1,6 +1,8 @@
 """How a mistake is told, by amrlhf and by the tools alike."""
 
-from megatron_amrlhf.errors import UserError, error_line, printable, tells_user_errors
+import pytest
+
+from megatron_amrlhf.errors import UserError, error_line, printable, telling, tells_user_errors
 
 
 @tells_user_errors
@@ -17,3 +19,18 @@ def test_an_error_does_not_steer_the_terminal():
     line = error_line(UserError("key '\x1b[31mred\x07' is\nunknown \u202e"))
     assert line == "error: key '\\x1b[31mred\\x07' is unknown \\u202e"
     assert printable("a\tb\n\u4f60") == "a\tb\n\u4f60"
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("model.path: no such file", "SOURCE: no such file"),
+        ("use another model.path.", "use another SOURCE."),
+        ("reward_model.path: no head", "reward_model.path: no head"),
+        ("/models/model.path/x: no such file", "/models/model.path/x: no such file"),
+    ],
+)
+def test_a_tool_tells_its_own_argument_in_place_of_a_key(said, told):
+    with pytest.raises(UserError) as caught, telling({"model.path": "SOURCE"}):
+        raise UserError(said)
+    assert str(caught.value) == told

@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForTokenClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
 from megatron_amrlhf.conversion import convert
 from megatron_amrlhf.models.source import ShardedWeights
 from tests.helpers import load_tool
-from tests.helpers_models import CHATML, make_tiny_model
+from tests.helpers_models import CHATML, END_TOKEN_ID, make_tiny_model
 
 tool = load_tool("convert_checkpoint")
 
@@ -60,7 +64,7 @@ def refusal(capsys, *arguments) -> str:
     return lines[0]
 
 
-def assert_same(before: Path, after: Path) -> None:
+def assert_same(before: Path, after: Path, with_config: bool = True) -> None:
     """The same tensors bit for bit, the same tokenizer, template and generation settings."""
     old, new = ShardedWeights(before), ShardedWeights(after)
     assert new.names() == old.names()
@@ -73,7 +77,7 @@ def assert_same(before: Path, after: Path) -> None:
     for name in ("generation_config.json", "chat_template.jinja"):
         assert (before / name).read_bytes() == (after / name).read_bytes()
     configs = [json.loads((folder / "config.json").read_text()) for folder in (before, after)]
-    assert configs[0] == configs[1]
+    assert configs[0] == configs[1] or not with_config
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +130,7 @@ def test_torch_dist_both_ways_is_bitwise(models, tmp_path, family):
 
 
 def add_head(source: Path, folder: Path) -> Path:
-    """The model with a linear head in place of the LM head."""
+    """The model with a linear head in a file of its own, as exports once were."""
     shutil.copytree(source, folder)
     weights = load_file(folder / "model.safetensors")
     weights.pop("lm_head.weight", None)
@@ -137,6 +141,9 @@ def add_head(source: Path, folder: Path) -> Path:
         "head.bias": torch.randn(HEAD_OUTPUTS, generator=random),
     }
     save_file(head, folder / "head.safetensors")
+    places = dict.fromkeys(weights, "model.safetensors") | dict.fromkeys(head, "head.safetensors")
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 
@@ -146,7 +153,7 @@ def test_a_head_travels_and_opens_as_token_classification(models, tmp_path, fami
     mid, classifier, back = tmp_path / "mid", tmp_path / "classifier", tmp_path / "back"
     assert run(source, mid, "--to", "megatron", "--tensor", "2", "--pipeline", "5") == 0
     assert set(load_file(mid / "head.safetensors")) == {"head.weight", "head.bias"}
-    assert run(mid, classifier, "--to", "hf", "--as", "token-classification") == 0
+    assert run(mid, classifier, "--to", "hf") == 0
     model, told = AutoModelForTokenClassification.from_pretrained(
         classifier, output_loading_info=True
     )
@@ -160,7 +167,39 @@ def test_a_head_travels_and_opens_as_token_classification(models, tmp_path, fami
         wanted = hidden @ head["head.weight"].T + head["head.bias"]
         torch.testing.assert_close(model.eval()(tokens).logits, wanted, rtol=0, atol=1e-4)
     assert run(classifier, back, "--to", "hf") == 0
-    assert_same(source, back)
+    assert_same(classifier, back)
+    assert_same(source, back, with_config=False)
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.75])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_outcome_model_opens_as_sequence_classification(models, tmp_path, family, bias):
+    source, mid, classifier = tmp_path / "orm", tmp_path / "mid", tmp_path / "classifier"
+    add_head(models[family, True], source)
+    head = {name: x[:1] for name, x in load_file(source / "head.safetensors").items()}
+    head["head.bias"] = torch.tensor([bias])
+    save_file(head, source / "head.safetensors")
+    config = json.loads((source / "config.json").read_text()) | {"reward_kind": "outcome"}
+    (source / "config.json").write_text(json.dumps(config))
+    assert run(source, classifier, "--to", "hf", "--verify") == 0
+    assert run(classifier, mid, "--to", "megatron") == 0
+    model, told = AutoModelForSequenceClassification.from_pretrained(
+        classifier, output_loading_info=True
+    )
+    assert not any(told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.architectures == [type(model).__name__]
+    with torch.no_grad():
+        tokens = torch.arange(20)[None].fmod(19)  # the end token, which also pads, is the last
+        tokens[0, -1] = END_TOKEN_ID
+        hidden = model.model(tokens).last_hidden_state[0, -1]
+        wanted = hidden @ head["head.weight"][0]
+        torch.testing.assert_close(model.eval()(tokens).logits[0, 0], wanted, rtol=0, atol=1e-4)
+    assert run(mid, tmp_path / "back", "--to", "hf") == 0
+    assert_same(classifier, tmp_path / "back")
+    assert load_file(mid / "head.safetensors")["head.bias"].item() == bias
+    assert json.loads((classifier / "config.json").read_text()).get("score_bias") == (
+        [bias] if bias else None
+    )
 
 
 def test_a_language_model_is_no_token_classifier(models, tmp_path, capsys):
@@ -316,6 +355,26 @@ def test_a_layout_that_cannot_be_is_refused(models, tmp_path, capsys, arguments,
 
 
 @pytest.mark.parametrize(
+    ("source", "more", "line"),
+    [
+        ("no.gguf", [], "SOURCE: no such file: no.gguf"),
+        ("file", [], "SOURCE: 'file' is no Hugging Face folder"),
+        ("/no/such", [], "SOURCE: '/no/such' is no Hugging Face folder"),
+        ("pip:no-such-package", [], "SOURCE: package 'no-such-package' is not installed"),
+        ("mid", ["--model", "no.gguf"], "--model: no such file: no.gguf"),
+        ("mid", ["--model", "pip:no-such-package"], "--model: package 'no-such-package'"),
+    ],
+)
+def test_what_is_not_there_is_told_by_the_tools_own_argument(
+    tmp_path, capsys, monkeypatch, source, more, line
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "mid" / "mp_rank_00").mkdir(parents=True)
+    assert refusal(capsys, source, "x", "--to", "hf", *more).startswith(f"error: {line}")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt_neox", "architectures": ["GPTNeoX"]}, r"'gpt_neox' (GPTNeoX)"),
@@ -368,6 +427,28 @@ def test_computed_frequencies_of_old_llama_folders_are_left_out(models, tmp_path
     save_file(tensors, old / "model.safetensors", metadata={"format": "pt"})
     assert run(old, tmp_path / "new", "--to", "hf") == 0
     assert_same(models["llama", False], tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("options", "scaling"),
+    [
+        (["hf", "--verify"], {"type": "linear", "factor": 2.0}),
+        (["hf"], {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}),
+        (["hf"], FAMILIES["llama3-rope"]["rope"]),
+        (["hf"], None),
+        (["megatron"], {"type": "linear", "factor": 2.0}),
+    ],
+    ids=["linear", "yarn", "llama3", "none", "megatron"],
+)
+def test_a_config_of_the_old_kind_is_written_as_it_was_read(models, tmp_path, options, scaling):
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copytree(models["llama", True], old)
+    config = json.loads((old / "config.json").read_text())
+    del config["rope_parameters"]
+    config |= {"rope_theta": 5e5, "rope_scaling": scaling}
+    (old / "config.json").write_text(json.dumps(config))
+    assert run(old, new, "--to", *options) == 0
+    assert json.loads((new / "config.json").read_text()) == config
 
 
 def test_a_dry_run_tells_what_is_then_written(models, tmp_path, capsys):

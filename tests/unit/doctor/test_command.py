@@ -152,10 +152,13 @@ def test_what_keeps_the_run_from_starting_is_an_error(tmp_path):
 def test_keys_and_layout_are_judged_where_the_ranks_are_the_runs(tmp_path):
     (tmp_path / "steps.jsonl").touch()
     config = make_config(PRM, data={"train": str(tmp_path / "steps.jsonl")})
-    assert only(judge_run(config, 1), "ok").message.startswith("files are")
+    assert only(judge_run(config, 1), "ok").message.startswith("files and keys are")
     assert "3 data-parallel replicas" in only(judge_run(config, 3), "error").message
     wrong = make_config(PRM, optimizer={"betas": [1.0, 0.9]}, data={"train": "no.jsonl"})
-    assert [finding.level for finding in judge_run(wrong, 2)] == ["error", "error"]
+    for ranks in (1, 2):
+        assert [finding.level for finding in judge_run(wrong, ranks)] == ["error", "error"]
+    many = make_config(PRM, parallel={"pipeline": 2}, data={"train": str(tmp_path / "steps.jsonl")})
+    assert only(judge_run(many, 1), "ok")
 
 
 @pytest.mark.parametrize(

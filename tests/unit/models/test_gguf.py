@@ -21,6 +21,7 @@ from megatron_amrlhf.models import gguf as ours
 from megatron_amrlhf.models.contents import contents_line
 from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolve_model_folder
 from megatron_amrlhf.owned import make_folder
+from tests.helpers import load_tool
 from tests.helpers_models import make_tiny_model
 
 PROJECT = Path(__file__).parents[3]
@@ -423,3 +424,14 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"secret\.gguf cannot be read \(Permission denied\)"):
         resolve_model_folder(str(tmp_path / "secret.gguf"), str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
+
+
+def test_the_conversion_tool_takes_a_gguf_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))  # with the cache of converted files
+    make_tiny_model(tmp_path / "hf", "llama", vocab_size=NUM_GGUF_TOKENS, layers=2)
+    _write_gguf(tmp_path / "hf", tmp_path / "model.gguf")
+    tool, out = load_tool("convert_checkpoint"), tmp_path / "out"
+    assert tool.main([str(tmp_path / "model.gguf"), str(out), "--to", "hf"]) == 0
+    before, after = (load_file(x / "model.safetensors") for x in (tmp_path / "hf", out))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)

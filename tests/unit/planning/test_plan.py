@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from megatron_amrlhf.cli import main
 from megatron_amrlhf.config.load import load_config
+from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.planning.advice import Machine, suggest, warnings
-from megatron_amrlhf.planning.models import reward_configs
+from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import Pass, planned_passes, planned_roles, row_lengths
 from megatron_amrlhf.planning.plan import Plan, make_plan
 
@@ -198,3 +201,11 @@ def test_wrong_options_are_one_line(options, message, capsys, monkeypatch):
     assert main(["plan", str(ROOT / "configs/ppo_qwen2_7b.yaml"), *options, *model]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    start = time.monotonic()
+    with pytest.raises(UserError, match="no folder 'no/such-model' here, and the hub has not"):
+        model_config("no/such-model", "unused")
+    assert time.monotonic() - start < 10, "it was asked again and again"

@@ -64,8 +64,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def printed(*records):
-    console = Console(file=io.StringIO(), width=100)
+def printed(*records, width=100):
+    console = Console(file=io.StringIO(), width=width)
     print_records(console, records)
     return console.file.getvalue()
 
@@ -118,6 +118,13 @@ def test_the_terminal_shows_borders_band_signs_and_mask():
     assert ["0", "0-1", "-", "-0.2", "0/2", "it", "is"] in rows
     assert ["1", "2-3", "+", "0.7", "2/2", "4<|end|>"] in rows
     assert "\x1b" not in text and "[bold]" in text and "\\u202e" in text
+
+
+def test_a_narrow_terminal_shows_each_number_and_text_whole():
+    lines = printed(RECORD, width=40).splitlines()
+    assert "0  0-1  -  -0.2  0/2  it is" in lines
+    assert "1  2-3  +  0.7  2/2  4<|end|>" in lines
+    assert all(len(line) <= 40 for line in lines[1:])  # the first is the legend
 
 
 def test_the_page_escapes_everything():
