@@ -104,7 +104,7 @@ PREPARED="$("$BIN/python" -m megatron_amrlhf.launching.prepare --processes "$PRO
     ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} \
     ${LOGS:+--logs "$LOGS"} -- "$COMMAND" "$@")"
 [[ "$PREPARED" == FOLDER=* ]] || { echo "$PREPARED"; exit 0; } # a command's --help
-eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
+eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS HIDDEN
 export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES" AMRLHF_PREPARED=1
 
 OPTIONS=(--log_level critical --no_local_rank)
@@ -168,7 +168,7 @@ BEFORE="$(status)"
 # The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
 # process group of its own, so that the signals of a terminal reach this script alone.
 set -m
-"$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
+env "${HIDDEN[@]/#/--unset=}" "$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
 GROUP=$!
 set +m
 if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
