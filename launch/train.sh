@@ -154,7 +154,7 @@ exec {ALIVE}> >(
         [[ "$WORD" != over ]] || exit 0
         GROUP="$WORD"
     done
-    [[ "$COMMAND" != train ]] || echo "now orphaned" >"$FOLDER/stop" || true
+    [[ "$COMMAND" != train ]] || echo "now script" >"$FOLDER/stop" || true
     [[ -n "$GROUP" ]] || exit 0 # killed within a moment of starting the launcher
     [[ "$COMMAND" != train ]] || wait_for_group 15
     end_group
@@ -164,9 +164,9 @@ leave() {
     tell over
     exit "$1"
 }
-end_now() {
+end_now() { # $1: why, where it was not asked for
     # The doctor's may be that of another run.
-    [[ "$COMMAND" == doctor ]] || echo now >"$FOLDER/stop" || true
+    [[ "$COMMAND" == doctor ]] || echo "now ${1:-}" >"$FOLDER/stop" || true
     end_group
 }
 stop() {
@@ -222,13 +222,16 @@ done
 
 CAUSE=""
 # Killed by a signal, the launcher may have left its ranks behind.
-[[ "$CODE" -le 128 ]] || ! group_lives || end_now
+if [[ "$CODE" -gt 128 ]] && group_lives; then
+    CAUSE="cause: the launcher was killed (out of memory, or by hand)"
+    end_now launcher
+fi
 # DeepSpeed says 0 where its launcher on a node, or pdsh, was killed: the run itself knows better.
 if [[ "$CODE/$COMMAND/${NODE_RANK:-0}" == 0/train/0 ]]; then
     NOW="$(status)"
     if [[ "$NOW" == "$BEFORE" || ! "$NOW" =~ '"state": "'(finished|preempted) ]]; then
         CODE=1 CAUSE="cause: the launcher ended before the run (killed: out of memory, or by hand)"
-        end_now
+        end_now launcher
     fi
 fi
 [[ -z "$FOLLOWER" ]] || wait "$FOLLOWER" || true

@@ -16,7 +16,8 @@ from pathlib import Path
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: started again, the run goes on
 STOP_NAME = "stop"
 STOP_NOW = "now"  # first word of a stop file that does not wait for a checkpoint
-ORPHANED = "orphaned"  # its second word, from what watches over launch/train.sh
+# Its second word, from launch/train.sh and what watches over that; without it somebody asked.
+KILLED = {"script": "launch/train.sh was killed", "launcher": "its launcher was killed"}
 READ_CHARACTERS = 64  # more of a stop file is never looked at
 POLL_SECONDS = 1.0  # a stop file is looked for this often; it may lie on a network file system
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -148,7 +149,7 @@ def why_end_now(file: Path) -> str:
     words = (_read(file) or "").split()
     if words[:1] != [STOP_NOW]:
         return ""
-    return "launch/train.sh was killed" if words[1:] == [ORPHANED] else "on demand"
+    return KILLED.get(" ".join(words[1:]), "on demand")
 
 
 def _asked_by(file: Path) -> Reason:

@@ -95,7 +95,8 @@ def test_success_needs_a_run_that_says_so(launch, state, code):
 def test_ranks_whose_launcher_was_killed_are_ended(launch, death, code):
     """DeepSpeed's launcher on a node was killed, or the one that waits for it."""
     answer = launch(f'status running; sleep 300 & echo $! >"$FOLDER/pid"; {death}')
-    assert answer.returncode == code
+    assert answer.returncode == code and "cause: the launcher" in answer.stderr
+    assert why_end_now(launch.run / "stop") == "its launcher was killed"
     left = Path("/proc") / (launch.run / "pid").read_text().strip()
     time.sleep(0.2)
     assert not left.exists() or "State:\tZ" in (left / "status").read_text()
@@ -116,11 +117,11 @@ def test_a_run_whose_script_is_killed_is_ended(launch, kind):
         "score": ["score", "run.yaml", "--answers", "steps.jsonl", "--out", "demo"],
         "doctor": ["doctor"],
     }[kind]
-    look = f'grep -s orphaned "{launch.run}/stop" && exit'
+    look = f'grep -s script "{launch.run}/stop" && exit'
     wait = f"for _ in {{1..99}}; do {look}; sleep 0.1; done"
     answer = launch(f'sleep 0.5; kill -KILL "$PPID"; {wait}; echo left', *more)
     assert answer.returncode == -signal.SIGKILL
-    assert answer.stdout == ("now orphaned\n" if kind == "train" else "")
+    assert answer.stdout == ("now script\n" if kind == "train" else "")
     if kind == "train":
         assert why_end_now(launch.run / "stop") == "launch/train.sh was killed"
 

@@ -58,7 +58,13 @@ def test_a_folder_and_bytes_that_are_no_text_are_requests_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [("now", "on demand"), ("now orphaned\n", "launch/train.sh was killed"), ("SIGTERM", "")],
+    [
+        ("now", "on demand"),
+        ("now \n", "on demand"),
+        ("now script\n", "launch/train.sh was killed"),
+        ("now launcher\n", "its launcher was killed"),
+        ("SIGTERM", ""),
+    ],
 )
 def test_why_a_run_ends_without_a_checkpoint(tmp_path, text, why):
     (tmp_path / "stop").write_text(text)
