@@ -20,7 +20,7 @@ from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line
+from megatron_amrlhf.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, UserError, error_line
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.launcher import ends_with_launcher
@@ -32,7 +32,7 @@ from megatron_amrlhf.report.samples import load_samples
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN
 from megatron_amrlhf.slurm import check_ranks, set_ranks
 
-EXIT_OK, EXIT_NOT_SO, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_OK, EXIT_NOT_SO = 0, 1
 TRAINER = "megatron_amrlhf.algorithms.train"
 SCORER = "megatron_amrlhf.algorithms.score_file"
 PLANNER = "megatron_amrlhf.algorithms.planner"

@@ -6,7 +6,7 @@ import functools
 import sys
 from collections.abc import Callable
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 
 
 class UserError(Exception):
@@ -23,7 +23,7 @@ def error_line(error: UserError, rank: int = 0) -> str:
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2."""
+    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2; 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -32,5 +32,7 @@ def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
         except UserError as error:
             print(error_line(error), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
 
     return run

@@ -20,7 +20,7 @@ from tests.distributed.campaign_commands import CASES, interrupt
 from tests.distributed.campaign_load import LOADS, carry
 from tests.distributed.campaign_runs import FAULTS, PHASES, RANKS, Cell, Stage
 
-GROUPS = ("kills", "saves", "faults", "commands", "load")
+GROUPS = ("faults", "kills", "saves", "commands", "load")
 
 
 def main() -> int:
@@ -64,6 +64,9 @@ def main() -> int:
 
 def cells(stage: Stage, groups: tuple[str, ...]) -> Iterator[tuple]:
     """Group, name and what to run; all phases come before the second rank of a phase."""
+    if "faults" in groups:
+        for name in FAULTS:
+            yield "faults", name, lambda n=name: FAULTS[n](stage)
     if "kills" in groups:
         for turn in range(RANKS):
             for number, phase in enumerate(PHASES):
@@ -74,9 +77,6 @@ def cells(stage: Stage, groups: tuple[str, ...]) -> Iterator[tuple]:
             cell = Cell("save", number % RANKS, delay=0.02 * number, asynchronous=True)
             name = f"kill rank {cell.rank} {cell.delay:.2f} s into an asynchronous save"
             yield "saves", name, lambda c=cell: stage.kill(c)
-    if "faults" in groups:
-        for name in FAULTS:
-            yield "faults", name, lambda n=name: FAULTS[n](stage)
     if "commands" in groups:
         for name in CASES:
             yield "commands", f"Ctrl-C in {name}", lambda n=name: interrupt(n, stage)

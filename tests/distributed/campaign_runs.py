@@ -1,4 +1,4 @@
-"""Runs of the campaign: 2 x 2 ranks that resume from step 1, one of them made to go wrong."""
+"""Runs of the campaign that resume from step 1, one of whose ranks is made to go wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.distributed.runs import (
     write_lines,
 )
 
-RANKS = 4
+RANKS, FAULT_RANKS = 4, 2
 PHASES = ("load", "evaluate", "rollout", "score", "mask", "update", "save", "export", "finish")
 KEYS = ("parallel.tensor=1", "parallel.pipeline=2")
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1")
@@ -103,7 +103,7 @@ class Stage:
 
     @staticmethod
     def keys(world: int, asynchronous: bool = False) -> list[str]:
-        layout = KEYS if world == RANKS else ALONE
+        layout = KEYS if world > 1 else ALONE
         flag = str(asynchronous).lower()
         return [*layout, "checkpoint.every=1", f"checkpoint.asynchronous={flag}"]
 
@@ -236,28 +236,28 @@ def _fail_and_go_on(stage: Stage, world: int, inside: Path, deed, cure, phase: s
 
 
 def disk_full(stage: Stage, phase: str) -> dict:
-    stage.base(RANKS)
+    stage.base(FAULT_RANKS)
     with small_disk(stage.folder / f"full-{phase}", "64m") as disk:
         fill = _Command(("bash", "-c", f"cat /dev/zero >{disk}/filler 2>/dev/null; true"))
         cure = (disk / "filler").unlink
-        return _fail_and_go_on(stage, RANKS, disk, fill, cure, phase)
+        return _fail_and_go_on(stage, FAULT_RANKS, disk, fill, cure, phase)
 
 
 def read_only(stage: Stage) -> dict:
-    stage.base(RANKS)
+    stage.base(FAULT_RANKS)
     with small_disk(stage.folder / "read-only", "64m") as disk:
         cure = remount(disk, "rw")
-        return _fail_and_go_on(stage, RANKS, disk, remount(disk, "ro"), cure, "save")
+        return _fail_and_go_on(stage, FAULT_RANKS, disk, remount(disk, "ro"), cure, "save")
 
 
 def removed(stage: Stage) -> dict:
     """The run cannot go on from what is gone; it has to end, and a new start to begin anew."""
-    folder, overrides, whole = stage.new(RANKS)
+    folder, overrides, whole = stage.new(FAULT_RANKS)
     deed = _Command(("rm", "-rf", str(folder)))
-    codes, seconds, said = stage.disturb(RANKS, folder, overrides, 0, "update", deed)
+    codes, seconds, said = stage.disturb(FAULT_RANKS, folder, overrides, 0, "update", deed)
     problems = [] if 0 not in codes or (folder / "checkpoints").is_dir() else ["nothing is saved"]
     shutil.rmtree(folder, ignore_errors=True)
-    problems += filter(None, [stage.goes_on(RANKS, folder, overrides, whole)])
+    problems += filter(None, [stage.goes_on(FAULT_RANKS, folder, overrides, whole)])
     what = "; ".join([*problems, f"codes {codes} within {seconds:.1f} s", said])
     return {"ok": not problems, "what": what[:900]}
 
@@ -269,12 +269,12 @@ class _Stop:
 
 
 def stopped(stage: Stage, rank: int) -> dict:
-    folder, overrides, whole = stage.new(RANKS)
+    folder, overrides, whole = stage.new(FAULT_RANKS)
     overrides = [*overrides, "engine.watchdog_seconds=20"]
-    codes, seconds, _ = stage.disturb(RANKS, folder, overrides, rank, "update", _Stop())
+    codes, seconds, _ = stage.disturb(FAULT_RANKS, folder, overrides, rank, "update", _Stop())
     message = read_status(folder)["message"]
     problems = [] if f"rank {rank} " in message else ["another rank is blamed"]
-    problems += filter(None, [stage.goes_on(RANKS, folder, overrides, whole)])
+    problems += filter(None, [stage.goes_on(FAULT_RANKS, folder, overrides, whole)])
     what = "; ".join([*problems, f"codes {codes} within {seconds:.1f} s", message])
     return {"ok": not problems and 3 in codes, "what": what[:900]}
 
@@ -289,11 +289,11 @@ class _Limit:
 
 def few_files(stage: Stage, number: int) -> dict:
     """It ends with an error that names the limit, or without any harm; it never hangs."""
-    folder, overrides, whole = stage.new(RANKS)
-    codes, seconds, said = stage.disturb(RANKS, folder, overrides, 0, "start", _Limit(number))
-    tells = codes == [0] * RANKS or "Too many open files" in said or "open files" in said
+    folder, overrides, whole = stage.new(FAULT_RANKS)
+    codes, seconds, said = stage.disturb(FAULT_RANKS, folder, overrides, 0, "start", _Limit(number))
+    tells = codes == [0] * FAULT_RANKS or "Too many open files" in said or "open files" in said
     problems = [] if tells else ["the limit is not named"]
-    problems += filter(None, [stage.goes_on(RANKS, folder, overrides, whole)])
+    problems += filter(None, [stage.goes_on(FAULT_RANKS, folder, overrides, whole)])
     what = "; ".join([*problems, f"codes {codes} within {seconds:.1f} s", said])
     return {"ok": not problems, "what": what[:900]}
 
@@ -360,7 +360,7 @@ FAULTS = {
     "the run's folder becomes read-only": read_only,
     "the run's folder is removed": removed,
     "SIGSTOP of rank 0": lambda stage: stopped(stage, 0),
-    "SIGSTOP of rank 3": lambda stage: stopped(stage, 3),
+    "SIGSTOP of rank 1": lambda stage: stopped(stage, 1),
     "32 open files at most": lambda stage: few_files(stage, 32),
     "64 open files at most": lambda stage: few_files(stage, 64),
     "64 KiB of /dev/shm": small_shared_memory,
