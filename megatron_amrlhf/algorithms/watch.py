@@ -65,6 +65,8 @@ def _leave_on_demand(folder: RunFolder, beat: Beat) -> None:
     """Ends this process if the stop file says so, also where a partner was quicker to go."""
     if why := why_end_now(folder.stop):
         line = f"ended without a checkpoint: {why}"
-        print(line, file=sys.stderr, flush=True)
-        folder.status("stopped", max(0, beat.step - 1), line)
-        os._exit(EXIT_ENDED)
+        try:
+            print(line, file=sys.stderr, flush=True)
+            folder.status("stopped", max(0, beat.step - 1), line)
+        finally:  # also on a full disk
+            os._exit(EXIT_ENDED)

@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.distributed.campaign_commands import CASES, interrupt
+from tests.distributed.campaign_faults import FAULTS
 from tests.distributed.campaign_load import LOADS, carry
-from tests.distributed.campaign_runs import FAULTS, PHASES, RANKS, Cell, Stage
+from tests.distributed.campaign_runs import PHASES, RANKS, Cell, Stage
 
 GROUPS = ("faults", "kills", "saves", "commands", "load")
 
