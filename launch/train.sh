@@ -159,9 +159,11 @@ exec {ALIVE}> >(
     [[ "$COMMAND" != train ]] || wait_for_group 15
     end_group
 )
+WATCHER=$!
 tell() { (echo "$1" >&"$ALIVE") 2>/dev/null || true; }
-leave() {
+leave() { # leaves no process behind
     tell over
+    wait "$WATCHER" || true
     exit "$1"
 }
 end_now() { # $1: why, where it was not asked for
