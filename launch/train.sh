@@ -35,9 +35,10 @@ folder of --logs. Ctrl-C or SIGTERM: the run saves at the end of its last comple
 again: it ends at once. Started again, it goes on from its newest checkpoint. The exit code is the
 run's: 0 done, 2 a mistake in the input, 3 stopped by the watchdog (no progress for
 engine.watchdog_seconds), 75 asked to stop, start it again, 130 and 143 ended at once by Ctrl-C and
-SIGTERM, 247 a process was killed, 1 another error; the last line then names the rank that failed
-first. Variables: VENV (default .venv), MASTER_PORT (default: a free one), OMP_NUM_THREADS (default:
-cores / processes); what other nodes get of the environment is in runs/NAME/.deepspeed_env.
+SIGTERM, 247 a process was killed, 137 this script or its launcher was (the ranks then end too), 1
+another error; the last line then names the rank that failed first. Variables: VENV (default
+.venv), MASTER_PORT (default: a free one), OMP_NUM_THREADS (default: cores / processes); what other
+nodes get of the environment is in runs/NAME/.deepspeed_env.
 TEXT
 }
 
@@ -104,7 +105,7 @@ PREPARED="$("$BIN/python" -m megatron_amrlhf.launching.prepare --processes "$PRO
     ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NODE_RANK:+--node-rank "$NODE_RANK"} \
     ${LOGS:+--logs "$LOGS"} -- "$COMMAND" "$@")"
 [[ "$PREPARED" == FOLDER=* ]] || { echo "$PREPARED"; exit 0; } # a command's --help
-eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS
+eval "$PREPARED" # FOLDER LOGS PORT HOSTS HOST_NAMES MASTER SLOTS THREADS HIDDEN
 export OMP_NUM_THREADS="$THREADS" AMRLHF_HOSTS="$HOST_NAMES" AMRLHF_PREPARED=1
 
 OPTIONS=(--log_level critical --no_local_rank)
@@ -134,20 +135,50 @@ OPTIONS+=(--master_port "${MASTER_PORT:-$PORT}")
 # A first signal asks the run to stop, a second one ends it. Ranks of other nodes see the file; the
 # launcher itself would end every run of this user there, so on several nodes it is not asked.
 GROUP="" FOLLOWER="" REQUESTS=0 SIGNALLED=0 STARTED="$(date +%s)"
-end_now() {
-    [[ "$COMMAND" == doctor ]] || echo now >"$FOLDER/stop" # which may be that of another run
+group_lives() { kill -0 -- "-$GROUP" 2>/dev/null; }
+wait_for_group() { # so many seconds at most
+    local second
+    for ((second = 0; second < $1; second++)); do group_lives && sleep 1 || return 0; done
+}
+end_group() {
     [[ "$HOSTS" -gt 1 && -z "$NODE_RANK" ]] || kill -TERM -- "-$GROUP" 2>/dev/null || true
-    for _ in {1..30}; do
-        kill -0 -- "-$GROUP" 2>/dev/null || break
-        sleep 1
-    done
+    wait_for_group 30
     kill -KILL -- "-$GROUP" 2>/dev/null || true
+}
+# Where this script is killed, its end of a pipe is closed without a word: then the run is ended. The
+# ranks notice it by the stop file, and tell it; what is left after that is killed.
+exec {ALIVE}> >(
+    exec >/dev/null 2>&1
+    trap '' INT TERM HUP
+    while read -r WORD; do
+        [[ "$WORD" != over ]] || exit 0
+        GROUP="$WORD"
+    done
+    [[ "$COMMAND" != train ]] || echo "now script" >"$FOLDER/stop" || true
+    [[ -n "$GROUP" ]] || exit 0 # killed within a moment of starting the launcher
+    [[ "$COMMAND" != train ]] || wait_for_group 15
+    end_group
+)
+WATCHER=$!
+tell() { (echo "$1" >&"$ALIVE") 2>/dev/null || true; }
+leave() { # leaves no process behind
+    tell over
+    wait "$WATCHER" || true
+    exit "$1"
+}
+end_now() { # $1: why, where it was not asked for
+    # The doctor's may be that of another run.
+    [[ "$COMMAND" == doctor ]] || echo "now ${1:-}" >"$FOLDER/stop" || true
+    end_group
 }
 stop() {
     SIGNALLED=1 REQUESTS=$((REQUESTS + 1))
     if [[ "$REQUESTS" == 1 && "$COMMAND" == train ]]; then
-        touch "$FOLDER/stop"
-        echo "train.sh: the run saves and stops; once more to end it at once" >&2
+        if echo "SIG$1" >"$FOLDER/stop" || [[ -e "$FOLDER/stop" ]]; then # empty on a full disk
+            echo "train.sh: the run saves and stops; once more to end it at once" >&2
+        else
+            echo "train.sh: the run cannot be asked to stop; once more to end it at once" >&2
+        fi
         return 0 # without a number it would be that of the interrupted wait, on which set -e exits
     fi
     trap '' INT TERM HUP
@@ -157,27 +188,29 @@ stop() {
     # The ranks may be gone before one of them has noted the end.
     [[ "$HOSTS" -gt 1 || "$COMMAND" != train ]] ||
         "$BIN/python" -m megatron_amrlhf status "$FOLDER" --ended-since "$STARTED" >/dev/null || true
-    exit "$1"
+    leave "$2"
 }
-trap 'stop 130' INT
-trap 'stop 143' TERM
-trap 'stop 129' HUP
+trap 'stop INT 130' INT
+trap 'stop TERM 143' TERM
+trap 'stop HUP 129' HUP
 
 status() { cat "$FOLDER/status.json" 2>/dev/null || true; }
 BEFORE="$(status)"
 # The launcher passes no signal on: killed alone, it leaves its ranks behind. Job control gives it a
 # process group of its own, so that the signals of a terminal reach this script alone.
 set -m
-"$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null &
+env "${HIDDEN[@]/#/--unset=}" "$BIN/deepspeed" "${OPTIONS[@]}" --module megatron_amrlhf "$COMMAND" "$@" </dev/null {ALIVE}>&- &
 GROUP=$!
 set +m
+tell "$GROUP"
 if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
     (
+        exec {ALIVE}>&-
         trap '' INT # Ctrl-C reaches it too, and the run goes on for a while
         GONE=0
         until (cd "$LOGS" 2>/dev/null && compgen -G "*_rank0.log") >/dev/null; do # $LOGS is no pattern
             [[ "$GONE" == 0 ]] || exit 0
-            if kill -0 -- "-$GROUP" 2>/dev/null; then sleep 0.2; else GONE=1; fi # looks once more
+            if group_lives; then sleep 0.2; else GONE=1; fi # looks once more
         done
         exec tail -q -n +1 -s 0.2 -F --pid="$GROUP" "$LOGS"/*_rank0.log 2>/dev/null
     ) &
@@ -191,13 +224,16 @@ done
 
 CAUSE=""
 # Killed by a signal, the launcher may have left its ranks behind.
-[[ "$CODE" -le 128 || "$HOSTS" -gt 1 ]] || ! kill -0 -- "-$GROUP" 2>/dev/null || end_now
+if [[ "$CODE" -gt 128 ]] && group_lives; then
+    CAUSE="cause: the launcher was killed (out of memory, or by hand)"
+    end_now launcher
+fi
 # DeepSpeed says 0 where its launcher on a node, or pdsh, was killed: the run itself knows better.
 if [[ "$CODE/$COMMAND/${NODE_RANK:-0}" == 0/train/0 ]]; then
     NOW="$(status)"
     if [[ "$NOW" == "$BEFORE" || ! "$NOW" =~ '"state": "'(finished|preempted) ]]; then
         CODE=1 CAUSE="cause: the launcher ended before the run (killed: out of memory, or by hand)"
-        end_now
+        end_now launcher
     fi
 fi
 [[ -z "$FOLLOWER" ]] || wait "$FOLLOWER" || true
@@ -220,4 +256,4 @@ case "$COMMAND/$CODE" in
         echo "train.sh: the run failed (exit code $CODE), ${CAUSE:-see $LOGS}" >&2
         ;;
 esac
-exit "$CODE"
+leave "$CODE"

@@ -20,9 +20,16 @@ from megatron_amrlhf.cli_options import read_arguments
 from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, error_line, printable
+from megatron_amrlhf.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    UserError,
+    error_line,
+    printable,
+)
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.report.console import stdout_console
+from megatron_amrlhf.report.launcher import ends_with_launcher
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
 from megatron_amrlhf.report.postmortem import find_cause, status_lines
@@ -31,7 +38,7 @@ from megatron_amrlhf.report.status_file import note_failure
 from megatron_amrlhf.report.stop_request import EXIT_AGAIN
 from megatron_amrlhf.slurm import check_ranks, set_ranks
 
-EXIT_OK, EXIT_NOT_SO, EXIT_INTERRUPTED = 0, 1, 130
+EXIT_OK, EXIT_NOT_SO = 0, 1
 TRAINER = "megatron_amrlhf.algorithms.train"
 SCORER = "megatron_amrlhf.algorithms.score_file"
 PLANNER = "megatron_amrlhf.algorithms.planner"
@@ -61,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 VIEWERS[arguments.command](arguments)
                 return EXIT_OK
             if arguments.command == "doctor":
-                return importlib.import_module(DOCTOR).run(arguments)
+                with ends_with_launcher(None):
+                    return importlib.import_module(DOCTOR).run(arguments)
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
                 world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -79,14 +87,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, arguments: argparse.Namespace) -> int:
     """Trains what ``algorithm.kind`` says. Here and in `score` torch and Megatron are loaded."""
-    is_done = importlib.import_module(TRAINER).run(config)
+    with ends_with_launcher(config.run.path):
+        is_done = importlib.import_module(TRAINER).run(config)
     return EXIT_OK if is_done else EXIT_AGAIN
 
 
 def score(config: Config, arguments: argparse.Namespace) -> int:
     """Scores the tokens of given answers by the run's reward models."""
-    scorer = importlib.import_module(SCORER)
-    scorer.run(config, arguments.answers, arguments.out, arguments.part)
+    with ends_with_launcher(None):
+        scorer = importlib.import_module(SCORER)
+        scorer.run(config, arguments.answers, arguments.out, arguments.part)
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
 # Marks that turn the order of the text around them.
 DIRECTION_MARKS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -62,7 +62,7 @@ def telling(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2."""
+    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2; 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
@@ -71,5 +71,7 @@ def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
         except UserError as error:
             print(error_line(error), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            return EXIT_INTERRUPTED
 
     return run

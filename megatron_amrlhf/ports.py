@@ -6,6 +6,7 @@ rank 0 listens on it.
 
 from __future__ import annotations
 
+import ipaddress
 import random
 import socket
 from collections.abc import Mapping
@@ -30,3 +31,34 @@ def free_port() -> int:
                 continue
             return port
     raise OSError(f"no free port from {FREE_PORTS[0]} to {FREE_PORTS[-1]}")
+
+
+def loopback_address(host: str) -> str | None:
+    """The address that only this machine reaches, where ``host`` itself says so, else None.
+
+    A host's name is not resolved: a machine may know its own by a loopback address, though others
+    are to find it by that name.
+    """
+    host = "127.0.0.1" if host == "localhost" else host
+    try:
+        return host if ipaddress.ip_address(host).is_loopback else None
+    except ValueError:
+        return None
+
+
+def listen_at(address: str, port: int) -> socket.socket:
+    """A socket that listens at one address alone.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = socket.socket(family)
+    try:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((address, port))
+        server.listen(socket.SOMAXCONN)
+    except OSError:
+        server.close()
+        raise
+    return server

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.report.heartbeat import Beat, Heartbeat, interval_seconds, read_beats
 from megatron_amrlhf.report.postmortem import first_failure, lost_partner
 from megatron_amrlhf.report.run_folder import RunFolder
-from megatron_amrlhf.report.stop_request import must_end_now
+from megatron_amrlhf.report.stop_request import why_end_now
 from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog
 
 EXIT_ENDED = 130  # as after Ctrl-C
@@ -30,18 +31,18 @@ def watch(context: Context) -> Heartbeat:
     dog = Watchdog(folder, mesh.world_size, limit)
 
     def on_beat(beat: Beat) -> None:
-        if must_end_now(folder.stop):
-            folder.status("stopped", max(0, beat.step - 1), "ended without a checkpoint, on demand")
-            os._exit(EXIT_ENDED)
+        _leave_on_demand(folder, beat)
         if limit:
             dog.check(beat)
 
     def on_error(beat: Beat) -> None:
+        _leave_on_demand(folder, beat)
         _leave_with_the_watchdog(folder)
         cause = first_failure(read_beats(folder.path, mesh.world_size)) or beat.error
         folder.status("failed", max(0, beat.step - 1), cause)
         if lost_partner(beat):
             context.stop.wait_for_signal(LOST_PARTNER_DELAY_SECONDS)
+            _leave_on_demand(folder, beat)
             _leave_with_the_watchdog(folder)
 
     return Heartbeat(
@@ -58,3 +59,14 @@ def _leave_with_the_watchdog(folder: RunFolder) -> None:
     """Ends this process if a watchdog has reported: its partners go by that, not by an error."""
     if folder.watchdog.exists():
         os._exit(EXIT_STALLED)
+
+
+def _leave_on_demand(folder: RunFolder, beat: Beat) -> None:
+    """Ends this process if the stop file says so, also where a partner was quicker to go."""
+    if why := why_end_now(folder.stop):
+        line = f"ended without a checkpoint: {why}"
+        try:
+            print(line, file=sys.stderr, flush=True)
+            folder.status("stopped", max(0, beat.step - 1), line)
+        finally:  # also on a full disk
+            os._exit(EXIT_ENDED)

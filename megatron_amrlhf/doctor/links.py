@@ -19,6 +19,7 @@ from megatron_amrlhf.doctor.machine import own_device
 from megatron_amrlhf.doctor.meeting import Meeting
 from megatron_amrlhf.doctor.plan import Pair
 from megatron_amrlhf.doctor.records import Traffic
+from megatron_amrlhf.rendezvous import keep_gloo_inside
 from megatron_amrlhf.sizes import MIB
 
 ALL_REDUCE_BYTES = {"cpu": (4096, MIB // 4, 4 * MIB), "cuda": (4096, 4 * MIB, 128 * MIB)}
@@ -76,6 +77,7 @@ class Measurement:
         if kind == "cuda":
             torch.cuda.set_device(self._device)
         self._enter(0, "the start of the process group")
+        keep_gloo_inside()
         dist.init_process_group(
             "nccl" if kind == "cuda" else "gloo",
             store=self._meeting.connect("network"),

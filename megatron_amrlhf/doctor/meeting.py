@@ -17,6 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_amrlhf.rendezvous import has_agent, tcp_store
+
 BYE_SECONDS = 5.0  # rank 0 has the store: it leaves last
 POLL_SECONDS = 0.02
 
@@ -73,9 +75,7 @@ class Meeting:
         if self.world_size == 1:
             self._store: dist.Store = dist.HashStore()
             return
-        # torchrun's agent has a store at that port, which its ranks use.
-        has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-        self._store = self._connect(self.rank == 0 and not has_agent)
+        self._store = self._connect(self.rank == 0 and not has_agent())
 
     @property
     def is_main(self) -> bool:
@@ -189,16 +189,11 @@ class Meeting:
     def _connect(self, is_server: bool) -> dist.Store:
         host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
         try:
-            store = dist.TCPStore(
-                host,
-                int(port),
-                is_master=is_server,
-                timeout=timedelta(seconds=self.timeout_seconds),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
-        except dist.DistError as error:
-            reason = str(error).splitlines()[0]
+            timeout = timedelta(seconds=self.timeout_seconds)
+            options = {"wait_for_workers": False, "multi_tenant": True}
+            store = tcp_store(is_server, timeout, **options)
+        except (dist.DistError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             if is_server:
                 raise Unreachable(
                     f"rank 0 (host {self.host}) cannot listen at port {port} ({reason}): choose "

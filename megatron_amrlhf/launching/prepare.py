@@ -21,7 +21,7 @@ from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config
 from megatron_amrlhf.doctor.options import run_folder as doctor_folder
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import expanded, writable_folder, write_atomic
-from megatron_amrlhf.launching.environment import forwarded
+from megatron_amrlhf.launching.environment import forwarding
 from megatron_amrlhf.launching.hostfile import read_hostfile
 from megatron_amrlhf.ports import free_port, job_port
 from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
@@ -33,9 +33,9 @@ PLAIN = re.compile(r"[\w@+=:,./~\[\]-]+")  # what a shell, and pdsh, leave as it
 
 @tells_user_errors
 def main(argv: list[str] | None = None) -> int:
-    """Prints FOLDER, LOGS, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS and THREADS.
+    """Prints FOLDER, LOGS, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS, THREADS and HIDDEN.
 
-    In a job also JOB_PORT.
+    The last is an array: variables that DeepSpeed's launcher must not see. In a job also JOB_PORT.
     """
     options = _parse(argv)
     hosts, node_rank = _hosts(options), options.node_rank or 0
@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     logs = options.logs or folder / LOGS_NAME
     if not options.logs and not is_doctor:
         logs /= new_attempt(folder, sum(list(hosts.values())[:node_rank]))
-    if len(hosts) > 1 and options.node_rank is None:
+    by_ssh = len(hosts) > 1 and options.node_rank is None
+    if by_ssh:
         refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
     key = "--out" if arguments.command == "score" else "run.folder"
     if options.logs and options.node_rank is None and any(options.logs.glob("*_rank*.log")):
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         writable_folder(folder, key)
         if not is_doctor:
             (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
-        write_environment(folder / ENVIRONMENT_NAME)
+    hidden = write_environment(folder / ENVIRONMENT_NAME) if by_ssh else ()
     shell = {
         "FOLDER": folder.resolve(),
         "LOGS": logs.resolve(),
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         shell["JOB_PORT"] = job_port(os.environ)  # the same on all nodes
     for name, value in shell.items():
         print(f"{name}={shlex.quote(str(value))}")
+    print(f"HIDDEN=({shlex.join(hidden)})")
     return 0
 
 
@@ -150,13 +152,23 @@ def refuse_for_shells(texts: list[str]) -> None:
             )
 
 
-def write_environment(path: Path) -> None:
-    """Writes the variables for other nodes; only the user may read them."""
-    text, left_out = forwarded(os.environ)
+def write_environment(path: Path) -> tuple[str, ...]:
+    """Writes the variables for other nodes; only the user may read them.
+
+    Returns:
+        Those to be unset for DeepSpeed's launcher, which would forward them by itself.
+    """
+    found = forwarding(os.environ)
+    left_out = []
+    if found.secret:
+        left_out.append(f"{', '.join(found.secret)} (secret by name or value: use a file there)")
+    if found.unquotable:
+        left_out.append(f"{', '.join(found.unquotable)} (a shell would change it)")
     if left_out:
-        print(f"not forwarded to other nodes: {', '.join(left_out)}", file=sys.stderr)
-    write_atomic(path, text)
+        print(f"not forwarded to other nodes: {'; '.join(left_out)}", file=sys.stderr)
+    write_atomic(path, found.text)
     path.chmod(0o600)
+    return found.hidden
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.parallel import compat
+from megatron_amrlhf.rendezvous import GLOO_INTERFACE, keep_gloo_inside, private_store
 
 TIMEOUT_SECONDS = 1800.0
-_own_variables: list[str] = []  # of the environment, set for a process that is alone
+_own_variables: list[str] = []  # of the environment, set here
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
 
     Args:
         timeout_seconds: longest wait for the other processes at the start and in collectives.
+
+    Raises:
+        UserError: on rank 0, where its port is taken.
     """
     compat.patch_for_cpu()
     for name, value in (
@@ -96,8 +100,15 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         torch.cuda.set_device(device)
         # DeepSpeed takes it for the device's number, also where a task sees one device alone.
         os.environ["LOCAL_RANK"] = str(device.index)
+    if keep_gloo_inside():
+        _own_variables.append(GLOO_INTERFACE)
     if not dist.is_initialized():
-        dist.init_process_group(compat.backend(), timeout=timedelta(seconds=timeout_seconds))
+        timeout = timedelta(seconds=timeout_seconds)
+        ranks = {}
+        if store := private_store(timeout):
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            ranks = {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(compat.backend(), timeout=timeout, **ranks)
 
 
 def build_mesh(

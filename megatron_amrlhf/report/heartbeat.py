@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,6 +34,7 @@ from megatron_amrlhf.report.stop_request import process_age
 HEARTBEAT_NAME = "heartbeat"
 LONGEST_INTERVAL_SECONDS = 5.0
 BEATS_A_LIMIT = 8  # the watchdog's limit is at least this many intervals
+SOON_SECONDS = 0.5  # between a new phase and its beat, so that short ones do not keep the disk busy
 DUMP_AFTER, AWAY_AFTER = 4, 8  # intervals without a turn of the thread
 BEAT_NAME = re.compile(r"rank-(\d{4,6})\.json", re.ASCII)
 OUR_NAMES = re.compile(r"rank-\d{4,6}\.(json|stacks\.txt)|reporter|warned", re.ASCII)
@@ -52,6 +53,7 @@ class RankProgress:
         phases: phases entered so far; all ranks enter the same ones.
         done: micro-batches and decode rounds done in this phase.
         moved_at: when one of these changed, seconds of the monotonic clock.
+        entered: set when a phase begins, for who waits for that.
     """
 
     step: int = 0
@@ -59,12 +61,14 @@ class RankProgress:
     phases: int = 0
     done: int = 0
     moved_at: float = field(default_factory=time.monotonic)
+    entered: threading.Event = field(default_factory=threading.Event)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """A phase begins, and with it a step unless None."""
         self.step = self.step if step is None else step
         self.phase, self.phases, self.done = phase, self.phases + 1, 0
         self.moved_at = time.monotonic()
+        self.entered.set()
 
     def advance(self) -> None:
         """One more micro-batch or decode round is done."""
@@ -188,6 +192,15 @@ def _read_beat(folder: Path, rank: int) -> Beat:
         return Beat(rank, state="unreadable")
 
 
+def note_own_failure(folder: Path, rank: int, error: str) -> None:
+    """Turns the last beat of this process, if it has one, into one of a rank that has failed."""
+    beats = read_beats(folder, rank + 1)
+    if beats[rank].pid == os.getpid():
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        beat = replace(beats[rank], state="failed", error=error, time=now)
+        write_atomic(_path(folder / HEARTBEAT_NAME, rank), json.dumps(asdict(beat)) + "\n")
+
+
 def seconds_since(time_text: str) -> float:
     """From a beat's time to now, by this host's clock."""
     return time.time() - datetime.fromisoformat(time_text).timestamp()
@@ -271,6 +284,7 @@ class Heartbeat:
             self._on_error(beat)
             return
         self._end.set()
+        self._progress.entered.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(signal.SIGTERM)
@@ -280,7 +294,13 @@ class Heartbeat:
         self._dumps.close()
 
     def _run(self) -> None:
-        while not self._end.wait(self._every):
+        """A beat each interval, and soon after a phase has begun: a kill may end it at any time."""
+        soon = min(self._every, SOON_SECONDS)
+        while not self._end.wait(soon):
+            self._progress.entered.wait(self._every - soon)
+            self._progress.entered.clear()
+            if self._end.is_set():
+                return
             self._on_beat(self._beat())
 
     def _beat(self) -> Beat:

@@ -15,7 +15,10 @@ from pathlib import Path
 
 EXIT_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: started again, the run goes on
 STOP_NAME = "stop"
-STOP_NOW = "now"  # content of a stop file that does not wait for a checkpoint
+STOP_NOW = "now"  # first word of a stop file that does not wait for a checkpoint
+# Its second word, from launch/train.sh and what watches over that; without it somebody asked.
+KILLED = {"script": "launch/train.sh was killed", "launcher": "its launcher was killed"}
+READ_CHARACTERS = 64  # more of a stop file is never looked at
 POLL_SECONDS = 1.0  # a stop file is looked for this often; it may lie on a network file system
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -26,11 +29,35 @@ class Reason(IntEnum):
     NONE = 0
     CLOCK = 1
     FILE = 2
-    SIGNAL = 3
+    SCRIPT_INT = 3
+    SCRIPT_TERM = 4
+    SCRIPT_HUP = 5
+    SLURM = 6
+    SIGNAL = 7
 
     @property
     def text(self) -> str:
-        return ("", "run.max_minutes", f"the file {STOP_NAME!r}", "a signal")[self]
+        """What a person reads behind ``stopped by``."""
+        return TEXTS[self]
+
+
+TEXTS = {
+    Reason.NONE: "",
+    Reason.CLOCK: "run.max_minutes",
+    Reason.FILE: f"the file {STOP_NAME!r}",
+    Reason.SCRIPT_INT: "Ctrl-C (SIGINT to train.sh)",
+    Reason.SCRIPT_TERM: "SIGTERM to train.sh",
+    Reason.SCRIPT_HUP: "SIGHUP to train.sh (its terminal was closed)",
+    Reason.SLURM: "Slurm's early signal",
+    Reason.SIGNAL: "a signal",
+}
+# What the launch scripts write into the stop file; whatever else is in it is somebody's own.
+WRITERS = {
+    "SIGINT": Reason.SCRIPT_INT,
+    "SIGTERM": Reason.SCRIPT_TERM,
+    "SIGHUP": Reason.SCRIPT_HUP,
+    "slurm": Reason.SLURM,
+}
 
 
 class StopRequest:
@@ -60,7 +87,7 @@ class StopRequest:
         now = time.monotonic()
         if not self._seen and self._file is not None and now >= self._next_poll:
             self._next_poll = now + POLL_SECONDS
-            self._seen = Reason.FILE if self._file.exists() else Reason.NONE
+            self._seen = _asked_by(self._file)
         if self._seen or self._limit is None:
             return self._seen
         needed = self._save_seconds() + (self._longest_step if before_step else 0.0)
@@ -117,9 +144,25 @@ def process_age() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
-def must_end_now(file: Path) -> bool:
-    """Whether the stop file asks for an end without a checkpoint."""
+def why_end_now(file: Path) -> str:
+    """Why the run has to end without a checkpoint, by its stop file; empty: it need not."""
+    words = (_read(file) or "").split()
+    if words[:1] != [STOP_NOW]:
+        return ""
+    return KILLED.get(" ".join(words[1:]), "on demand")
+
+
+def _asked_by(file: Path) -> Reason:
+    text = _read(file)
+    return Reason.NONE if text is None else WRITERS.get(text.strip(), Reason.FILE)
+
+
+def _read(file: Path) -> str | None:
+    """The beginning of a stop file; None: there is none."""
     try:
-        return file.read_text(encoding="utf-8").strip() == STOP_NOW
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            return opened.read(READ_CHARACTERS)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
     except OSError:
-        return False
+        return ""  # there, whatever it is

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.slurm.nodes import HEAD, NODES, Nodes, why_not
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
+SECRET = {"MLFLOW_TRACKING_TOKEN": "a-secret-of-the-test"}  # DeepSpeed would forward it
 LAYOUT = ("parallel.tensor=2", "parallel.pipeline=2", "checkpoint.export=false", "run.steps=10")
 
 
@@ -53,6 +55,15 @@ def on_node(pid: int, *command: str) -> str:
     return subprocess.run([*enter, *command], capture_output=True, text=True).stdout.strip()
 
 
+def command_lines() -> list[bytes]:
+    """Of all processes, those of the nodes too."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            found.append(path.read_bytes())
+    return found
+
+
 class Launch:
     """launch/train.sh on the head of the network; ``run`` is what it is told to do."""
 
@@ -60,7 +71,7 @@ class Launch:
         nodes, folder, pids = machines
         self.folder, self.log = work / "runs" / name, folder / f"{name}.log"
         given = environment(self.folder) | {"AMRLHF_TEST_PIDS": str(pids)}
-        given |= {"PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"}
+        given |= SECRET | {"PATH": f"{ROOT / 'tests' / 'slurm'}:{os.environ['PATH']}"}
         command = ["bash", "launch/train.sh", "--hostfile", str(folder / "hostfile")]
         with self.log.open("w") as out:
             self.process = subprocess.Popen(
@@ -92,6 +103,11 @@ def test_a_run_on_two_machines_stops_and_goes_on_with_the_same_numbers(machines,
         return bool(has_step) or first.process.poll() is not None
 
     wait_until(has_begun, first.log.read_text)
+    commands = command_lines()
+    assert any(b"pdsh" in command for command in commands)
+    for name, value in SECRET.items():
+        assert not any(value.encode() in command for command in commands)
+        assert f"not forwarded to other nodes: {name} (secret" in first.log.read_text()
     first.process.send_signal(signal.SIGINT)
     assert first.wait() == 75, first.log.read_text()
     assert "the run saves and stops" in first.log.read_text()

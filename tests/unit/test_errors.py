@@ -1,8 +1,18 @@
 """How a mistake is told, by amrlhf and by the tools alike."""
 
+import importlib
+
 import pytest
 
-from megatron_amrlhf.errors import UserError, error_line, printable, telling, tells_user_errors
+from megatron_amrlhf import __main__ as entry
+from megatron_amrlhf.errors import (
+    EXIT_INTERRUPTED,
+    UserError,
+    error_line,
+    printable,
+    telling,
+    tells_user_errors,
+)
 
 
 @tells_user_errors
@@ -34,3 +44,13 @@ def test_a_tool_tells_its_own_argument_in_place_of_a_key(said, told):
     with pytest.raises(UserError) as caught, telling({"model.path": "SOURCE"}):
         raise UserError(said)
     assert str(caught.value) == told
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_is_no_traceback_of_a_tool_nor_while_the_command_line_loads(monkeypatch):
+    assert tells_user_errors(interrupted)() == EXIT_INTERRUPTED
+    monkeypatch.setattr(importlib, "import_module", interrupted)
+    assert entry.main() == EXIT_INTERRUPTED

@@ -9,10 +9,9 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "errors arguments reading files owned ports sizes config types parallel data models engine "
-    "rollout rewards "
-    "mask losses checkpoint conversion planning evaluation report slurm algorithms doctor "
-    "cli_options cli launching __main__"
+    "errors arguments reading files owned ports rendezvous sizes config types parallel data models "
+    "engine rollout rewards mask losses checkpoint conversion planning evaluation report slurm "
+    "algorithms doctor cli_options cli launching __main__"
 ).split()
 MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")
 DEEPSPEED_MAY = ("engine/", "parallel/compat.py", "conversion/deepspeed_folder.py")

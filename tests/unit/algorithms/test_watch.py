@@ -75,3 +75,26 @@ def test_after_a_watchdog_all_leave_alike(folder, beating, stop, is_late):
             report()
         raise LOST
     assert end.value.code == EXIT_STALLED
+
+
+def test_a_run_is_ended_also_where_its_status_cannot_be_written(folder, beating, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    folder.stop.write_text("now")
+    monkeypatch.setattr(RunFolder, "status", full)
+    with pytest.raises(SystemExit) as end, beating:
+        raise LOST
+    assert end.value.code == watch.EXIT_ENDED
+
+
+def test_a_run_that_is_ended_blames_no_rank_for_leaving_first(folder, beating, capsys):
+    """Ranks see the stop file within some seconds, in which the others lose them."""
+    with pytest.raises(SystemExit) as end, beating:
+        folder.stop.write_text("now script\n")
+        raise LOST
+    assert end.value.code == watch.EXIT_ENDED
+    status = json.loads((folder.path / "status.json").read_text())
+    assert status["state"] == "stopped"
+    assert status["message"] == "ended without a checkpoint: launch/train.sh was killed"
+    assert status["message"] in capsys.readouterr().err

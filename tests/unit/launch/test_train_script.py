@@ -1,6 +1,7 @@
 """launch/train.sh around a stand-in for the deepspeed launcher."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amrlhf.report.stop_request import Reason, _asked_by, why_end_now
+
 ROOT = Path(__file__).parents[3]
 LAUNCHER = """\
 #!/bin/bash
 printf '%s\\n' "$@" >"$0.arguments"
-while [[ "$1" != --enable_each_rank_log ]]; do shift; done
+while [[ $# -gt 0 && "$1" != --enable_each_rank_log ]]; do shift; done
 LOGS="$2" FOLDER="${2%/logs/*}"
 status() {
     local rest='"attempt": 1, "step": 1, "message": "", "time": "2026-01-01T00:00:00+00:00"'
@@ -92,15 +95,35 @@ def test_success_needs_a_run_that_says_so(launch, state, code):
 def test_ranks_whose_launcher_was_killed_are_ended(launch, death, code):
     """DeepSpeed's launcher on a node was killed, or the one that waits for it."""
     answer = launch(f'status running; sleep 300 & echo $! >"$FOLDER/pid"; {death}')
-    assert answer.returncode == code
+    assert answer.returncode == code and "cause: the launcher" in answer.stderr
+    assert why_end_now(launch.run / "stop") == "its launcher was killed"
     left = Path("/proc") / (launch.run / "pid").read_text().strip()
     time.sleep(0.2)
     assert not left.exists() or "State:\tZ" in (left / "status").read_text()
 
 
-def test_a_signal_right_after_the_start_is_a_request(launch):
-    answer = launch(f'kill -TERM "$PPID"; {WAIT_FOR_STOP}; exit 75')
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP"])
+def test_a_signal_right_after_the_start_is_a_request_that_names_it(launch, name):
+    answer = launch(f'kill -{name} "$PPID"; {WAIT_FOR_STOP}; exit 75')
     assert answer.returncode == 75 and "the run saves and stops" in answer.stderr
+    assert _asked_by(launch.run / "stop") is getattr(Reason, f"SCRIPT_{name}")
+
+
+@pytest.mark.parametrize("kind", ["train", "score", "doctor"])
+def test_a_run_whose_script_is_killed_is_ended(launch, kind):
+    """The stand-in ends by the stop file where ranks look at it, and by SIGTERM otherwise."""
+    more = {
+        "train": ["run.yaml"],
+        "score": ["score", "run.yaml", "--answers", "steps.jsonl", "--out", "demo"],
+        "doctor": ["doctor"],
+    }[kind]
+    look = f'grep -s script "{launch.run}/stop" && exit'
+    wait = f"for _ in {{1..99}}; do {look}; sleep 0.1; done"
+    answer = launch(f'sleep 0.5; kill -KILL "$PPID"; {wait}; echo left', *more)
+    assert answer.returncode == -signal.SIGKILL
+    assert answer.stdout == ("now script\n" if kind == "train" else "")
+    if kind == "train":
+        assert why_end_now(launch.run / "stop") == "launch/train.sh was killed"
 
 
 def test_the_console_shows_what_rank_0_says_after_ctrl_c(launch):

@@ -63,6 +63,18 @@ def test_the_file_follows_the_main_thread(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "heartbeat"]
 
 
+def test_a_new_phase_is_written_long_before_the_next_interval(tmp_path):
+    """A kill leaves the file as it is: it would name what the rank did seconds before."""
+    progress = RankProgress()
+    with Heartbeat(tmp_path, 0, progress, 10 * PATIENCE_SECONDS, silent, silent):
+        progress.enter("update", step=3)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (beat := read_beats(tmp_path)[0]).phase != "update":
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    assert (beat.state, beat.step) == ("running", 3)
+
+
 def test_an_error_is_the_last_word_and_has_its_own_stack(tmp_path):
     def fail():
         raise ArithmeticError("one\ntwo")
