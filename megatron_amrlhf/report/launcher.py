@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_amrlhf.report.heartbeat import note_own_failure
-from megatron_amrlhf.report.run_folder import note_failure, read_status
+from megatron_amrlhf.report.status_file import note_failure, read_status
 
 EXIT_ORPHANED = 1
 LOOK_SECONDS = 1.0

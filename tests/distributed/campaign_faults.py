@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_amrlhf.checkpoint.folders import find_latest
-from megatron_amrlhf.report.run_folder import read_status
+from megatron_amrlhf.report.status_file import read_status
 from megatron_amrlhf.rewards import verifiable
 from tests.distributed.campaign_runs import LIMIT_SECONDS, Stage
 from tests.distributed.runs import PROMPT_LINES, numbers, write_lines

@@ -15,7 +15,7 @@ from megatron_amrlhf.algorithms.train import run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.postmortem import find_cause
-from megatron_amrlhf.report.run_folder import read_status
+from megatron_amrlhf.report.status_file import read_status
 from tests.distributed.processes import launch, run_on
 from tests.distributed.runs import (
     PROMPT_LINES,

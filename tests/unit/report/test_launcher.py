@@ -14,7 +14,8 @@ from megatron_amrlhf.report import launcher
 from megatron_amrlhf.report.heartbeat import read_beats
 from megatron_amrlhf.report.launcher import ends_with_launcher, has_launcher
 from megatron_amrlhf.report.postmortem import find_cause
-from megatron_amrlhf.report.run_folder import RunFolder, read_status
+from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.status_file import read_status
 from tests.unit.config.samples import PRM, make_config
 
 PATIENCE_SECONDS = 60.0
