@@ -41,6 +41,7 @@ def test_what_template_and_end_tokens_are_is_looked_at_too(padded):
     tokenizer, pad_id = padded
     with pytest.raises(UserError, match=f"id {pad_id + 5}, but"):
         check_vocabulary(tokenizer, [2, pad_id + 5], pad_id, "here")
+    tokenizer = copy.deepcopy(tokenizer)  # a template is read once
     tokenizer.chat_template = "{% for m in messages %}[PAD]{{ m['content'] }}{% endfor %}"
     with pytest.raises(UserError, match=r"token '\[PAD\]' has id"):
         check_vocabulary(tokenizer, END, pad_id, "here")
