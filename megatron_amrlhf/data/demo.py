@@ -155,7 +155,7 @@ def _mix_prompts(problems: list[dict], general: list[str], seed: int) -> list[di
 
 
 class _Manifest(Record):
-    parameters: dict[str, int]
+    parameters: dict[str, int | str]
     sha256: dict[str, str]
 
 

@@ -15,6 +15,7 @@ from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.judge_run import judge_run
 from megatron_amrlhf.doctor.start import judge_start
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.owned import claim
 from tests.distributed.runs import make_models, write_config
 from tests.unit.doctor.samples import only
 
@@ -152,6 +153,8 @@ def test_a_folder_of_another_run_and_a_damaged_checkpoint_are_errors(folder, mon
     (step / "actor-1.safetensors").write_text("x")
     assert "step-2" in only(judge_start(config), "error").message
     shutil.rmtree(step)
-    (config.run.path / "config.resolved.yaml").write_text("algorithm: {kind: dpo}")
+    claim(config.run.path, "run")
+    other = "algorithm: {kind: dpo}\nmodel: {path: x}\n"
+    (config.run.path / "config.resolved.yaml").write_text(other)
     (config.run.path / "metrics.jsonl").write_text('{"step": 1}')
     assert "holds a run with algorithm.kind dpo" in only(judge_start(config), "error").message

@@ -20,6 +20,7 @@ LOGS="$2" FOLDER="${2%/logs/*}"
 status() {
     local rest='"attempt": 1, "step": 1, "message": "", "time": "2026-01-01T00:00:00+00:00"'
     echo '{"state": "'"$1"'", '"$rest}" >"$FOLDER/status.json"
+    : >"$FOLDER/config.resolved.yaml" # so that the folder is a run's
 }
 """
 WAIT_FOR_STOP = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || break; sleep 0.1; done'
