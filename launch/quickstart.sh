@@ -108,7 +108,7 @@ COMMON=("model.path=$MODEL" "model.dtype=$DTYPE" "parallel.tensor=$TP" "parallel
 PRM_RUN=(configs/prm_demo.yaml "run.name=$PRM_NAME" "${COMMON[@]}"
     "algorithm.batch_size=$(round_up 16)" "$@" ${PRM_KEYS[@]+"${PRM_KEYS[@]}"})
 RUN=("configs/${ALGORITHM}_demo.yaml" "run.name=$NAME" "${COMMON[@]}"
-    "reward_model.path=runs/$PRM_NAME/export" "rollout.prompts_per_step=$(round_up 8)"
+    "reward_model.path=runs/$PRM_NAME/export" "rollout.prompts_per_step=$(round_up 4)"
     ${STEPS:+"run.steps=$STEPS"} "$@")
 
 # Runs one training as a child that gets the signals to this script: the first one asks it to save

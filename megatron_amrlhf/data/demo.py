@@ -25,7 +25,7 @@ PROMPTS_HELDOUT = "prompts_heldout.jsonl"
 MANIFEST = "demo.json"
 
 Problems = Literal["sums", "words"]
-COUNTS: dict[Problems, tuple[int, int]] = {"sums": (400, 90), "words": (600, 120)}
+COUNTS: dict[Problems, tuple[int, int]] = {"sums": (320, 90), "words": (600, 120)}
 """Problems for training and held out, by kind."""
 
 _VERSION = 3  # raise it when the same parameters give other data
