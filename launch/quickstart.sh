@@ -30,7 +30,7 @@ Run again, it reuses what is there: the environment, the data, the PRM, and the 
   --name NAME      the run's folder is runs/NAME (default: ppo-demo and so on)
   --prm key=value  set a key of the run of step 3 alone; may be given several times
   --help           this text
-  -- key=value ... set keys of the runs of steps 3 and 4, such as
+  -- key=value ... set keys of the runs of steps 3 and 4 (algorithm.* of step 4 alone), such as
                    -- mask.kind=none engine.watchdog_seconds=600
                    (all keys: .venv/bin/amrlhf train --help)
 
@@ -105,8 +105,10 @@ PP="${PP:-$(((PROCESSES / TP) % 2 == 0 && PROCESSES >= 2 * TP ? 2 : 1))}"
 REPLICAS=$((PROCESSES / (TP * PP)))
 round_up() { echo $((($1 + REPLICAS - 1) / REPLICAS * REPLICAS)); }
 COMMON=("model.path=$MODEL" "model.dtype=$DTYPE" "parallel.tensor=$TP" "parallel.pipeline=$PP")
+BOTH=() # the algorithm's keys are not those of the PRM's run
+for KEY in "$@"; do [[ "$KEY" == algorithm.* ]] || BOTH+=("$KEY"); done
 PRM_RUN=(configs/prm_demo.yaml "run.name=$PRM_NAME" "${COMMON[@]}"
-    "algorithm.batch_size=$(round_up 16)" "$@" ${PRM_KEYS[@]+"${PRM_KEYS[@]}"})
+    "algorithm.batch_size=$(round_up 16)" ${BOTH[@]+"${BOTH[@]}"} ${PRM_KEYS[@]+"${PRM_KEYS[@]}"})
 RUN=("configs/${ALGORITHM}_demo.yaml" "run.name=$NAME" "${COMMON[@]}"
     "reward_model.path=runs/$PRM_NAME/export" "rollout.prompts_per_step=$(round_up 4)"
     ${STEPS:+"run.steps=$STEPS"} "$@")
