@@ -54,7 +54,8 @@ def next_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> 
         settings: sampling settings.
 
     Returns:
-        ``[B]`` int64 token ids.
+        ``[B]`` int64 token ids. Where logits are not finite it is any one: what the answer's
+        log-probs are tells of it.
     """
     if settings.usable is not None:
         logits = logits.masked_fill(~settings.usable, float("-inf"))
@@ -69,4 +70,4 @@ def next_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> 
     target = uniform[:, None] * cumulative[:, -1:]
     last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # where rounding makes target the whole sum
     choice = torch.searchsorted(cumulative, target, right=True).minimum(last)
-    return tokens.gather(-1, choice)[:, 0]
+    return tokens.gather(-1, choice.clamp(min=0))[:, 0]

@@ -166,3 +166,13 @@ def test_uniforms_of_neighbouring_samples_are_uncorrelated():
     drawn = uniforms(0, 1, torch.arange(40), 500)
     correlation = torch.corrcoef(drawn) - torch.eye(40)
     assert correlation.abs().max() < DEVIATIONS / 500**0.5
+
+
+@pytest.mark.parametrize("filters", FILTERS)
+def test_a_row_without_finite_logits_has_a_token_and_changes_no_other(filters):
+    logits = torch.stack([logits_of(1), torch.full((VOCAB_SIZE,), torch.nan), logits_of(2)])
+    uniform = torch.tensor([0.3, 0.5, 0.8], dtype=torch.float64)
+    tokens = next_tokens(logits, uniform, settings(*filters))
+    assert 0 <= int(tokens[1]) < VOCAB_SIZE
+    alone = next_tokens(logits[::2], uniform[::2], settings(*filters))
+    assert torch.equal(tokens[::2], alone)
