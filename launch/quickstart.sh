@@ -15,7 +15,8 @@ Trains a small instruct model with Adaptive Message-wise RLHF, from nothing:
   4. samples answers, scores each token with the PRM, masks, and updates the model on what is kept
 Run again, it reuses what is there: the environment, the data, the PRM, and the run's checkpoints.
 
-  --algorithm A    ppo, dpo, rejection_sampling, grpo or kto (default: ppo)
+  --algorithm A    ppo, dpo, rejection_sampling, grpo or kto
+                   (default: rejection_sampling)
   --model M        Hugging Face folder, hub id or .gguf file (families: README.md)
                    (default: $DEFAULT_MODEL, SmolLM2-135M-Instruct)
   --steps N        steps of the algorithm; each is a rollout and an update (default: as in
@@ -27,7 +28,7 @@ Run again, it reuses what is there: the environment, the data, the PRM, and the 
                    even, else 1)
   --processes N    processes; N / (tp x pp) replicas share the data (default: one a GPU; 2 on a
                    CPU, or tp x pp if that is more)
-  --name NAME      the run's folder is runs/NAME (default: ppo-demo and so on)
+  --name NAME      the run's folder is runs/NAME (default: rejection-sampling-demo and so on)
   --prm key=value  set a key of the run of step 3 alone; may be given several times
   --help           this text
   -- key=value ... set keys of the runs of steps 3 and 4 (algorithm.* of step 4 alone), such as
@@ -37,7 +38,7 @@ Run again, it reuses what is there: the environment, the data, the PRM, and the 
 Examples:
   bash launch/quickstart.sh
   bash launch/quickstart.sh --algorithm dpo --steps 8
-  bash launch/quickstart.sh --name ppo-plain -- mask.kind=none      the same without the mask
+  bash launch/quickstart.sh --name rs-plain -- mask.kind=none       the same without the mask
   bash launch/quickstart.sh --prm algorithm.epochs=4                with a stronger PRM
   bash launch/quickstart.sh --model ~/models/Qwen2-0.5B-Instruct --tp 2 --pp 2 --processes 4
 
@@ -50,7 +51,7 @@ fail() {
     exit 2
 }
 
-ALGORITHM=ppo MODEL="$DEFAULT_MODEL" STEPS="" TP=1 PP="" PROCESSES="" NAME="" DTYPE=auto
+ALGORITHM=rejection_sampling MODEL="$DEFAULT_MODEL" STEPS="" TP=1 PP="" PROCESSES="" NAME="" DTYPE=auto
 PRM_KEYS=()
 count() {
     [[ "$2" =~ ^[1-9][0-9]*$ ]] || fail "$1 needs a number of at least 1 (got '$2')"
