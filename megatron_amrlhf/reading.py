@@ -10,15 +10,15 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 LARGEST_NOTE = 1 << 28  # bytes; of files that hold a record, not rows
 LARGEST_COUNT = 1 << 53  # what a float holds exactly
 INT_BITS = 64
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
 class Unreadable(ValueError):
@@ -30,6 +30,15 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
 
+
+def _refuse_path(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ValueError(f"{name!r} is no name of a file in the folder")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_refuse_path)]
+"""The name of a file in a folder; one that leads elsewhere is refused."""
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -132,13 +141,6 @@ def checked(kind: type[AnyRecord], content: Any) -> AnyRecord:
         where = ".".join(map(str, first["loc"]))
         what = first["msg"].removeprefix("Value error, ")
         raise Unreadable(f"{where}: {what}" if where else what) from None
-
-
-def refuse_paths(names: Iterable[str]) -> None:
-    """Raises a ``ValueError`` where one is no name of a file in a folder but leads elsewhere."""
-    for name in names:
-        if name in ("", ".", "..") or "/" in name or "\0" in name:
-            raise ValueError(f"{name!r} is no name of a file in the folder")
 
 
 def _refuse_constant(name: str):

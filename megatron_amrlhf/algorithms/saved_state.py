@@ -9,9 +9,8 @@ from pydantic import ConfigDict, Field, NonNegativeInt
 
 from megatron_amrlhf.checkpoint.folders import STATE_FILE, step_of
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.reading import LARGEST_COUNT, Record, Unreadable, checked
+from megatron_amrlhf.reading import Count, Record, Unreadable, checked
 
-Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Metrics = dict[str, int | float | None]
 
 

@@ -32,6 +32,7 @@ from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.models.weight_files import INDEX_FILE
 from megatron_amrlhf.owned import begin_beside, put_in_place
 from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.reading import read_object
 from megatron_amrlhf.rewards.kinds import head_form, with_meaning
 
 GENERATION_FILE = "generation_config.json"
@@ -161,6 +162,6 @@ def write_end_tokens(source: Path, folder: Path, tokenizer: PreTrainedTokenizerB
         if file.is_file():
             shutil.copyfile(file, folder / GENERATION_FILE)
         return
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings = read_object(file, strict=False) if file.is_file() else {}
     settings["eos_token_id"] = [end, *others]
     write_text(folder / GENERATION_FILE, json.dumps(settings, indent=2) + "\n")

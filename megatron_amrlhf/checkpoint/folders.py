@@ -9,13 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import NonNegativeInt, field_validator
+from pydantic import NonNegativeInt
 
 from megatron_amrlhf.checkpoint.files import write_text
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import clear_temporaries, free_name, fsync, sha256_of
 from megatron_amrlhf.owned import claim, delete_ours, is_ours, make_folder, strangers, why_not_ours
-from megatron_amrlhf.reading import Record, Unreadable, read_record, refuse_paths
+from megatron_amrlhf.reading import FileName, Record, Unreadable, read_record
 from megatron_amrlhf.sizes import GIB, in_units
 
 FORMAT = 2
@@ -39,13 +39,7 @@ class ManifestEntry(Record):
 class Manifest(Record):
     """The content of ``manifest.json``: each file by its name in the folder."""
 
-    files: dict[str, ManifestEntry]
-
-    @field_validator("files")
-    @classmethod
-    def _are_in_the_folder(cls, files: dict[str, ManifestEntry]) -> dict[str, ManifestEntry]:
-        refuse_paths(files)
-        return files
+    files: dict[FileName, ManifestEntry]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.reading import (
     LARGEST_COUNT,
+    Count,
     Record,
     Unreadable,
     checked,
@@ -23,7 +24,6 @@ from megatron_amrlhf.reading import (
 )
 
 MOST_RANKS = 1 << 20
-Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Size = Annotated[int, Field(ge=1, le=MOST_RANKS)]
 
 

@@ -74,8 +74,7 @@ def write_demo_data(
     hashes = {name: fingerprint(folder / name) for name in _names() if (folder / name).exists()}
     if previous == {"parameters": parameters, "sha256": hashes}:
         return False
-    make = _contents_of_sums if problems == "sums" else _contents_of_words
-    contents = make(seed, num_problems, num_heldout)
+    contents = _make_contents(problems, seed, num_problems, num_heldout)
     new_hashes = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
     for name, found in hashes.items():
         if found not in (previous.get("sha256", {}).get(name), new_hashes[name]):
@@ -96,39 +95,20 @@ def _names() -> tuple[str, ...]:
     return (PRM_TRAIN, PRM_HELDOUT, PAIRS_TRAIN, PAIRS_HELDOUT, PROMPTS_TRAIN, PROMPTS_HELDOUT)
 
 
-def _contents_of_sums(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
-    splits = (("train", num_problems), ("heldout", num_heldout))
-    mixed = [generate_sums(count, seed, split) for split, count in splits]
-    pairs = [
-        _make_pairs(
-            generate_sums(count, seed, split, error_rate=0.0),
-            generate_sums(count, seed, split, error_rate=1.0),
-        )
-        for split, count in splits
-    ]
-    return _dump(mixed, pairs, [[_without_solution(row) for row in rows] for rows in mixed])
-
-
-def _contents_of_words(seed: int, num_problems: int, num_heldout: int) -> dict[str, bytes]:
-    splits = (("train", num_problems), ("heldout", num_heldout))
-    mixed = [generate_problems(count, seed, split) for split, count in splits]
-    pairs = [
-        _make_pairs(
-            generate_problems(count, seed, split, error_rate=0.0),
-            generate_problems(count, seed, split, error_rate=1.0),
-        )
-        for split, count in splits
-    ]
-    prompts = [
-        _mix_prompts([_without_solution(row) for row in rows], general_prompts(split), seed)
-        for rows, (split, _) in zip(mixed, splits, strict=True)
-    ]
-    return _dump(mixed, pairs, prompts)
-
-
-def _dump(*kinds: list[list[dict]]) -> dict[str, bytes]:
-    """The files' contents; each kind has its training and its held-out rows."""
-    records = [rows for kind in kinds for rows in kind]
+def _make_contents(
+    problems: Problems, seed: int, num_problems: int, num_heldout: int
+) -> dict[str, bytes]:
+    generate = generate_sums if problems == "sums" else generate_problems
+    mixed, pairs, prompts = [], [], []
+    for split, count in (("train", num_problems), ("heldout", num_heldout)):
+        mixed.append(generate(count, seed, split))
+        right, wrong = (generate(count, seed, split, error_rate=rate) for rate in (0.0, 1.0))
+        pairs.append(_make_pairs(right, wrong))
+        rows = [_without_solution(row) for row in mixed[-1]]
+        if problems == "words":
+            rows = _mix_prompts(rows, general_prompts(split), seed)
+        prompts.append(rows)
+    records = (*mixed, *pairs, *prompts)
     return {name: dump_jsonl(rows) for name, rows in zip(_names(), records, strict=True)}
 
 

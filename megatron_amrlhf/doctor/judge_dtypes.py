@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor.records import Finding, RankFacts
-from megatron_amrlhf.parallel.dtypes import SLOW_FACTOR, slow_line
+from megatron_amrlhf.parallel.dtypes import SLOW_FACTOR, DtypeChoice, slow_line, slowest
 
 
 def judge_dtypes(facts: Sequence[RankFacts], config: Config | None) -> list[Finding]:
@@ -25,10 +25,11 @@ def judge_dtypes(facts: Sequence[RankFacts], config: Config | None) -> list[Find
         for key, dtype in asked.items()
         if dtype == "bfloat16" and slow and max(slow) > SLOW_FACTOR
     ]
-    # As parallel/dtypes.py: all ranks take what the slowest machine wants.
-    first = next((each for each in facts if each.dtype == "float32"), facts[0])
-    where = f" ({first.host})" if len({each.dtype for each in facts}) > 1 else ""
-    text = f"model.dtype: auto is {first.dtype}{where}: {first.dtype_why}"
+    choices = [DtypeChoice(each.dtype, each.dtype_why) for each in facts]
+    taken = slowest(choices)
+    host = facts[choices.index(taken)].host
+    where = f" ({host})" if len({choice.dtype for choice in choices}) > 1 else ""
+    text = f"model.dtype: auto is {taken.dtype}{where}: {taken.why}"
     return findings or [Finding("dtype", "ok", text)]
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import field_validator
 from safetensors import SafetensorError, safe_open
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.reading import Record, Unreadable, checked, read_json, refuse_paths
+from megatron_amrlhf.reading import FileName, Record, Unreadable, checked, read_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 HEAD_FILE = "head.safetensors"  # a linear head of ours, beside either
@@ -36,15 +35,9 @@ class WeightFiles:
 
 
 class _Index(Record):
-    """The file's name of each tensor; a name that leads out of the folder is refused."""
+    """The file's name of each tensor."""
 
-    weight_map: dict[str, str]
-
-    @field_validator("weight_map")
-    @classmethod
-    def _are_in_the_folder(cls, files: dict[str, str]) -> dict[str, str]:
-        refuse_paths(files.values())
-        return files
+    weight_map: dict[str, FileName]
 
 
 def find_weight_files(folder: Path) -> WeightFiles:

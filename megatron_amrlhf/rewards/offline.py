@@ -7,7 +7,7 @@ A folder has ``scores.safetensors`` (``scores`` [N] float32, of all answers one 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ SCORES_NAME, STATISTICS_NAME = "scores.safetensors", "statistics.json"
 LEVELS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 
 
-@dataclass(frozen=True)
-class ScoreStatistics:
+class ScoreStatistics(Record):
     """Statistics over all scored tokens, raw reward units.
 
     Attributes:
@@ -41,10 +40,10 @@ class ScoreStatistics:
         data: sha256 of the file of answers.
     """
 
-    count: int
-    num_answers: int
+    count: PositiveInt
+    num_answers: PositiveInt
     mean: float
-    std: float
+    std: NonNegativeFloat
     median: float
     quantiles: dict[str, float]
     prm: str
@@ -53,7 +52,7 @@ class ScoreStatistics:
 
     def as_json(self) -> str:
         """The content of ``statistics.json``."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        return json.dumps(self.model_dump(), indent=1) + "\n"
 
 
 def score_statistics(
@@ -150,35 +149,20 @@ def load_offline(
 
 def _read(file: Path) -> ScoreStatistics:
     try:
-        found = checked(_StatisticsRecord, _checked_keys(read_json(file)))
+        return checked(ScoreStatistics, _checked_keys(read_json(file)))
     except FileNotFoundError as error:
         raise UserError(f"mask.offline_file: {file}: cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(
             f"mask.offline_file: {file}: no statistics file of tools/score_tokens.py: {error}"
         ) from None
-    return ScoreStatistics(**found.model_dump())
-
-
-class _StatisticsRecord(Record):
-    """``ScoreStatistics`` in its file."""
-
-    count: PositiveInt
-    num_answers: PositiveInt
-    mean: float
-    std: NonNegativeFloat
-    median: float
-    quantiles: dict[str, float]
-    prm: str
-    attribute_weights: list[float] | None
-    data: str
 
 
 def _checked_keys(content: Any) -> dict[str, Any]:
     """A JSON file's content, which must be an object with the keys of ``ScoreStatistics``."""
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
-    known, found = {field.name for field in fields(ScoreStatistics)}, content.keys()
+    known, found = ScoreStatistics.model_fields.keys(), content.keys()
     wrong = {"lacks": known - found, "has unknown": found - known}
     if texts := [f"{what} {', '.join(sorted(keys))}" for what, keys in wrong.items() if keys]:
         raise ValueError(f"it {' and '.join(texts)}")
