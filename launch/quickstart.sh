@@ -114,10 +114,12 @@ RUN=("configs/${ALGORITHM}_demo.yaml" "run.name=$NAME" "${COMMON[@]}"
     "reward_model.path=runs/$PRM_NAME/export" "rollout.prompts_per_step=$(round_up 4)"
     ${STEPS:+"run.steps=$STEPS"} "$@")
 
+WITH_PARENT=(env)
+! command -v setpriv >/dev/null || WITH_PARENT=(setpriv --pdeathsig TERM)
 # Runs one training as a child that gets the signals to this script: the first one asks it to save
-# and stop, a second one ends it.
+# and stop, a second one ends it. It stops, too, where this script is killed.
 train() {
-    bash launch/train.sh --processes "$PROCESSES" "$1" --set "${@:2}" &
+    "${WITH_PARENT[@]}" bash launch/train.sh --processes "$PROCESSES" "$1" --set "${@:2}" &
     local child=$! code signalled
     trap 'signalled=1; kill -TERM "$child" 2>/dev/null || true' INT TERM HUP
     while :; do

@@ -23,6 +23,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import (
     EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
+    MISTAKES,
     UserError,
     error_line,
     printable,
@@ -76,8 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 check_run(config, world_size)
                 answers = arguments.answers if arguments.command == "score" else None
                 check_files(config, world_size, answers)
-        except UserError as error:
-            return _refuse(error, same_on_all_ranks=True)
+        except MISTAKES as error:
+            return _refuse(error, same_on_all_ranks=isinstance(error, UserError))
         return COMMANDS[arguments.command](config, arguments)
     except UserError as error:
         return _refuse(error, same_on_all_ranks=False)
@@ -162,7 +163,7 @@ def _rank() -> int:
     return int(rank) if rank.isdecimal() else 0  # which `check_ranks` refuses
 
 
-def _refuse(error: UserError, same_on_all_ranks: bool) -> int:
+def _refuse(error: Exception, same_on_all_ranks: bool) -> int:
     """Tells the mistake once: the exit code for it."""
     if _rank() != 0:
         time.sleep(OTHER_RANK_DELAY_SECONDS)

@@ -23,7 +23,10 @@ class UserError(Exception):
     """
 
 
-def error_line(error: UserError, rank: int = 0) -> str:
+MISTAKES = (UserError, PermissionError)  # before any work; later the second one has its traceback
+
+
+def error_line(error: Exception, rank: int = 0) -> str:
     """What a person sees of a mistake: one line, which names a rank other than the first."""
     which = f" (rank {rank})" if rank else ""
     return f"error{which}: {printable(' '.join(str(error).split()))}"
@@ -62,13 +65,13 @@ def telling(names: Mapping[str, str]) -> Iterator[None]:
 
 
 def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
-    """A tool's ``main`` that prints a ``UserError`` as one line and returns 2; 130 on Ctrl-C."""
+    """A tool's ``main`` that tells ``MISTAKES`` in one line and returns 2; 130 on Ctrl-C."""
 
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         try:
             return main(*args, **kwargs)
-        except UserError as error:
+        except MISTAKES as error:
             print(error_line(error), file=sys.stderr, flush=True)
             return EXIT_USER_ERROR
         except KeyboardInterrupt:

@@ -69,10 +69,9 @@ class Context:
 
     def log_selections(self, selections: Iterable[Selection]) -> None:
         """Says which keys of the data files' rows are read, and which rows are not used."""
-        for selection in selections:
-            self.console.line(selection.keys())
-            if summary := selection.summary():
-                self.console.line(summary)
+        lines = [line for each in selections for line in (each.keys(), each.summary()) if line]
+        for line in dict.fromkeys(lines):  # one file can be read for two purposes
+            self.console.line(line)
 
     def over_replicas(self, value: int) -> int:
         """The sum of all replicas' ``value``. Entered by every rank."""

@@ -44,8 +44,8 @@ class Selection:
     def keys(self) -> str:
         """One line for a person: which keys of the used rows were read, and which not."""
         num_used = self.num_rows - sum(self.left_out.values())
-        names = [_counted(counts) for counts in (self.read, self.unread)]
-        return f"{self.path}: keys of {num_used} rows: read {names[0]}; not read {names[1]}"
+        rest = f"not read {_counted(self.unread)}" if self.unread else "nothing is left unread"
+        return f"{self.path}: keys of {num_used} rows: read {_counted(self.read)}; {rest}"
 
     def summary(self) -> str | None:
         """One line for a person, or None if every row is used."""

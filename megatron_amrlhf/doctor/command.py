@@ -185,8 +185,10 @@ class Examination:
             message = "models and data are not judged before that is mended"
             findings.append(Finding("start", "warning", message))
             return
+        told = {each.message for each in findings}
         try:
-            findings += importlib.import_module(START).judge_start(config)
+            start = importlib.import_module(START).judge_start(config)
+            findings += [each for each in start if each.message not in told]
         except ImportError as error:
             findings.append(Finding("start", "error", f"nothing can be loaded: {error}"))
 

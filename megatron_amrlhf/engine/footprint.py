@@ -106,6 +106,13 @@ class StageSpec:
         return sum(self.sizes.values())
 
     @cached_property
+    def num_multiplied(self) -> int:
+        """Elements that each token is multiplied with: an embedding only where it is the head."""
+        is_head = self.cut.stages == 1 and self.shape.tied and self.head_outputs is None
+        looked_up = [] if is_head else [x for x in self.sizes if x.endswith(EMBEDDING)]
+        return self.num_parameters - sum(self.sizes[name] for name in looked_up)
+
+    @cached_property
     def num_partitioned(self) -> int:
         """Elements of a data-parallel rank's partitions, each parameter's rounded up."""
         return sum(-(-size // self.data) for size in self.sizes.values())

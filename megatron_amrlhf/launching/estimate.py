@@ -113,8 +113,7 @@ def _fastest(work: Callable[[], None]) -> float:
 def run_seconds(config: Config, processes: int, speeds: Speeds) -> float:
     """A run's expected time, seconds.
 
-    The engine's own work is not in it; the plan counts embeddings as if they were multiplied,
-    which is about as much for a small model on two stages.
+    The engine's own work is not in it.
 
     Args:
         config: the run; its data are there, its reward model need not be.

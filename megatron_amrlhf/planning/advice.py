@@ -101,7 +101,7 @@ def _largest(stage: StagePlan) -> str:
 def step_seconds(plan: Plan, machine: Machine) -> float:
     """A rough time of a step, good for comparing layouts of one run.
 
-    The slowest stage's operations (2 a parameter and token forward, 4 backward), with the
+    The slowest stage's operations (2 a multiplied element and token forward, 4 backward), with the
     pipeline's bubble; what it sends, by the link of each axis; and decoding, which reads a stage's
     weights and half of its full cache for every token.
     """
@@ -117,10 +117,10 @@ def _compute_seconds(plan: Plan, stage: StagePlan, machine: Machine) -> float:
     prompt, row = plan.lengths.prompt, plan.lengths.prompt + plan.lengths.response
     again = 2 if plan.config.engine.recompute == "full" else 0
     a_token = {"rollout": 2 * prompt / row, "score": 2, "update": 6 + again}
-    parameters = {spec.name: spec.num_parameters for spec in stage.specs}
+    multiplied = {spec.name: spec.num_multiplied for spec in stage.specs}
     seconds = 0.0
     for each in plan.passes:
-        operations = a_token[each.phase] * each.rows * each.times * row * parameters[each.role]
+        operations = a_token[each.phase] * each.rows * each.times * row * multiplied[each.role]
         seconds += operations / machine.flops / (1 - plan.bubbles.get(phase_of(each), 0.0))
     return seconds
 
@@ -136,7 +136,7 @@ def _decoding_seconds(plan: Plan, stage: StagePlan, machine: Machine) -> float:
             blocks = -(-each.rows // plan.config.rollout.micro_batch_size)
             turns = max(blocks, plan.config.parallel.pipeline)
             spec = specs[each.role]
-            read += turns * spec.num_parameters * spec.weight_bytes
+            read += turns * spec.num_multiplied * spec.weight_bytes
     return plan.lengths.response * read / machine.reads
 
 

@@ -5,6 +5,7 @@ import importlib
 import pytest
 
 from megatron_amrlhf import __main__ as entry
+from megatron_amrlhf import cli
 from megatron_amrlhf.errors import (
     EXIT_INTERRUPTED,
     UserError,
@@ -23,6 +24,17 @@ def tool():
 def test_a_tool_tells_a_mistake_of_several_lines_in_one(capsys):
     assert tool() == 2
     assert capsys.readouterr().err == "error: a.yaml: malformed at line 3\n"
+
+
+def test_a_folder_without_permission_is_told_by_its_name(capsys, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "/d/heartbeat")
+
+    assert tells_user_errors(refuse)() == 2
+    monkeypatch.setitem(cli.VIEWERS, "status", refuse)
+    assert cli.main(["status", "/d"]) == 2
+    line = "error: [Errno 13] Permission denied: '/d/heartbeat'"
+    assert capsys.readouterr().err.splitlines() == [line, line]
 
 
 def test_an_error_does_not_steer_the_terminal():

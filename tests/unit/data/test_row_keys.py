@@ -163,6 +163,8 @@ def test_all_keys_are_told_with_their_counts(tmp_path, tokenizer):
         f"{tmp_path}/rows.jsonl: keys of 3 rows: read prompt (3), answer (1); "
         "not read id (2), language (1)"
     )
+    _, selection = load(tmp_path, tokenizer, "prompts", ROWS["prompts"])
+    assert selection.keys().endswith("1 rows: read prompt (1); nothing is left unread")
     _, selection = load(tmp_path, tokenizer, "prm800k", ROWS["prm800k"] | {"labeler": "x"})
     assert "question.problem (1)" in selection.keys()
     assert selection.unread == {"labeler": 1, "label.total_time": 1}

@@ -239,3 +239,17 @@ def test_tokenizer_and_template_are_judged_as_at_a_runs_start(
     found = by_check(record)["chat"]
     assert found["level"] == level and words in found["message"]
     assert code == 1 or level != "error"
+
+
+def test_a_template_that_stops_the_start_is_told_once(tmp_path):
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 131}))
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ 1 // 0 }}")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (tmp_path / "run.yaml").write_text(
+        "run: {name: demo}\nmodel: {path: model}\nalgorithm: {kind: orm}\n"
+        "data: {train: x.jsonl, heldout: x.jsonl, format: pairs}\n"
+    )
+    _, record = doctor("run.yaml")
+    told = [x["check"] for x in record["findings"] if "chat template cannot" in x["message"]]
+    assert told == ["chat"] and by_check(record)["run"]["level"] == "ok"

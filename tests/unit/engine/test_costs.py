@@ -105,6 +105,18 @@ def test_elements_of_a_stage():
     assert spec_of(0, tensor=2).num_parameters == 6 * 8 + 2 * (16 + (LAYER - 16) // 2)
     head = replace(spec_of(1), head_outputs=5)
     assert head.num_parameters == 2 * LAYER + NORM + 5 * 8 + 5
+    # What is looked up is not multiplied with, unless it is the head too.
+    assert spec_of(0).num_multiplied == 2 * LAYER
+    assert spec_of(1).num_multiplied == 2 * LAYER + NORM + EMBEDDING
+    untied, alone = replace(SHAPE, tied=False), spec_of(pipeline=1)
+    for shape, outputs, expected in (
+        (replace(SHAPE, tied=True), None, EMBEDDING),
+        (untied, None, EMBEDDING),
+        (untied, 5, 5 * 8 + 5),
+        (replace(SHAPE, tied=True), 5, 5 * 8 + 5),
+    ):
+        spec = replace(alone, shape=shape, head_outputs=outputs)
+        assert spec.num_multiplied == 4 * LAYER + NORM + expected
     # Over 3 replicas each parameter is rounded up: 88, 8, 128, 16, 64, 96 and 48.
     assert spec_of(0, data=3).num_partitioned == 30 + 2 * (3 + 3 + 43 + 6 + 22 + 32 + 16)
 
