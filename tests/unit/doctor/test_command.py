@@ -11,7 +11,7 @@ from megatron_amrlhf import cli
 from megatron_amrlhf.doctor import command, machine, software
 from megatron_amrlhf.doctor.judge_ranks import judge_versions
 from megatron_amrlhf.doctor.judge_run import judge_run
-from tests.helpers_models import CHATML, tiny_tokenizer
+from tests.helpers_models import CHATML, make_tiny_model, tiny_tokenizer
 from tests.unit.config.samples import PRM, make_config
 from tests.unit.doctor.samples import facts, only
 
@@ -242,8 +242,7 @@ def test_tokenizer_and_template_are_judged_as_at_a_runs_start(
 
 
 def test_a_template_that_stops_the_start_is_told_once(tmp_path):
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL | {"vocab_size": 131}))
+    make_tiny_model(tmp_path / "model", "llama", layers=2, vocab_size=131)
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ 1 // 0 }}")
     (tmp_path / "x.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (tmp_path / "run.yaml").write_text(
