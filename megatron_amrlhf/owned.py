@@ -63,7 +63,11 @@ def make_folder(folder: Path, kind: Kind) -> None:
         OSError: it cannot be made.
     """
     folder.mkdir(parents=True)
-    claim(folder, kind)
+    try:
+        claim(folder, kind)
+    except BaseException:
+        delete_ours(folder, kind)  # a full disk: no more than a part of the note is in it
+        raise
 
 
 def claim(folder: Path, kind: Kind) -> None:
@@ -174,8 +178,7 @@ def begin_beside(target: Path, kind: Kind) -> Path:
     if old.is_dir() and is_ours(old, kind) and not target.exists():
         old.rename(target)
     for leftover in (temporary, old):
-        is_there = leftover.is_dir() and is_ours(leftover, kind)
-        if is_there and is_abandoned(leftover) and not why_not_ours(leftover, kind):
+        if not why_not_ours(leftover, kind) and is_abandoned(leftover):
             delete_ours(leftover, kind)
     new = free_name(temporary)
     make_folder(new, kind)

@@ -71,6 +71,8 @@ def interrupt(name: str, stage) -> dict:
             text=True,
             errors="replace",
             start_new_session=True,
+            # A shell lets what it starts in the background ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
         time.sleep(wait)
         if process.poll() is None:

@@ -1,5 +1,6 @@
 """What is deleted or replaced has a note of ours inside and nothing of somebody else's."""
 
+import errno
 import json
 import os
 import time
@@ -145,6 +146,22 @@ def test_a_kill_before_the_note_was_whole_leaves_nothing_to_lose(tmp_path):
     assert why_not_ours(tmp_path / "x", "export") == ""
     delete_ours(tmp_path / "x", "export")
     assert names(tmp_path) == []
+
+
+def test_a_full_disk_leaves_no_folder_without_its_note(tmp_path, monkeypatch):
+    (tmp_path / ".x.tmp").mkdir()  # of a process that was killed before its note
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owned, "write_atomic", full)
+        with pytest.raises(OSError, match="No space"):
+            begin_beside(tmp_path / "x", "export")
+    assert names(tmp_path) == []
+    (tmp_path / ".x.tmp").mkdir()
+    complete(tmp_path / "x")
+    assert names(tmp_path) == ["x"]
 
 
 def test_an_empty_folder_holds_nothing_to_lose(tmp_path):
