@@ -9,6 +9,7 @@ from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.report.heartbeat import Beat, Heartbeat, interval_seconds, read_beats
 from megatron_amrlhf.report.postmortem import first_failure, lost_partner
 from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.report.status_file import STATUS_NAME
 from megatron_amrlhf.report.stop_request import why_end_now
 from megatron_amrlhf.report.watchdog import EXIT_STALLED, Watchdog
 
@@ -39,7 +40,10 @@ def watch(context: Context) -> Heartbeat:
         _leave_on_demand(folder, beat)
         _leave_with_the_watchdog(folder)
         cause = first_failure(read_beats(folder.path, mesh.world_size)) or beat.error
-        folder.status("failed", max(0, beat.step - 1), cause)
+        try:
+            folder.status("failed", max(0, beat.step - 1), cause)
+        except OSError as error:  # a full disk: what it made fail is the better message
+            print(f"{STATUS_NAME}: {error.strerror}", file=sys.stderr, flush=True)
         if lost_partner(beat):
             context.stop.wait_for_signal(LOST_PARTNER_DELAY_SECONDS)
             _leave_on_demand(folder, beat)

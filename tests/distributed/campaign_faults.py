@@ -19,7 +19,8 @@ from megatron_amrlhf.checkpoint.folders import find_latest
 from megatron_amrlhf.report.status_file import read_status
 from megatron_amrlhf.rewards import verifiable
 from tests.distributed.campaign_runs import LIMIT_SECONDS, Stage
-from tests.distributed.runs import PROMPT_LINES, numbers, write_lines
+from tests.distributed.processes import run_on
+from tests.distributed.runs import PROMPT_LINES, numbers, run_config, write_lines
 
 FAULT_RANKS = 2
 
@@ -130,24 +131,32 @@ def few_files(stage: Stage, number: int) -> dict:
     return {"ok": not problems, "what": what[:900]}
 
 
+SLEEPER = "import time; time.sleep(1e4)"
+
+
 @dataclass(frozen=True)
 class _HangingJudge:
     def __call__(self) -> None:
-        sleeper = [sys.executable, "-c", "import time; time.sleep(1e4)"]
-        real = verifiable.Verifier.__init__
-        verifiable.Verifier.__init__ = lambda self, seconds, _=None: real(self, 0.2, sleeper)
+        real, command = verifiable.Verifier.__init__, [sys.executable, "-c", SLEEPER]
+        verifiable.Verifier.__init__ = lambda self, seconds, _=None: real(self, 0.2, command)
 
 
 def hanging_judge(stage: Stage) -> dict:
-    """Answers without a verdict are not judged; the run ends as usual, and no worker is left."""
+    """No answer has a verdict, so the run ends and says so; no worker of it is left."""
     folder, overrides, _ = stage.new(1)
     data = write_lines(stage.folder / "answered.jsonl", PROMPT_LINES)
     weights = ["reward.verifiable_weight=1.0", "reward.prm_weight=0.0"]
     overrides = [*overrides, *weights, f"data.train={data}", f"data.heldout={data}"]
     shutil.rmtree(folder)
     codes, seconds, said = stage.disturb(1, folder, overrides, 0, "start", _HangingJudge())
-    lines = numbers(folder)
-    return {"ok": codes == [0] and len(lines) == 2, "what": f"codes {codes}; {said}"[:900]}
+    named = "max_failed_fraction" in said and "worker that compares answers" in said
+    left = subprocess.run(["pgrep", "-f", SLEEPER], capture_output=True, text=True).stdout.split()
+    run_on(1, run_config, str(stage.config), overrides)
+    is_whole = read_status(folder)["state"] == "finished" and len(numbers(folder)) == 3
+    return {
+        "ok": codes == [1] and named and not left and is_whole,
+        "what": f"codes {codes}; {said}; workers left {left}; goes on {is_whole}"[:900],
+    }
 
 
 def taken_port(stage: Stage) -> dict:

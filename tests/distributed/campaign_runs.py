@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_amrlhf.algorithms.train import run
 from megatron_amrlhf.config.load import load_config
-from megatron_amrlhf.report.heartbeat import RankProgress
+from megatron_amrlhf.report.heartbeat import SOON_SECONDS, RankProgress
 from megatron_amrlhf.report.postmortem import find_cause
 from megatron_amrlhf.report.status_file import read_status
 from tests.distributed.processes import launch, run_on
@@ -32,11 +32,12 @@ KEYS = ("parallel.tensor=1", "parallel.pipeline=2")
 ALONE = ("parallel.tensor=1", "parallel.pipeline=1")
 GRACE_SECONDS = 30.0  # as DeepSpeed's launcher gives after SIGTERM
 LIMIT_SECONDS = 300.0
+LATE_SECONDS = 2 * SOON_SECONDS  # a new phase stands in the heartbeat within SOON_SECONDS
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A rank that is killed when it enters a phase, or ``delay`` seconds later."""
+    """A rank that is killed in a phase: ``LATE_SECONDS`` in it, or ``delay`` while it goes on."""
 
     phase: str
     rank: int
@@ -169,6 +170,7 @@ class _Kill:
         if self.delay:
             threading.Timer(self.delay, os.kill, (os.getpid(), signal.SIGKILL)).start()
         else:
+            time.sleep(LATE_SECONDS)
             os.kill(os.getpid(), signal.SIGKILL)
 
 

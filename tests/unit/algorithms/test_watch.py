@@ -88,6 +88,16 @@ def test_a_run_is_ended_also_where_its_status_cannot_be_written(folder, beating,
     assert end.value.code == watch.EXIT_ENDED
 
 
+def test_an_error_is_not_hidden_by_a_status_that_cannot_be_written(beating, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunFolder, "status", full)
+    with pytest.raises(ArithmeticError, match="own"), beating:
+        raise OWN
+    assert capsys.readouterr().err == "status.json: No space left on device\n"
+
+
 def test_a_run_that_is_ended_blames_no_rank_for_leaving_first(folder, beating, capsys):
     """Ranks see the stop file within some seconds, in which the others lose them."""
     with pytest.raises(SystemExit) as end, beating:
