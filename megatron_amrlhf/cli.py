@@ -9,7 +9,6 @@ rank of a wrong start is gone within a second.
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -21,7 +20,6 @@ from megatron_amrlhf.config.checks import check_files, check_run
 from megatron_amrlhf.config.load import dump_config, load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import (
-    EXIT_INTERRUPTED,
     EXIT_USER_ERROR,
     MISTAKES,
     UserError,
@@ -29,6 +27,7 @@ from megatron_amrlhf.errors import (
     printable,
 )
 from megatron_amrlhf.files import expanded, write_atomic
+from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, load
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.launcher import ends_with_launcher
 from megatron_amrlhf.report.masks import print_records, select
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return EXIT_OK
             if arguments.command == "doctor":
                 with ends_with_launcher(None):
-                    return importlib.import_module(DOCTOR).run(arguments)
+                    return load(DOCTOR).run(arguments)
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
                 world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -89,21 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, arguments: argparse.Namespace) -> int:
     """Trains what ``algorithm.kind`` says. Here and in `score` torch and Megatron are loaded."""
     with ends_with_launcher(config.run.path):
-        is_done = importlib.import_module(TRAINER).run(config)
+        is_done = load(TRAINER).run(config)
     return EXIT_OK if is_done else EXIT_AGAIN
 
 
 def score(config: Config, arguments: argparse.Namespace) -> int:
     """Scores the tokens of given answers by the run's reward models."""
     with ends_with_launcher(None):
-        scorer = importlib.import_module(SCORER)
+        scorer = load(SCORER)
         scorer.run(config, arguments.answers, arguments.out, arguments.part)
     return EXIT_OK
 
 
 def plan(config: Config, arguments: argparse.Namespace) -> int:
     """Tells what the run takes of each rank."""
-    fits = importlib.import_module(PLANNER).run(config, arguments)
+    fits = load(PLANNER).run(config, arguments)
     return EXIT_OK if fits else EXIT_NOT_SO
 
 

@@ -9,7 +9,9 @@ import sys
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED = 2, 130
+from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual
+
+EXIT_USER_ERROR = 2
 # Marks that turn the order of the text around them.
 DIRECTION_MARKS = frozenset(
     "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
@@ -70,6 +72,7 @@ def tells_user_errors(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def run(*args, **kwargs) -> int:
         try:
+            as_usual()
             return main(*args, **kwargs)
         except MISTAKES as error:
             print(error_line(error), file=sys.stderr, flush=True)

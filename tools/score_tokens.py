@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_amrlhf.cli import main
+from megatron_amrlhf.interrupts import load
 
 if __name__ == "__main__":
-    sys.exit(main(["score", *sys.argv[1:]]))
+    sys.exit(load("megatron_amrlhf.cli").main(["score", *sys.argv[1:]]))

@@ -12,6 +12,11 @@ examples (from the repository's root):
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_amrlhf.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import os
 import subprocess

@@ -7,6 +7,11 @@ one a line, and to stderr a line for a person.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_amrlhf.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import sys
 import time

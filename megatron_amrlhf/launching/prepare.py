@@ -6,6 +6,11 @@ launch script needs to know as shell assignments.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    from megatron_amrlhf.interrupts import end_at_once
+
+    end_at_once()
+
 import argparse
 import os
 import re

@@ -85,7 +85,9 @@ def interrupt(name: str, stage) -> dict:
             problems.append(f"after {wait} s it does not end")
         code = process.returncode
         seen.append(f"{wait} s: {code}")
-        if "Traceback" in said:
+        if "init_import_site" in said:
+            seen[-1] += " (Python itself was starting)"
+        elif "Traceback" in said:
             problems.append(f"after {wait} s a traceback: {said.splitlines()[-1]}")
         elif code not in (*CODES, -signal.SIGINT):
             problems.append(f"after {wait} s code {code}: {said[-200:]}")
