@@ -14,6 +14,8 @@ from tests.distributed.runs import step_lines, write_lines
 WAITS = (0.05, 0.5, 3.0, 9.0)  # seconds until the signal
 PATIENCE_SECONDS = 120.0
 CODES = (0, 75, 130)  # it may have been done before, or have saved
+# In what Python says: it was before, or in, the first import.
+STARTING = ("init_import_site", "from megatron_amrlhf.interrupts import")
 AMRLHF = [sys.executable, "-m", "megatron_amrlhf"]
 
 
@@ -85,7 +87,7 @@ def interrupt(name: str, stage) -> dict:
             problems.append(f"after {wait} s it does not end")
         code = process.returncode
         seen.append(f"{wait} s: {code}")
-        if "init_import_site" in said:
+        if any(mark in said for mark in STARTING):
             seen[-1] += " (Python itself was starting)"
         elif "Traceback" in said:
             problems.append(f"after {wait} s a traceback: {said.splitlines()[-1]}")

@@ -18,10 +18,10 @@ FLAT = 1.25  # the last fifth of a run against the second
 
 
 def prompts(folder: Path, count: int) -> Path:
-    """Prompts of 1 to 15 words."""
+    """Prompts of 1 to 12 words."""
     chance = random.Random(5)
     lines = [
-        {"prompt": " ".join(chance.choices(WORDS, k=chance.randint(1, 15))), "answer": "3"}
+        {"prompt": " ".join(chance.choices(WORDS, k=chance.randint(1, 12))), "answer": "3"}
         for _ in range(count)
     ]
     return write_lines(folder / "many.jsonl", lines)
