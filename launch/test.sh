@@ -24,6 +24,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export VENV="${VENV:-.venv}"
 bash launch/install.sh --test
 CORES="$(getconf _NPROCESSORS_ONLN)"
-# Tests start several processes each, and wait for them: one worker a core, one thread a process.
+# Tests start several processes each, and wait for them, those of Slurm most of the time: a worker
+# more than cores, one thread a process.
 export OMP_NUM_THREADS=1
-exec "$VENV/bin/python" -m pytest -n "$((CORES < 8 ? CORES : 8))" --no-loadscope-reorder "$@"
+exec "$VENV/bin/python" -m pytest -n "$((CORES < 8 ? CORES + 1 : 9))" --no-loadscope-reorder "$@"

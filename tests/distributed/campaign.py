@@ -21,6 +21,7 @@ from tests.distributed.campaign_faults import FAULTS
 from tests.distributed.campaign_load import LOADS, carry
 from tests.distributed.campaign_runs import PHASES, RANKS, Cell, Stage
 
+HEAD = "| group | cells run | as they should | seconds |"
 GROUPS = ("faults", "kills", "saves", "commands", "load")
 
 
@@ -55,10 +56,8 @@ def main() -> int:
             sys.stdout.flush()
     records = read(options.results)
     if options.table:
-        head = (
-            options.table.read_text().partition("\n| group |")[0] if options.table.exists() else ""
-        )
-        options.table.write_text(head.rstrip("\n") + "\n\n" + table(records))
+        text = options.table.read_text() if options.table.exists() else ""
+        options.table.write_text(text.partition(HEAD)[0].rstrip("\n") + "\n\n" + table(records))
     print(table(records))
     return 0 if all(record["ok"] for record in records) else 1
 
@@ -92,7 +91,7 @@ def read(path: Path) -> list[dict]:
 
 def table(records: list[dict]) -> str:
     """Counts a group, and the cells that failed."""
-    lines = ["| group | cells run | as they should | seconds |", "|---|---|---|---|"]
+    lines = [HEAD, "|---|---|---|---|"]
     for group in GROUPS:
         mine = [record for record in records if record["group"] == group]
         good, seconds = sum(x["ok"] for x in mine), sum(x["seconds"] for x in mine)
