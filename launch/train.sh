@@ -184,7 +184,7 @@ stop() {
     trap '' INT TERM HUP
     GROUP="${GROUP:-${!:-}}" # just started
     end_now
-    [[ -z "$FOLLOWER" ]] || kill "$FOLLOWER" 2>/dev/null || true
+    [[ -z "$FOLLOWER" ]] || kill -KILL "$FOLLOWER" 2>/dev/null || true
     # The ranks may be gone before one of them has noted the end.
     [[ "$HOSTS" -gt 1 || "$COMMAND" != train ]] ||
         "$BIN/python" -m megatron_amrlhf status "$FOLDER" --ended-since "$STARTED" >/dev/null || true
@@ -206,7 +206,9 @@ tell "$GROUP"
 if [[ "${NODE_RANK:-0}" == 0 && "$COMMAND" != doctor ]]; then
     (
         exec {ALIVE}>&-
-        trap '' INT # Ctrl-C reaches it too, and the run goes on for a while
+        # A signal to the whole job reaches it too, and the run goes on for a while. Bash can miss
+        # that a child has died of the signal on which it is acting itself, and wait for ever.
+        trap '' INT TERM HUP
         GONE=0
         until (cd "$LOGS" 2>/dev/null && compgen -G "*_rank0.log") >/dev/null; do # $LOGS is no pattern
             [[ "$GONE" == 0 ]] || exit 0

@@ -127,10 +127,11 @@ def test_a_run_whose_script_is_killed_is_ended(launch, kind):
         assert why_end_now(launch.run / "stop") == "launch/train.sh was killed"
 
 
-def test_the_console_shows_what_rank_0_says_after_ctrl_c(launch):
-    """A terminal's signal goes to the whole group, of which the script is the leader."""
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_the_console_shows_what_rank_0_says_after_a_signal_to_all(launch, name):
+    """A terminal's Ctrl-C, or what ends a job, goes to the group that the script leads."""
     says = 'echo {} >>"$LOGS/x_rank0.log"; sleep 1'
-    interrupt = f'kill -INT -- "-$PPID"; {WAIT_FOR_STOP}'
+    interrupt = f'kill -{name} -- "-$PPID"; {WAIT_FOR_STOP}'
     answer = launch(f"{says.format('one')}; {interrupt}; {says.format('two')}; exit 75")
     assert (answer.returncode, answer.stdout) == (75, "one\ntwo\n")
 
