@@ -8,6 +8,7 @@ if __name__ == "__main__":
     end_at_once()
 
 import hashlib
+import json
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from megatron_amrlhf.arguments import Parser, at_least_zero
 from megatron_amrlhf.config.algorithms import STEP_FORMATS
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
+from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.prm_data import step_reader
 from megatron_amrlhf.data.rows import select_rows
 from megatron_amrlhf.data.step_record import StepRecord
+from megatron_amrlhf.data.turns import conversation
 from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.rewards.outcome import RIGHT_STEP
@@ -43,14 +46,32 @@ example:
 
 
 @dataclass(frozen=True)
+class Task:
+    """A problem, and what stands before it: a system message, earlier turns."""
+
+    prompt: str
+    before: str
+
+    def row(self) -> dict:
+        """Its keys of a row."""
+        turns = json.loads(self.before)
+        system = turns.pop(0)["content"] if turns and turns[0]["role"] == "system" else None
+        keys = {"prompt": self.prompt, "system": system, "history": turns}
+        return {key: value for key, value in keys.items() if value}
+
+
+@dataclass(frozen=True)
 class Solution:
     """A line with what it says; ``right`` is None where it says neither."""
 
     line: dict
-    prompt: str
+    task: Task
     steps: tuple[str, ...]
     right: bool | None
     whole: bool
+
+
+Side = dict[Task, list[Solution]]
 
 
 @tells_user_errors
@@ -92,14 +113,17 @@ def _read(path: str, kind: str) -> list[Solution]:
     read = step_reader(path, records[0], section, 1)
 
     def solutions(line: dict, where: str) -> Iterable[Solution]:
-        return [_solution(line, record) for record in read(line, where)]
+        return [
+            _solution(line, record, conversation(line, record.turns, section, where))
+            for record in read(line, where)
+        ]
 
     found, selection = select_rows(path, records, solutions, section)
     print(selection.summary() or f"{path}: {selection.num_rows} rows")
     return found
 
 
-def _solution(line: dict, record: StepRecord) -> Solution:
+def _solution(line: dict, record: StepRecord, turns: tuple[Message, ...]) -> Solution:
     labels = [label[0] for label in record.labels if label is not None]
     right = None
     if 0.0 in labels:
@@ -107,22 +131,26 @@ def _solution(line: dict, record: StepRecord) -> Solution:
     elif len(labels) == len(record.labels) and min(labels) >= RIGHT_STEP:
         right = True
     whole = record.end == "whole"
-    return Solution(line, record.turns[-1]["content"], record.steps, right, whole)
+    task = Task(turns[-1]["content"], json.dumps(turns[:-1]))
+    return Solution(line, task, record.steps, right, whole)
 
 
-def _split(
-    solutions: list[Solution], heldout: float
-) -> tuple[dict[str, list[Solution]], dict[str, list[Solution]]]:
-    """Solutions by problem, on each side; the side depends on the problem's text alone."""
-    problems: dict[str, list[Solution]] = {}
+def _split(solutions: list[Solution], heldout: float) -> tuple[Side, Side]:
+    """Solutions by task, on each side; the side depends on the problem's text alone."""
+    tasks: Side = {}
     for solution in solutions:
-        problems.setdefault(solution.prompt, []).append(solution)
-    order = sorted(problems, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+        tasks.setdefault(solution.task, []).append(solution)
+    texts = {task.prompt for task in tasks}
+    order = sorted(texts, key=lambda text: hashlib.sha256(text.encode()).hexdigest())
     count = round(heldout * len(order))
     if not 0 < count < len(order):
         raise UserError(f"--heldout {heldout}: {len(order)} problems do not split that way")
-    sides = (sorted(order[count:]), sorted(order[:count]))
-    return tuple({text: problems[text] for text in side} for side in sides)
+    in_order = sorted(tasks, key=lambda task: (task.prompt, task.before))
+    heldout_texts = set(order[:count])
+    return tuple(
+        {task: tasks[task] for task in in_order if (task.prompt in heldout_texts) is is_heldout}
+        for is_heldout in (False, True)
+    )
 
 
 def _write(folder: Path, source: str, train: dict, heldout: dict, limit: int) -> None:
@@ -139,34 +167,35 @@ def _write(folder: Path, source: str, train: dict, heldout: dict, limit: int) ->
             print(f"{folder / name}: {len(lines)} lines")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error.strerror})") from None
-    print(f"{len(train)} problems to train on, {len(heldout)} held out")
+    counts = [len({task.prompt for task in side}) for side in (train, heldout)]
+    print(f"{counts[0]} problems to train on, {counts[1]} held out")
 
 
-def _lines(problems: dict[str, list[Solution]]) -> list[dict]:
+def _lines(problems: Side) -> list[dict]:
     lines = [solution.line for solutions in problems.values() for solution in solutions]
     return list({id(line): line for line in lines}.values())  # a line may give several solutions
 
 
-def _pairs(problems: dict[str, list[Solution]], limit: int) -> list[dict]:
+def _pairs(problems: Side, limit: int) -> list[dict]:
     """Each wrong beginning against a right one of as many steps, where there is one."""
     return [
-        {"prompt": prompt, "chosen": _text(right), "rejected": _text(wrong)}
-        for prompt, solutions in problems.items()
+        task.row() | {"chosen": _text(right), "rejected": _text(wrong)}
+        for task, solutions in problems.items()
         for right, wrong in _matched(solutions)[:limit]
     ]
 
 
-def _answers(problems: dict[str, list[Solution]]) -> list[dict]:
+def _answers(problems: Side) -> list[dict]:
     """As many right as wrong beginnings of each problem, matched in their number of steps."""
     return [
         {
             "problem_id": name,
-            "prompt": prompt,
+            **task.row(),
             "steps": list(steps),
             "finished": False,
             "correct": is_right,
         }
-        for name, (prompt, solutions) in enumerate(problems.items())
+        for name, (task, solutions) in enumerate(problems.items())
         for pair in _matched(solutions)
         for steps, is_right in zip(pair, (True, False), strict=True)
     ]

@@ -102,3 +102,23 @@ def test_the_source_is_never_replaced(source, tmp_path, capsys):
     assert split_steps.main([str(own), "--out", str(tmp_path)]) == 2
     assert "itself would be replaced" in capsys.readouterr().err
     assert own.read_bytes() == source.read_bytes()
+
+
+def test_what_stands_before_a_problem_stays_before_it(tmp_path):
+    """As in the demonstration's own file, whose rows have a system message and a solved example."""
+    source, example = tmp_path / "steps.jsonl", ["1 + 1", "2"]
+    rows = [
+        {**record, "system": "Add.", "history": [[*example]]} if number % 2 else record
+        for number, name in enumerate(NAMES)
+        for record in solutions(name)
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(source, tmp_path / "out", "--heldout", "0.5")
+    found = [read(tmp_path / "out", f"{name}.jsonl") for name in ("pairs_train", "answers")]
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    for row in [row for rows in found for row in rows]:
+        has_context = NAMES.index(row["prompt"]) % 2 == 1
+        assert row.get("system") == ("Add." if has_context else None)
+        assert row.get("history") == (turns if has_context else None)
+    train = read(tmp_path / "out", "train.jsonl")
+    assert all(row in rows for row in train)
