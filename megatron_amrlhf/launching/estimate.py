@@ -19,9 +19,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_amrlhf.algorithms.train import ALGORITHMS
+from megatron_amrlhf.config.checks import check_run, check_total_steps
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prompts import load_prompts
@@ -47,8 +48,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", nargs="+", action="append", required=True)
     options = parser.parse_args(argv)
     configs = [load_config(path, overrides) for path, *overrides in options.run]
+    for config in configs:  # a mistake in the second run is told before the first one
+        check_run(config, options.processes)
+    amounts = [amounts_of(config) for config in configs]
+    print("measuring how fast this machine is ...", file=sys.stderr, flush=True)
     speeds = measure(configs[0])
-    seconds = [run_seconds(config, options.processes, speeds) for config in configs]
+    seconds = [
+        run_seconds(config, each, options.processes, speeds)
+        for config, each in zip(configs, amounts, strict=True)
+    ]
     parts = [
         f"{config.algorithm.kind} {in_minutes(each)}"
         for config, each in zip(configs, seconds, strict=True)
@@ -115,19 +123,55 @@ def _fastest(work: Callable[[], None]) -> float:
     return min(times[1:])
 
 
-def run_seconds(config: Config, processes: int, speeds: Speeds) -> float:
+@dataclass(frozen=True)
+class Amounts:
+    """What a run works on.
+
+    Attributes:
+        steps: of the run.
+        tokens: mean of a row or prompt.
+        evaluated: rows, in all evaluations.
+    """
+
+    steps: int
+    tokens: int
+    evaluated: int
+
+
+def amounts_of(config: Config) -> Amounts:
+    """Reads a run's data.
+
+    Raises:
+        UserError: what is wrong with them, or with the number of steps.
+    """
+    tokenizer = load_tokenizer(resolve_model_folder(config.model.path, config.model.cache_folder))
+    if config.algorithm.trains_reward_model:
+        algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)
+        lengths = [row.numel() for row in algorithm.rows()]
+        steps, evaluated = algorithm.total_steps, len(algorithm.heldout)
+    else:
+        prompts, _ = load_prompts(config.data.train, tokenizer, config.data)
+        lengths = [prompt.row.numel() for prompt in prompts]
+        steps = config.run.steps or len(prompts) // config.rollout.prompts_per_step
+        evaluated = 2 * config.evaluation.prompts if config.data.heldout else 0
+    check_total_steps(config, steps)
+    return Amounts(steps, round(sum(lengths) / len(lengths)), evaluated)
+
+
+def run_seconds(config: Config, amounts: Amounts, processes: int, speeds: Speeds) -> float:
     """A run's expected time, seconds.
 
     The engine's own work is not in it.
 
     Args:
-        config: the run; its data are there, its reward model need not be.
+        config: the run; its reward model need not be there.
+        amounts: what it works on.
         processes: of the run, which share what was measured, but for GPUs.
         speeds: as measured.
     """
     folder = resolve_model_folder(config.model.path, config.model.cache_folder)
     policy, parallel = read_hf_config(folder), config.parallel
-    steps, tokens, evaluated = _amounts(config, load_tokenizer(folder))
+    tokens, evaluated = amounts.tokens, amounts.evaluated
     data = config.data.model_copy(
         update={
             "max_prompt_tokens": tokens,
@@ -146,21 +190,7 @@ def run_seconds(config: Config, processes: int, speeds: Speeds) -> float:
         reads=speeds.reads / shared,
     )
     evaluation = step_seconds(_evaluation_of(plan, evaluated), machine) if evaluated else 0.0
-    return START_SECONDS + steps * step_seconds(plan, machine) + evaluation
-
-
-def _amounts(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, int, int]:
-    """Steps, mean tokens of a row or prompt, and rows that are evaluated in all."""
-    if config.algorithm.trains_reward_model:
-        algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)
-        lengths = [row.numel() for row in algorithm.rows()]
-        steps, evaluated = algorithm.total_steps, len(algorithm.heldout)
-    else:
-        prompts, _ = load_prompts(config.data.train, tokenizer, config.data)
-        lengths = [prompt.row.numel() for prompt in prompts]
-        steps = config.run.steps or len(prompts) // config.rollout.prompts_per_step
-        evaluated = 2 * config.evaluation.prompts if config.data.heldout else 0
-    return steps, round(sum(lengths) / len(lengths)), evaluated
+    return START_SECONDS + amounts.steps * step_seconds(plan, machine) + evaluation
 
 
 def _evaluation_of(plan: Plan, rows: int) -> Plan:
