@@ -105,7 +105,7 @@ def _sizes(wanted: list[int] | None, problems: dict[str, list]) -> list[int]:
 
 
 def _print(table: dict[str, list[float]], sizes: list[int], problems: int) -> None:
-    shown = Table(title=f"best-of-n accuracy, mean over {problems} problems")
+    shown = Table(title=f"best-of-n accuracy, problems: {problems}")
     shown.add_column("chosen by")
     for n in sizes:
         shown.add_column(f"n = {n}", justify="right")

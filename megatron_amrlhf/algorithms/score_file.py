@@ -224,6 +224,11 @@ def score_answers(context: Context, job: Job) -> None:
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():
             context.console.line(f"{job.folder / name}")
+    if without := sum(not answer.step_ends for answer in job.answers):
+        context.console.line(
+            f"no {ANSWERS_NAME}: {without} of {len(job.answers)} answers are not given in 'steps', "
+            "so their steps have no scores"
+        )
 
 
 def _done(job: Job) -> set[int]:

@@ -115,8 +115,8 @@ class DataPosition:
         if ends_with_data and state["consumed_samples"] != steps * self.per_step:
             raise UserError(
                 f"the checkpoint's {steps} steps used {state['consumed_samples']} samples, not "
-                f"{self.per_step} each: put the number of samples a step back, or say by run.steps "
-                "where the run ends"
+                f"{self.per_step} each: put algorithm.batch_size or rollout.prompts_per_step back, "
+                "or say by run.steps where the run ends"
             )
         if not accept_changed:
             why = None

@@ -91,7 +91,8 @@ class ProgressView:
         """Such as ``step 3 of 50, about 4 min left``; empty before the first step."""
         if self._ends is None:
             return self._steps
-        return f"{self._steps}, about {in_minutes(self._ends - self._clock())} left"
+        after = ", the run after this one included" if self._follows else ""
+        return f"{self._steps}, about {in_minutes(self._ends - self._clock())} left{after}"
 
     def _tell(self, text: str) -> None:
         if text and self._clock() - self._told >= SECONDS_A_LINE:

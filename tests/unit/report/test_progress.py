@@ -41,8 +41,8 @@ def test_a_line_tells_what_is_left_of_the_run_and_of_what_follows(monkeypatch):
         advance(1)
     lines = out.getvalue().splitlines()
     assert lines == [
-        "step 10 of 50, about 10 min left",
-        "update: 1/4, step 10 of 50, about 9 min left",
+        "step 10 of 50, about 10 min left, the run after this one included",
+        "update: 1/4, step 10 of 50, about 9 min left, the run after this one included",
     ]
 
 
