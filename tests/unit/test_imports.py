@@ -9,7 +9,7 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "errors arguments reading files owned ports rendezvous sizes config types parallel data models "
+    "interrupts errors arguments reading files owned ports rendezvous sizes config types parallel data models "
     "engine rollout rewards mask losses checkpoint conversion planning evaluation report slurm "
     "algorithms doctor cli_options cli launching __main__"
 ).split()
