@@ -19,7 +19,7 @@ from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnin
 from megatron_amrlhf.planning.models import model_config, reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
-from megatron_amrlhf.report.console import stdout_console
+from megatron_amrlhf.report.console import print_whole, stdout_console
 from megatron_amrlhf.report.plan_tables import plan_tables, sizes_of, suggestion_table
 from megatron_amrlhf.sizes import GIB, in_units
 
@@ -75,7 +75,7 @@ def _print(
     for note in notes:
         console.print(f"note: {note}")
     for table in plan_tables(plan):
-        console.print(table)
+        print_whole(console, table)
     console.print(
         f"{fits}: the peak is {in_units(memory.total)} of {in_units(usable)} usable bytes, in "
         f"'{phase}' on stage {plan.worst.stage}"
@@ -83,7 +83,7 @@ def _print(
     for warning in warnings(plan, machine):
         console.print(f"warning: {warning}")
     if found:
-        console.print(suggestion_table(found, usable, most))
+        print_whole(console, suggestion_table(found, usable, most))
     else:
         console.print(
             f"no layout of {plan.world_size} GPUs fits: more GPUs, shorter rows, or "

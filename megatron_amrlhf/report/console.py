@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from megatron_amrlhf.errors import printable
@@ -17,6 +18,7 @@ from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.progress import ProgressView
 from megatron_amrlhf.report.run_folder import RunFolder
 
+WIDEST = 1000  # columns of a table
 PLAIN_WIDTH = 110  # columns, where the output is a file
 MAX_PAIRS_A_ROW = 3
 INDENT, GAP = "  ", "    "
@@ -204,6 +206,14 @@ def terminal() -> TextIO | None:
 def stdout_console(**options: Any) -> Console:
     """A console on stdout with rich's ``options``, of a fixed width where that is a file."""
     return _console(sys.stdout, **options)
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints a table with all that is in it: a narrow terminal breaks its lines, none is cut."""
+    wanted = Measurement.get(console, console.options.update(max_width=WIDEST), table).maximum
+    before, console.width = console.width, max(console.width, wanted)
+    console.print(table)
+    console.width = before
 
 
 def _console(stream: TextIO, **options: Any) -> Console:

@@ -2,7 +2,10 @@
 
 import io
 
-from megatron_amrlhf.report.console import RunConsole, format_metric
+from rich.console import Console
+from rich.table import Table
+
+from megatron_amrlhf.report.console import RunConsole, format_metric, print_whole
 from megatron_amrlhf.report.run_folder import RunFolder
 
 
@@ -86,3 +89,14 @@ def test_a_line_does_not_steer_the_terminal():
         pass
     assert out.getvalue() == "resumed from \\x1b[2J/run\nnext line\n"
     assert "\x1b" not in err.getvalue() and "\x07" not in err.getvalue()
+
+
+def test_a_narrow_terminal_gets_all_figures_of_a_table():
+    table, out = Table(title="memory"), io.StringIO()
+    for number in range(12):
+        table.add_column(f"heading {number}")
+    table.add_row(*(f"{number}.12345 GiB" for number in range(12)))
+    print_whole(Console(file=out, width=80), table)
+    shown = out.getvalue()
+    assert all(f"heading {number}" in shown for number in range(12))
+    assert all(f"{number}.12345 GiB" in shown for number in range(12)) and "…" not in shown
