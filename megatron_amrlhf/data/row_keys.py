@@ -22,7 +22,13 @@ MEANINGFUL = frozenset(
     "truncated finished weight loss_weight sample_weight loss_mask margin".split()
 )
 """Keys, also of turns, that change what a row means where a reader knows nothing of them."""
-WITHOUT_EFFECT = {"finished": (True,), "weight": (1,), "loss_weight": (1,), "sample_weight": (1,)}
+WITHOUT_EFFECT = {
+    "finished": (True,),
+    "weight": (1,),
+    "loss_weight": (1,),
+    "sample_weight": (1,),
+    "enable_thinking": (),  # a template that knows it does something else on false
+}
 """Values of such keys that change nothing, beside null; of other keys all that are empty or 0."""
 
 

@@ -149,6 +149,12 @@ def test_what_stands_within_turns_is_looked_at_too(tmp_path, tokenizer):
     )
 
 
+@pytest.mark.parametrize("value", [True, False])
+def test_a_switch_of_the_template_is_refused_on_and_off(tmp_path, tokenizer, value):
+    row = ROWS["prompts"] | {"enable_thinking": value}
+    assert "'enable_thinking' is not read" in message_of(tmp_path, tokenizer, "prompts", row)
+
+
 def test_keys_without_a_value_change_nothing(tmp_path, tokenizer):
     empty = {"tools": [], "images": None, "context": "", "weight": 1.0, "finished": True}
     found, selection = load(tmp_path, tokenizer, "prompts", ROWS["prompts"] | empty)
