@@ -25,7 +25,8 @@ class UserError(Exception):
     """
 
 
-MISTAKES = (UserError, PermissionError)  # before any work; later the second one has its traceback
+# What is told in one line; a run's PermissionError only before its work, then by its traceback.
+MISTAKES = (UserError, PermissionError)
 
 
 def error_line(error: Exception, rank: int = 0) -> str:

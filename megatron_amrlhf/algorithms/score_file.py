@@ -72,6 +72,11 @@ class Job:
     key: dict
 
     @property
+    def num_without_steps(self) -> int:
+        """Answers that are not given in steps: with one of them no steps' scores are written."""
+        return sum(not answer.step_ends for answer in self.answers)
+
+    @property
     def num_parts(self) -> int:
         return -(-len(self.answers) // self.part_size)
 
@@ -224,7 +229,7 @@ def score_answers(context: Context, job: Job) -> None:
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():
             context.console.line(f"{job.folder / name}")
-    if without := sum(not answer.step_ends for answer in job.answers):
+    if without := job.num_without_steps:
         context.console.line(
             f"no {ANSWERS_NAME}: {without} of {len(job.answers)} answers are not given in 'steps', "
             "so their steps have no scores"
@@ -334,7 +339,7 @@ def _finish(job: Job) -> None:
         job.key["data"],
     )
     write_text(job.folder / STATISTICS_NAME, statistics.as_json())
-    if all(answer.step_ends for answer in job.answers):
+    if not job.num_without_steps:
         lines = dump_jsonl(_step_lines(job, merged, offsets.tolist())).decode()
         write_text(job.folder / ANSWERS_NAME, lines)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from dataclasses import asdict
@@ -46,6 +45,7 @@ from megatron_amrlhf.doctor.report import EXIT_FOUND_ERROR, Report
 from megatron_amrlhf.doctor.shared_files import look_from_everywhere
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, printable
 from megatron_amrlhf.files import expanded
+from megatron_amrlhf.interrupts import load
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
@@ -154,7 +154,7 @@ class Examination:
     def _judge_chat(self) -> list[Finding]:
         """Of the run's models; nothing where transformers is not installed, which is told apart."""
         try:
-            return importlib.import_module(CHAT).judge_chat(self._config)
+            return load(CHAT).judge_chat(self._config)
         except ImportError:
             return []
 
@@ -187,7 +187,7 @@ class Examination:
             return
         told = {each.message for each in findings}
         try:
-            start = importlib.import_module(START).judge_start(config)
+            start = load(START).judge_start(config)
             findings += [each for each in start if each.message not in told]
         except ImportError as error:
             findings.append(Finding("start", "error", f"nothing can be loaded: {error}"))
@@ -195,7 +195,7 @@ class Examination:
     def _room(self) -> CheckpointRoom | None:
         """What the run's checkpoints take; a warning where that cannot be known."""
         try:
-            return importlib.import_module(ROOM).checkpoint_room(self._config, self._folder)
+            return load(ROOM).checkpoint_room(self._config, self._folder)
         except (UserError, ImportError) as error:
             message = f"the size of a checkpoint is not known: {error}"
             fix = "12 bytes for each trained parameter have to fit into the run folder"
