@@ -15,9 +15,10 @@ from pathlib import Path
 
 from torch.distributed import TCPStore
 
+from tests.patience import PATIENCE_SECONDS
+
 # The fork server imports this once; every rank is then forked from it in milliseconds.
 PRELOAD = ["tests.distributed.preload"]
-TIMEOUT_SECONDS = 600
 
 
 def _rank_main(rank: int, world_size: int, port: int, folder: str, call: bytes) -> None:
@@ -103,7 +104,7 @@ def _wait(ranks: list, folder: str) -> None:
     sentinels = {process.sentinel: rank for rank, process in enumerate(ranks)}
     failed = None
     while sentinels and failed is None:
-        ready = multiprocessing.connection.wait(list(sentinels), timeout=TIMEOUT_SECONDS)
+        ready = multiprocessing.connection.wait(list(sentinels), timeout=PATIENCE_SECONDS)
         if not ready:
             failed = next(iter(sentinels.values()))
         for sentinel in ready:

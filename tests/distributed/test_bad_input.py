@@ -18,6 +18,7 @@ from megatron_amrlhf.report.heartbeat import Heartbeat, RankProgress
 from tests.distributed.processes import run_on
 from tests.distributed.runs import make_models, write_config
 from tests.helpers_models import tiny_tokenizer
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.distributed
 
@@ -50,7 +51,9 @@ def launch(config: Path, *overrides: str) -> subprocess.CompletedProcess:
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--log_level", "critical"]
     launcher += ["--num_gpus", "2", "--master_port", str(free_port()), "--no_local_rank"]
     command = [*launcher, "--module", "megatron_amrlhf", "train", str(config), "--set", *overrides]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def assert_refused(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None:

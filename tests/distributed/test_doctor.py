@@ -12,18 +12,20 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf.ports import free_port
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 PLANTED = Path(__file__).parent / "planted_doctor"
 WORLD_SIZE = 4
-# Long enough for all ranks to import torch on a busy machine; a rank that is late costs that once.
-TIMEOUT_SECONDS = 20
-END_SECONDS = 180
+# What ranks that never come cost; the others have to import torch meanwhile, on a busy machine.
+MISSING_SECONDS, STUCK_SECONDS = 20, 40
 
 
-def start(folder: Path, rank: int, port: int, plant: str, plant_rank: int) -> subprocess.Popen:
+def start(
+    folder: Path, rank: int, port: int, plant: str, plant_rank: int, seconds: float
+) -> subprocess.Popen:
     """A rank of the job; rank 3 in a folder of its own if that is the plant."""
     variables = {"RANK": rank, "LOCAL_RANK": rank % 2, "WORLD_SIZE": WORLD_SIZE}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
@@ -31,7 +33,7 @@ def start(folder: Path, rank: int, port: int, plant: str, plant_rank: int) -> su
     variables |= {"AMRLHF_HOSTS": "node1,node2", "TORCH_EXTENSIONS_DIR": folder}
     place = folder / ("elsewhere" if plant == "blind" and rank == plant_rank else "here")
     place.mkdir(exist_ok=True)
-    options = ["--timeout", str(TIMEOUT_SECONDS), "--json", str(folder / "doctor.json")]
+    options = ["--timeout", str(seconds), "--json", str(folder / "doctor.json")]
     return subprocess.Popen(
         [sys.executable, "-m", "megatron_amrlhf", "doctor", *options],
         cwd=place,
@@ -42,12 +44,18 @@ def start(folder: Path, rank: int, port: int, plant: str, plant_rank: int) -> su
     )
 
 
-def examine(folder: Path, plant: str = "", plant_rank: int = -1, ranks: int = WORLD_SIZE):
+def examine(
+    folder: Path,
+    plant: str = "",
+    plant_rank: int = -1,
+    ranks: int = WORLD_SIZE,
+    seconds: float = PATIENCE_SECONDS,
+):
     """Exit codes and outputs of the ranks, and findings by check without the healthy ones."""
     port = free_port()
-    processes = [start(folder, rank, port, plant, plant_rank) for rank in range(ranks)]
+    processes = [start(folder, rank, port, plant, plant_rank, seconds) for rank in range(ranks)]
     try:
-        outputs = [process.communicate(timeout=END_SECONDS) for process in processes]
+        outputs = [process.communicate(timeout=PATIENCE_SECONDS) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -99,16 +107,16 @@ def test_a_rank_in_another_folder_is_named(tmp_path):
     ],
 )
 def test_a_rank_that_the_others_wait_for_is_named(tmp_path, plant, words):
-    codes, outputs, found, _ = examine(tmp_path, plant, plant_rank=3)
+    codes, outputs, found, _ = examine(tmp_path, plant, plant_rank=3, seconds=STUCK_SECONDS)
     assert codes == ([1, 1, 1, 9] if plant == "die" else [1] * WORLD_SIZE)
     assert_silent(outputs, range(1, WORLD_SIZE))
     assert words in only(found, "network")
 
 
 def test_ranks_that_never_come_are_named(tmp_path):
-    codes, outputs, found, _ = examine(tmp_path, ranks=2)
+    codes, outputs, found, _ = examine(tmp_path, ranks=2, seconds=MISSING_SECONDS)
     assert codes == [1, 1]
     assert_silent(outputs, range(1, 2))
     assert only(found, "arrival").startswith(
-        f"2 of 4 ranks did not come within {TIMEOUT_SECONDS} s: ranks 2-3 (nobody came from node2)"
+        f"2 of 4 ranks did not come within {MISSING_SECONDS} s: ranks 2-3 (nobody came from node2)"
     )

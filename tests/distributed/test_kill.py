@@ -23,6 +23,7 @@ from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.processes import launch, run_on
 from tests.distributed.small_run import VOCAB, build_engine, fingerprint, take_steps
 from tests.helpers_models import make_tiny_model
+from tests.patience import PATIENCE_SECONDS
 
 pytestmark = pytest.mark.distributed
 
@@ -88,7 +89,7 @@ def last(log: list[dict], key: str, default: float = 0) -> float:
 def kill_while_saving(processes: list, root: Path, chance: random.Random) -> None:
     """Waits for the next save, then ends one rank within or soon after it, at random."""
     begun = sum("saving" in line for line in read_log(root, 0))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while sum("saving" in line for line in read_log(root, 0)) < begun + 2:
         assert time.monotonic() < deadline and any(p.is_alive() for p in processes)
         time.sleep(0.001)

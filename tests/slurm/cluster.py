@@ -9,11 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
+from tests.patience import PATIENCE_SECONDS
 from tests.slurm.nodes import ADDRESSES, DIES_WITH_US, HEAD, NODES, Nodes
 from tests.slurm.nodes import why_not as why_no_nodes
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue", "scancel", "sinfo")
-START_SECONDS = 60.0
 # CgroupPlugin is asked for even where no cgroup is used; a requeued job waits for cred_expire; a
 # node that is gone is noticed after SlurmdTimeout; KillWait lies between TERM and KILL.
 CONF = """\
@@ -168,7 +168,7 @@ class Cluster:
         self.nodes.close()
 
     def _wait(self, happened, what: str) -> None:
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while not happened():
             if time.monotonic() > deadline:
                 logs = [path.read_text()[-2000:] for path in (self.folder / "log").iterdir()]

@@ -9,18 +9,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.patience import PATIENCE_SECONDS
 from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "tests" / "distributed" / "planted"
-WAIT_SECONDS = 300.0
 LEAD_SECONDS = 120  # of the early signal
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
 
 def wait_until(happened: Callable[[], bool], describe: Callable[[], str]) -> None:
-    """Polls; an ``AssertionError`` with a description after ``WAIT_SECONDS``."""
-    deadline = time.monotonic() + WAIT_SECONDS
+    """Polls; an ``AssertionError`` with a description after ``PATIENCE_SECONDS``."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not happened():
         assert time.monotonic() < deadline, describe()
         time.sleep(0.2)

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_amrlhf import interrupts
 from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual, end_at_once, load
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = [
@@ -24,7 +25,7 @@ LIBRARY = """
 import time
 try:
     print("loading", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 except BaseException:  # some do
     pass
 """
@@ -51,7 +52,8 @@ def test_a_program_that_loads_ends_at_once_and_says_nothing(tmp_path):
     )
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)
-    assert process.communicate()[0] == "" and process.returncode == EXIT_INTERRUPTED
+    said = process.communicate(timeout=PATIENCE_SECONDS)[0]
+    assert said == "" and process.returncode == EXIT_INTERRUPTED
 
 
 def test_afterwards_it_raises_as_usual(usual):

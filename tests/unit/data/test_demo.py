@@ -13,6 +13,7 @@ from megatron_amrlhf.data.demo import write_demo_data
 from megatron_amrlhf.data.general_prompts import general_prompts
 from megatron_amrlhf.data.jsonl import read_jsonl
 from megatron_amrlhf.errors import UserError
+from tests.patience import PATIENCE_SECONDS
 
 FILES = [
     f"{kind}_{split}.jsonl"
@@ -128,7 +129,11 @@ def test_the_tool_teaches_and_exits_with_2_on_mistakes(tmp_path, arguments, code
     tool = [sys.executable, str(ROOT / "tools" / "make_demo_data.py")]
     filled = [argument.format(folder=tmp_path / "d") for argument in arguments]
     done = subprocess.run(
-        tool + filled, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=60
+        tool + filled,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == code, done.stderr
     assert words in done.stdout + done.stderr and "Traceback" not in done.stderr

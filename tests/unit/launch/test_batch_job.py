@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE_SECONDS
+
 ROOT = Path(__file__).parents[3]
 # The probe of the nodes at the end of a failed run has no --output.
 SRUN = """\
@@ -37,7 +39,7 @@ def job(tmp_path, config):
             env=os.environ | slurm | own | path | variables,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=PATIENCE_SECONDS,
             check=False,
         )
 

@@ -10,6 +10,7 @@ import pytest
 
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
@@ -20,7 +21,12 @@ PROCESSES = {"prm_qwen2_7b": 8, "ppo_qwen2_7b": 8, "ppo_llama3_70b": 64, "ppo_ll
 
 def _bash(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        ["bash", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+        ["bash", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+        check=False,
     )
 
 
@@ -81,7 +87,9 @@ def _install(venv: Path) -> subprocess.CompletedProcess:
     (venv / "stand-in").chmod(0o755)
     command = ["bash", "launch/install.sh", "--venv", str(venv)]
     given = os.environ | {"PYTHON": str(venv / "stand-in")}
-    return subprocess.run(command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=ROOT, env=given, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
 
 
 def test_an_environment_without_pip_is_made_again(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf.report.stop_request import Reason, _asked_by, why_end_now
+from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = """\
@@ -48,7 +49,7 @@ class Launch:
             env=os.environ | {"VENV": "venv"} | variables,
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=PATIENCE_SECONDS,
             start_new_session=True,  # its signals are not the tests'
             check=False,
         )

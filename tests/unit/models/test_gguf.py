@@ -23,6 +23,7 @@ from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolv
 from megatron_amrlhf.owned import make_folder
 from tests.helpers import load_tool
 from tests.helpers_models import make_tiny_model
+from tests.patience import PATIENCE_SECONDS
 
 PROJECT = Path(__file__).parents[3]
 IM_END_ID = 2
@@ -342,7 +343,7 @@ def test_two_processes_convert_once(tmp_path):
         )
         for _ in range(2)
     ]
-    answers = [child.communicate(timeout=120) for child in children]
+    answers = [child.communicate(timeout=PATIENCE_SECONDS) for child in children]
     assert [child.returncode for child in children] == [0, 0], answers
     assert answers[0][0] == answers[1][0]
     assert sum("converting" in stderr for _, stderr in answers) == 1

@@ -22,9 +22,9 @@ from megatron_amrlhf.report.heartbeat import (
     read_dump,
 )
 from megatron_amrlhf.report.stacks import is_waiting
+from tests.patience import PATIENCE_SECONDS
 
 EVERY_SECONDS = 0.02
-PATIENCE_SECONDS = 30.0  # for another thread's turn
 SCRIPT = """
 import sys
 from pathlib import Path

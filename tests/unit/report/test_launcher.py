@@ -16,9 +16,9 @@ from megatron_amrlhf.report.launcher import ends_with_launcher, has_launcher
 from megatron_amrlhf.report.postmortem import find_cause
 from megatron_amrlhf.report.run_folder import RunFolder
 from megatron_amrlhf.report.status_file import read_status
+from tests.patience import PATIENCE_SECONDS
 from tests.unit.config.samples import PRM, make_config
 
-PATIENCE_SECONDS = 60.0
 RANK = """
 import sys, time
 from pathlib import Path
@@ -28,7 +28,7 @@ folder, progress = Path(sys.argv[1]), RankProgress()
 progress.enter("update", step=3)
 with ends_with_launcher(folder), Heartbeat(folder, 0, progress, 5.0, print, print):
     print("runs", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 """
 # Starts a rank as DeepSpeed's launcher does, and waits for it.
 LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"

@@ -8,8 +8,7 @@ import time
 import pytest
 
 from megatron_amrlhf.report.stop_request import Reason, StopRequest, why_end_now
-
-PATIENCE_SECONDS = 60.0
+from tests.patience import PATIENCE_SECONDS
 
 
 def test_a_wait_ends_with_the_signal():

@@ -14,13 +14,12 @@ import pytest
 
 from megatron_amrlhf.rewards import verify_worker
 from megatron_amrlhf.rewards.verifiable import Verdict, Verifier
-
-SLOW_SECONDS = 60.0  # for a busy machine
+from tests.patience import PATIENCE_SECONDS
 
 
 @pytest.fixture(scope="module")
 def verifier():
-    verifier = Verifier(SLOW_SECONDS)
+    verifier = Verifier(PATIENCE_SECONDS)
     yield verifier
     verifier.close()
 
@@ -71,15 +70,15 @@ def test_an_error_of_the_library_is_no_wrong_answer():
 
 
 def test_an_answer_that_keeps_it_busy_fails_and_the_next_one_is_judged():
-    verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", SLEEPER])
+    verifier = Verifier(PATIENCE_SECONDS, [sys.executable, "-c", SLEEPER])
     try:
         verifier.judge("1", "1")
         verifier.timeout_seconds, start = 1.0, time.monotonic()
         verdict = verifier.judge("hang", "9")
         assert (verdict.reward, verdict.reason) == (None, "timeout")
         assert "within 1 s" in verdict.problem
-        assert time.monotonic() - start < SLOW_SECONDS
-        verifier.timeout_seconds = SLOW_SECONDS
+        assert time.monotonic() - start < PATIENCE_SECONDS
+        verifier.timeout_seconds = PATIENCE_SECONDS
         assert verifier.judge("9", "9").reward == 1.0
     finally:
         verifier.close()
@@ -88,7 +87,7 @@ def test_an_answer_that_keeps_it_busy_fails_and_the_next_one_is_judged():
 PARENT = f"""
 import os, sys
 from megatron_amrlhf.rewards.verifiable import Verifier
-verifier = Verifier(60.0, [sys.executable, "-c", {SLEEPER!r}])
+verifier = Verifier({PATIENCE_SECONDS}, [sys.executable, "-c", {SLEEPER!r}])
 assert verifier.judge("1", "1").reward == 1.0
 verifier._process.stdin.write('{{"gold": "hang", "text": "9"}}\\n')
 verifier._process.stdin.flush()
@@ -112,7 +111,7 @@ def test_a_busy_worker_does_not_outlive_its_run():
         time.sleep(2.0)
         assert is_running(pid)
         parent.communicate("go\n")
-    end = time.monotonic() + SLOW_SECONDS
+    end = time.monotonic() + PATIENCE_SECONDS
     while is_running(pid) and time.monotonic() < end:
         time.sleep(0.1)
     try:
@@ -124,16 +123,16 @@ def test_a_busy_worker_does_not_outlive_its_run():
 
 def test_a_worker_that_dies_is_a_failure():
     code = "import sys; print('{\"ready\": true}', flush=True); sys.stdin.readline()"
-    verifier = Verifier(SLOW_SECONDS, [sys.executable, "-c", code])
+    verifier = Verifier(PATIENCE_SECONDS, [sys.executable, "-c", code])
     verdict = verifier.judge("1", "1")
     assert verdict.reward is None and verdict.reason == "worker" and "has died" in verdict.problem
     # One that has died between two answers has not read the second: that is lost, no more.
-    verifier = Verifier(SLOW_SECONDS)
+    verifier = Verifier(PATIENCE_SECONDS)
     assert verifier.judge("1", "1").reward == 1.0
     verifier._process.kill()
     verifier._process.wait()
     assert "has ended" in verifier.judge("1", "1").problem
     assert verifier.judge("1", "1").reward == 1.0
     verifier.close()
-    dead = Verifier(SLOW_SECONDS, [sys.executable, "-c", "pass"])
+    dead = Verifier(PATIENCE_SECONDS, [sys.executable, "-c", "pass"])
     assert "does not start" in dead.judge("1", "1").problem
