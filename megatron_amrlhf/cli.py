@@ -29,19 +29,19 @@ from megatron_amrlhf.errors import (
 from megatron_amrlhf.files import expanded, write_atomic
 from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, load
 from megatron_amrlhf.report.console import stdout_console
-from megatron_amrlhf.report.launcher import ends_with_launcher
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
-from megatron_amrlhf.report.postmortem import find_cause, status_lines
 from megatron_amrlhf.report.samples import load_samples
-from megatron_amrlhf.report.status_file import note_failure
-from megatron_amrlhf.report.stop_request import EXIT_AGAIN
+from megatron_amrlhf.run.launcher import ends_with_launcher
+from megatron_amrlhf.run.postmortem import find_cause, status_lines
+from megatron_amrlhf.run.status_file import note_failure
+from megatron_amrlhf.run.stop_request import EXIT_AGAIN
 from megatron_amrlhf.slurm import check_ranks, set_ranks
 
 EXIT_OK, EXIT_NOT_SO = 0, 1
-TRAINER = "megatron_amrlhf.algorithms.train"
-SCORER = "megatron_amrlhf.algorithms.score_file"
-PLANNER = "megatron_amrlhf.algorithms.planner"
+TRAINER = "megatron_amrlhf.commands.train"
+SCORER = "megatron_amrlhf.commands.score"
+PLANNER = "megatron_amrlhf.commands.plan"
 DOCTOR = "megatron_amrlhf.doctor.command"
 # Rank 0 speaks at once. The others wait this long, in which the launcher ends them if rank 0 has
 # failed too; it would end rank 0 before it speaks, were another one first.

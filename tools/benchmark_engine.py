@@ -26,17 +26,17 @@ from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.costs import bubble_fraction
 from megatron_amrlhf.errors import UserError, telling, tells_user_errors
-from megatron_amrlhf.evaluation.engine_speed import PHASES, Workload
-from megatron_amrlhf.evaluation.start_ranks import start_ranks
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.shape import check_shape
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
+from megatron_amrlhf.planning.bytes_moved import bubble_fraction
 from megatron_amrlhf.report.console import stdout_console
-from megatron_amrlhf.report.engine_tables import engine_tables
+from megatron_amrlhf.studies.engine_speed import PHASES, Workload
+from megatron_amrlhf.studies.engine_tables import engine_tables
+from megatron_amrlhf.studies.start_ranks import start_ranks
 
-WORKER = "megatron_amrlhf.evaluation.engine_speed"
+WORKER = "megatron_amrlhf.studies.engine_speed"
 SIZES = {
     "layers": 8,
     "hidden": 256,
@@ -64,7 +64,7 @@ this machine, layouts taking turns, and prints for each
 
   time       median seconds of each phase, tokens/s, and the pipeline's bubble, (p-1)/(v m + p-1)
   bytes      what a rank sends, by kind of operation and axis of the mesh: counted from
-             torch.distributed's operators beside calculated (engine/costs.py)
+             torch.distributed's operators beside calculated (planning/bytes_moved.py)
   memory     peak bytes of tensors on a rank, beside what amrlhf plan says, and what of it are
              weights, gradients, masters and moments; the rest are activations and the KV cache
 

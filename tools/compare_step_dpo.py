@@ -18,22 +18,22 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.dpo import dpo_terms
-from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import response_plan, update
 from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError, telling, tells_user_errors
+from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
-from megatron_amrlhf.report.comparisons import plot_costs
 from megatron_amrlhf.report.console import RunConsole, stdout_console
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
+from megatron_amrlhf.studies.comparisons import plot_costs
 from megatron_amrlhf.types import TrainBatch
 
 DESCRIPTION = """\

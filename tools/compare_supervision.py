@@ -15,10 +15,10 @@ from rich.table import Table
 
 from megatron_amrlhf.arguments import Parser
 from megatron_amrlhf.errors import UserError, tells_user_errors
-from megatron_amrlhf.evaluation.best_of_n import compare_supervision, read_solutions
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.comparisons import plot_best_of_n
 from megatron_amrlhf.report.console import stdout_console
+from megatron_amrlhf.studies.best_of_n import compare_supervision, read_solutions
+from megatron_amrlhf.studies.comparisons import plot_best_of_n
 
 DESCRIPTION = """\
 How often the answer that a reward model likes best of n is right, on answers that are scored

@@ -10,7 +10,7 @@ if __name__ == "__main__":
 import sys
 
 from megatron_amrlhf.arguments import Parser
-from megatron_amrlhf.data.demo import COUNTS, write_demo_data
+from megatron_amrlhf.demo.data import COUNTS, write_demo_data
 from megatron_amrlhf.errors import tells_user_errors
 
 DESCRIPTION = """\

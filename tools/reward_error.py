@@ -25,7 +25,11 @@ from megatron_amrlhf.arguments import (
 )
 from megatron_amrlhf.data.lines import line_numbers
 from megatron_amrlhf.errors import UserError, tells_user_errors
-from megatron_amrlhf.evaluation.segmentation import (
+from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.report.console import stdout_console
+from megatron_amrlhf.report.samples import SampleRecord, load_samples
+from megatron_amrlhf.studies.comparisons import ErrorPicture, plot_errors
+from megatron_amrlhf.studies.segmentation import (
     CUTS,
     OPTIMUM,
     PRICES,
@@ -39,15 +43,11 @@ from megatron_amrlhf.evaluation.segmentation import (
     message_units,
     total_error,
 )
-from megatron_amrlhf.evaluation.synthetic import (
+from megatron_amrlhf.studies.synthetic import (
     SyntheticRewards,
     decode_two_levels,
     make_answers,
 )
-from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.report.comparisons import ErrorPicture, plot_errors
-from megatron_amrlhf.report.console import stdout_console
-from megatron_amrlhf.report.samples import SampleRecord, load_samples
 
 DESCRIPTION = """\
 The total error of eq. 12, sum (r_t - r_k)^2 + c^2 K, of the four segmentations of figure 1 and of

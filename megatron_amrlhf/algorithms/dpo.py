@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
 from megatron_amrlhf.algorithms.update import TermsFunction
 from megatron_amrlhf.config.algorithms import DpoAlgorithm
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.dpo import dpo_loss
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import MaskedBatch, TrainBatch

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import count_metric
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask, row_weights
 from megatron_amrlhf.mask.adaptive import chosen_labels

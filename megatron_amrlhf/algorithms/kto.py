@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import is_flat
-from megatron_amrlhf.algorithms.context import count_metric
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
-from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.algorithms.selection import rewards_by_prompt
 from megatron_amrlhf.algorithms.update import run_updates, split_units
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.losses.kto import kto_loss, reference_point
 from megatron_amrlhf.losses.reduce import LossOutput, Metrics
 from megatron_amrlhf.mask.adaptive import chosen_labels

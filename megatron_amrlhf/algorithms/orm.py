@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.context import count_metric
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
-from megatron_amrlhf.algorithms.scoring import read_value
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.orm import larger_size, orm_loss, pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.types import TrainBatch

@@ -11,19 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.context import Context, count_metric
-from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
-from megatron_amrlhf.algorithms.heldout import evaluate_policy
-from megatron_amrlhf.algorithms.masking import share_index, share_mask
-from megatron_amrlhf.algorithms.offline import PairMaker, evaluate_pairs
-from megatron_amrlhf.algorithms.reward_models import (
-    check_answers,
-    load_offline_scores,
-    load_reward_models,
-)
-from megatron_amrlhf.algorithms.rewarding import Rewarder
-from megatron_amrlhf.algorithms.sample_log import log_samples
-from megatron_amrlhf.algorithms.scoring import read_logprobs
 from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import DataPosition
@@ -31,6 +18,19 @@ from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.engine.zero3 import OnBlock
+from megatron_amrlhf.experience.context import Context, count_metric
+from megatron_amrlhf.experience.heldout import evaluate_policy
+from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
+from megatron_amrlhf.experience.masking import share_index, share_mask
+from megatron_amrlhf.experience.pairs import PairMaker, evaluate_pairs
+from megatron_amrlhf.experience.reward_models import (
+    check_answers,
+    load_offline_scores,
+    load_reward_models,
+)
+from megatron_amrlhf.experience.rewarding import Rewarder
+from megatron_amrlhf.experience.sample_log import log_samples
+from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.losses.reduce import Metrics, kl_scale
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 

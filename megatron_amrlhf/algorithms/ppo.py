@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import count_metric
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import all_rows
-from megatron_amrlhf.algorithms.scoring import read_value
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
 from megatron_amrlhf.algorithms.update import UpdateFunction, response_plan, update
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.gae import gae
 from megatron_amrlhf.losses.kl import reward_penalty, with_kl
 from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss

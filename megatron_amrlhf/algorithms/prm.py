@@ -8,13 +8,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
-from megatron_amrlhf.algorithms.scoring import Reader
+from megatron_amrlhf.algorithms.step_metrics import step_metrics
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
-from megatron_amrlhf.evaluation.steps import step_metrics
+from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.prm import prm_loss
 from megatron_amrlhf.losses.reduce import LossOutput
 from megatron_amrlhf.parallel.collectives import (

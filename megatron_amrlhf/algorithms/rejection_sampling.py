@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import top_rows
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.reduce import LossOutput, denominator_mask
 from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
 from megatron_amrlhf.rollout.sampling import uniforms

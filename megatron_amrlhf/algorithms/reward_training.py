@@ -10,12 +10,12 @@ from typing import ClassVar, Generic, TypeVar
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.update import run_updates
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, DataPosition, shard
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.types import TrainBatch
 
 Example = TypeVar("Example")

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import is_flat
-from megatron_amrlhf.algorithms.context import count_metric
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import run_updates, split_units
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 

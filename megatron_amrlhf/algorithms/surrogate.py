@@ -7,9 +7,9 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import UpdateFunction, epoch_parts, run_updates
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.types import MaskedBatch, ScoredBatch, TrainBatch
 

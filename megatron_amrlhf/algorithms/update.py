@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import Context, count_metric
-from megatron_amrlhf.algorithms.scoring import Reader
 from megatron_amrlhf.engine.balance import balance
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
 from megatron_amrlhf.engine.zero3 import OnBlock, StepResult, nothing
+from megatron_amrlhf.experience.context import Context, count_metric
+from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.reduce import (
     LossOutput,
     Metrics,

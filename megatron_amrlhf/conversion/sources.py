@@ -27,7 +27,7 @@ from megatron_amrlhf.models.source import ShardedWeights, read_hf_config, resolv
 from megatron_amrlhf.rewards.kinds import with_meaning
 
 Form = Literal["ours", "megatron", "torch_dist", "deepspeed", "hf"]
-RUN_CONFIG = "config.resolved.yaml"  # of report/run_folder.py
+RUN_CONFIG = "config.resolved.yaml"  # of run/folder.py
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from megatron_amrlhf.checkpoint.store import BYTES_PER_ELEMENT
 from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor.records import CheckpointRoom
-from megatron_amrlhf.engine.footprint import stage_spec
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.gguf import gguf_of_package, open_gguf
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import HUB_ID, read_hf_config
+from megatron_amrlhf.planning.weights import stage_spec
 
 
 def checkpoint_room(config: Config, run_folder: Path) -> CheckpointRoom:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from megatron_amrlhf.algorithms.train import prepare
 from megatron_amrlhf.checkpoint.folders import find_latest
+from megatron_amrlhf.commands.train import prepare
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.doctor.records import Finding
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.source import is_to_be_fetched
-from megatron_amrlhf.report.run_folder import refuse_other_run
-from megatron_amrlhf.report.way import CHECKPOINTS_NAME
+from megatron_amrlhf.run.folder import refuse_other_run
+from megatron_amrlhf.run.way import CHECKPOINTS_NAME
 
 FIX = "the run does not start before this is mended"
 

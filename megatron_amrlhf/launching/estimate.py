@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_amrlhf.algorithms.train import ALGORITHMS
+from megatron_amrlhf.commands.train import ALGORITHMS
 from megatron_amrlhf.config.checks import check_run, check_total_steps
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config

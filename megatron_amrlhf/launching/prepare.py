@@ -29,8 +29,8 @@ from megatron_amrlhf.files import expanded, writable_folder, write_atomic
 from megatron_amrlhf.launching.environment import forwarding
 from megatron_amrlhf.launching.hostfile import read_hostfile
 from megatron_amrlhf.ports import free_port, job_port
-from megatron_amrlhf.report.run_folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
-from megatron_amrlhf.report.stop_request import STOP_NAME
+from megatron_amrlhf.run.folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
+from megatron_amrlhf.run.stop_request import STOP_NAME
 
 LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
 PLAIN = re.compile(r"[\w@+=:,./~\[\]-]+")  # what a shell, and pdsh, leave as it is

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_amrlhf.engine.activations import (
+from megatron_amrlhf.planning.activations import (
     Transient,
     rollout_transient,
     score_transient,
     update_transient,
 )
-from megatron_amrlhf.engine.costs import BatchShape
-from megatron_amrlhf.engine.footprint import StageSpec, held_bytes
+from megatron_amrlhf.planning.bytes_moved import BatchShape
 from megatron_amrlhf.planning.passes import RowLengths
+from megatron_amrlhf.planning.weights import StageSpec, held_bytes
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.costs import (
+from megatron_amrlhf.planning.bytes_moved import (
     BatchShape,
     batch_shape,
     bubble_fraction,
@@ -14,8 +14,6 @@ from megatron_amrlhf.engine.costs import (
     score_bytes,
     update_bytes,
 )
-from megatron_amrlhf.engine.footprint import StageSpec, stage_spec
-from megatron_amrlhf.parallel.volumes import RECEIVE, Volumes
 from megatron_amrlhf.planning.memory import (
     PhaseMemory,
     resting,
@@ -30,6 +28,8 @@ from megatron_amrlhf.planning.passes import (
     planned_passes,
     row_lengths,
 )
+from megatron_amrlhf.planning.volumes import RECEIVE, Volumes
+from megatron_amrlhf.planning.weights import StageSpec, stage_spec
 
 RESTING = "resting"
 

@@ -14,9 +14,9 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from megatron_amrlhf.errors import printable
-from megatron_amrlhf.report.heartbeat import RankProgress
 from megatron_amrlhf.report.progress import ProgressView
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
+from megatron_amrlhf.run.heartbeat import RankProgress
 
 WIDEST = 1000  # columns of a table
 PLAIN_WIDTH = 110  # columns, where the output is a file

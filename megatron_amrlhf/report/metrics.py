@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_amrlhf.report.files import append_jsonl, truncate_jsonl
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
 
 
 class MetricsWriter:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.files import read_jsonl
-from megatron_amrlhf.report.way import METRICS_NAME, PICTURE_NAME
+from megatron_amrlhf.run.way import METRICS_NAME, PICTURE_NAME
 
 COLUMNS = 3
 PANEL_INCHES = (4.2, 2.8)

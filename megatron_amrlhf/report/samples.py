@@ -11,7 +11,7 @@ from typing import Any
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.reading import Unreadable, parse_json, read_bytes
 from megatron_amrlhf.report.files import append_jsonl
-from megatron_amrlhf.report.way import SAMPLES_NAME
+from megatron_amrlhf.run.way import SAMPLES_NAME
 
 # What became of an answer: learned from, by its label (with dpo's pairs maybe by both); not picked;
 # or in no statistic either, because its reward failed or, by rollout.truncated, it was cut off.

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_amrlhf.checkpoint.folders import find_latest
-from megatron_amrlhf.report.status_file import read_status
 from megatron_amrlhf.rewards import verifiable
+from megatron_amrlhf.run.status_file import read_status
 from tests.distributed.campaign_runs import LIMIT_SECONDS, Stage
 from tests.distributed.processes import run_on
 from tests.distributed.runs import PROMPT_LINES, numbers, run_config, write_lines

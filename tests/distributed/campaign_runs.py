@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_amrlhf.algorithms.train import run
+from megatron_amrlhf.commands.train import run
 from megatron_amrlhf.config.load import load_config
-from megatron_amrlhf.report.heartbeat import SOON_SECONDS, RankProgress
-from megatron_amrlhf.report.postmortem import find_cause
-from megatron_amrlhf.report.status_file import read_status
+from megatron_amrlhf.run.heartbeat import SOON_SECONDS, RankProgress
+from megatron_amrlhf.run.postmortem import find_cause
+from megatron_amrlhf.run.status_file import read_status
 from tests.distributed.processes import launch, run_on
 from tests.distributed.runs import (
     PROMPT_LINES,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.algorithms.reward_models import RewardModel
-from megatron_amrlhf.algorithms.rewarding import Rewarder
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.experience.reward_models import RewardModel
+from megatron_amrlhf.experience.rewarding import Rewarder
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.types import PromptBatch, RolloutBatch

@@ -12,11 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_amrlhf.algorithms.context import Context
 from megatron_amrlhf.algorithms.kto import KtoBatch
 from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.prm import Prm
-from megatron_amrlhf.algorithms.train import ALGORITHMS
+from megatron_amrlhf.commands.train import ALGORITHMS
 from megatron_amrlhf.config.cut import PipelineCut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.pairs import EncodedPair
@@ -24,6 +23,7 @@ from megatron_amrlhf.data.prm_data import PrmExample
 from megatron_amrlhf.engine import zero3
 from megatron_amrlhf.engine.weights import Weights
 from megatron_amrlhf.engine.zero3 import nothing
+from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.losses.reduce import denominator_mask, row_weights
 from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape

@@ -5,7 +5,7 @@ import gc
 import transformers.models.llama.modeling_llama
 import transformers.models.qwen2.modeling_qwen2  # noqa: F401
 
-import megatron_amrlhf.algorithms.train
+import megatron_amrlhf.commands.train
 import megatron_amrlhf.report.plots  # noqa: F401
 
 gc.collect()

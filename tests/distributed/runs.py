@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_amrlhf.algorithms.train import run
 from megatron_amrlhf.checkpoint.folders import find_latest, read_manifest
+from megatron_amrlhf.commands.train import run
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.report.files import read_jsonl
 from tests.distributed.processes import run_on

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_amrlhf.cli import main
 from megatron_amrlhf.ports import free_port
-from megatron_amrlhf.report.heartbeat import Heartbeat, RankProgress
+from megatron_amrlhf.run.heartbeat import Heartbeat, RankProgress
 from tests.distributed.processes import run_on
 from tests.distributed.runs import make_models, write_config
 from tests.helpers_models import tiny_tokenizer

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_amrlhf.algorithms.masking import share_index, share_mask
+from megatron_amrlhf.experience.masking import share_index, share_mask
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.contexts import make_config, make_context, random_rollout
 from tests.distributed.processes import run_on

@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_amrlhf.algorithms import train
 from megatron_amrlhf.algorithms.ppo import Ppo
+from megatron_amrlhf.commands import train
 from megatron_amrlhf.config.load import load_config
-from megatron_amrlhf.evaluation.engine_speed import Memory
 from megatron_amrlhf.models.source import read_hf_config
-from megatron_amrlhf.parallel.traffic import TrafficCounter
 from megatron_amrlhf.planning.models import reward_configs
 from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.studies.engine_speed import Memory
+from megatron_amrlhf.studies.traffic import TrafficCounter
 from tests.distributed.processes import run_on
 from tests.distributed.runs import write_lines
 from tests.helpers_models import make_tiny_model

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_amrlhf.algorithms.experience import ExperienceMaker
+from megatron_amrlhf.experience.maker import ExperienceMaker
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests import reference
 from tests.distributed.contexts import (

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.algorithms import train
+from megatron_amrlhf.commands import train
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.report.console import RunConsole
-from megatron_amrlhf.report.stop_request import Reason, StopRequest, process_age
+from megatron_amrlhf.run.stop_request import Reason, StopRequest, process_age
 from tests.distributed.processes import run_on
 from tests.distributed.runs import make_models, numbers, run_config, write_config
 

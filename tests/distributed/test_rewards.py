@@ -16,14 +16,14 @@ from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 
-from megatron_amrlhf.algorithms import score_file
-from megatron_amrlhf.algorithms.reward_models import RewardModel, load_reward_models
-from megatron_amrlhf.algorithms.rewarding import Rewarder, model_rewards
 from megatron_amrlhf.cli import main
+from megatron_amrlhf.commands import score as score_file
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.data.chat import encode_prompt
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.experience.reward_models import RewardModel, load_reward_models
+from megatron_amrlhf.experience.rewarding import Rewarder, model_rewards
 from megatron_amrlhf.models.source import ShardedWeights
 from megatron_amrlhf.parallel.mesh import build_mesh
 from megatron_amrlhf.report.files import read_jsonl

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from megatron_amrlhf.algorithms.dpo import Dpo
-from megatron_amrlhf.algorithms.experience import ExperienceMaker
 from megatron_amrlhf.algorithms.ppo import Ppo
-from megatron_amrlhf.algorithms.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.engine.zero3 import nothing
+from megatron_amrlhf.experience.maker import ExperienceMaker
+from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.parallel.mesh import build_mesh
 from megatron_amrlhf.types import TrainBatch
 from tests import reference

@@ -11,8 +11,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 
 from megatron_amrlhf.parallel.mesh import build_mesh
-from megatron_amrlhf.parallel.traffic import TrafficCounter
-from megatron_amrlhf.parallel.volumes import (
+from megatron_amrlhf.planning.volumes import (
     ALL_GATHER,
     ALL_REDUCE,
     BROADCAST,
@@ -20,6 +19,7 @@ from megatron_amrlhf.parallel.volumes import (
     REDUCE_SCATTER,
     SEND,
 )
+from megatron_amrlhf.studies.traffic import TrafficCounter
 from tests.distributed.processes import run_on
 
 pytestmark = pytest.mark.distributed

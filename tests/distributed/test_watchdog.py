@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.report.stop_request import EXIT_AGAIN, POLL_SECONDS
-from megatron_amrlhf.report.watchdog import EXIT_STALLED
+from megatron_amrlhf.run.stop_request import EXIT_AGAIN, POLL_SECONDS
+from megatron_amrlhf.run.watchdog import EXIT_STALLED
 from tests.distributed.runs import make_models, numbers, start, write_config
 from tests.patience import PATIENCE_SECONDS
 

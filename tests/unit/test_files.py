@@ -22,7 +22,7 @@ from megatron_amrlhf.files import (
 from megatron_amrlhf.report.files import append_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.report.plots import plot_run
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
 
 NAMES = re.compile(r"status\.json|latest")
 

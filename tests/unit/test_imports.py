@@ -9,9 +9,9 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "interrupts errors arguments reading files owned ports rendezvous sizes config types parallel "
-    "data models engine rollout rewards mask losses checkpoint conversion planning evaluation "
-    "report slurm algorithms doctor cli_options cli launching __main__"
+    "interrupts errors arguments reading files owned ports rendezvous sizes slurm config types "
+    "parallel data demo models engine rollout rewards mask losses checkpoint conversion planning "
+    "run report experience algorithms studies commands doctor cli_options cli launching __main__"
 ).split()
 MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")
 DEEPSPEED_MAY = ("engine/", "parallel/compat.py", "conversion/deepspeed_folder.py")

@@ -12,7 +12,7 @@ import signal
 import time
 from pathlib import Path
 
-TRAINER = "megatron_amrlhf.algorithms.train"
+TRAINER = "megatron_amrlhf.commands.train"
 FAULT_AT_STEP = int(os.environ.get("PLANT_STEP", "2"))
 LOOK = 5  # tokens of the second rollout that "wait" lets pass
 real_import = importlib.import_module

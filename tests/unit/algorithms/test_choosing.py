@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_amrlhf.algorithms.dense import DenseRewards
-from megatron_amrlhf.algorithms.experience import Judged
 from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
+from megatron_amrlhf.experience.dense import DenseRewards
+from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.types import RolloutBatch, ScoredBatch
 from tests.unit.config.samples import make_config
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from megatron_amrlhf.algorithms import update as module
-from megatron_amrlhf.algorithms.scoring import Reader
 from megatron_amrlhf.algorithms.update import run_updates, update
 from megatron_amrlhf.engine.microbatch import response_outputs
 from megatron_amrlhf.engine.zero3 import StepResult
+from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.reduce import LossOutput, finish_metrics, merge_metrics
 from megatron_amrlhf.types import TrainBatch
 

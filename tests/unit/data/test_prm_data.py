@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.arithmetic import generate_problems
 from megatron_amrlhf.data.jsonl import write_jsonl
 from megatron_amrlhf.data.prm_data import load_prm_examples
 from megatron_amrlhf.data.prompts import load_prompts
+from megatron_amrlhf.demo.arithmetic import generate_problems
 from megatron_amrlhf.errors import UserError
 
 SECTION = DataSection(train="unused", format="steps")

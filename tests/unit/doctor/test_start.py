@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_amrlhf.algorithms.train import prepare
 from megatron_amrlhf.checkpoint import folders
+from megatron_amrlhf.commands.train import prepare
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.doctor.judge_run import judge_run
 from megatron_amrlhf.doctor.start import judge_start

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from megatron_amrlhf.config.load import load_config
-from megatron_amrlhf.data.demo import write_demo_data
+from megatron_amrlhf.demo.data import write_demo_data
 from megatron_amrlhf.launching import estimate
 from megatron_amrlhf.launching.estimate import (
     START_SECONDS,

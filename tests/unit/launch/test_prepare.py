@@ -10,7 +10,7 @@ import yaml
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.launching import prepare
 from megatron_amrlhf.launching.prepare import new_attempt, refuse_for_shells
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
 from tests.unit.config.samples import PPO, make_config
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.report.stop_request import Reason, _asked_by, why_end_now
+from megatron_amrlhf.run.stop_request import Reason, _asked_by, why_end_now
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[3]

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_amrlhf.algorithms.context import Context
-from megatron_amrlhf.algorithms.dense import DenseRewards
-from megatron_amrlhf.algorithms.experience import ExperienceMaker, Judged
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.experience.dense import DenseRewards
+from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
 from megatron_amrlhf.losses.dpo import dpo_loss
 from megatron_amrlhf.losses.grpo import grpo_loss
 from megatron_amrlhf.losses.kto import kto_loss, reference_point

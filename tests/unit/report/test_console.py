@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_amrlhf.report.console import RunConsole, format_metric, print_whole
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
 
 
 class Terminal(io.StringIO):

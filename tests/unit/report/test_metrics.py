@@ -9,7 +9,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.report.files import append_jsonl, read_jsonl, truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
-from megatron_amrlhf.report.run_folder import RunFolder
+from megatron_amrlhf.run.folder import RunFolder
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.data.chat import encode_prompt, encode_solution
 from megatron_amrlhf.data.token_text import decode
+from megatron_amrlhf.experience.translation import read_back, translate
 from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, newline_steps
 from megatron_amrlhf.rewards.steps import StepCutter
 from megatron_amrlhf.types import PromptBatch, RolloutBatch

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_amrlhf.algorithms.sequence_rewards import sequence_rewards
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lines import line_numbers
+from megatron_amrlhf.experience.sequence_rewards import sequence_rewards
 from megatron_amrlhf.rewards.outcome import (
     OUTCOMES,
     aggregate_steps,

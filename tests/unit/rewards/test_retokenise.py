@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_amrlhf.algorithms.translation import read_back, translate
 from megatron_amrlhf.data.chat import encode_prompt, encode_turns
 from megatron_amrlhf.data.token_text import decode, token_ends, token_texts
+from megatron_amrlhf.experience.translation import read_back, translate
 from megatron_amrlhf.rewards.retokenise import align, encode_with_ends
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.helpers import CHATML_TEMPLATE, make_tiny_tokenizer

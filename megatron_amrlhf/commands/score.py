@@ -1,0 +1,357 @@
+"""Scores a file of answers by a PRM on all ranks: threshold ``offline`` and best-of-n read it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_text
+from megatron_amrlhf.commands.precision import MODEL_KEY, REWARD_KEY, decide
+from megatron_amrlhf.config.cut import pipeline_cut
+from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.answers import GivenAnswer, load_answers
+from megatron_amrlhf.data.chat import chat_notes, check_system_prompt, end_token_ids
+from megatron_amrlhf.data.jsonl import dump_jsonl
+from megatron_amrlhf.data.order import PADDING, fingerprint, shard
+from megatron_amrlhf.data.rows import Selection
+from megatron_amrlhf.data.tokenizer import load_tokenizer
+from megatron_amrlhf.engine.role import DTYPES
+from megatron_amrlhf.engine.zero3 import Zero3Engine
+from megatron_amrlhf.errors import UserError
+from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.experience.reward_models import (
+    RewardModel,
+    check_same_rows,
+    load_reward_models,
+)
+from megatron_amrlhf.experience.rewarding import model_rewards
+from megatron_amrlhf.files import expanded
+from megatron_amrlhf.models.source import resolve_model_folder
+from megatron_amrlhf.parallel.collectives import gather_objects
+from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.reading import Unreadable, read_object
+from megatron_amrlhf.report.console import RunConsole
+from megatron_amrlhf.rewards.marking import AnswerSteps
+from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME, score_statistics
+from megatron_amrlhf.rewards.outcome import step_probabilities
+from megatron_amrlhf.run.folder import RunFolder
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
+
+PARTS, KEY_NAME, ANSWERS_NAME = "parts", "key.json", "answers.jsonl"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is scored, by what, and where it goes.
+
+    Attributes:
+        config: the run whose PRM, tokenizer and layout are used.
+        answers: the answers, in the file's order.
+        selection: what became of the file's rows.
+        models: the reward models with a weight.
+        folder: where the results go.
+        part_size: answers scored between two saves.
+        key: what the parts depend on; scores of another key are not mixed with these.
+    """
+
+    config: Config
+    answers: list[GivenAnswer]
+    selection: Selection
+    models: tuple[RewardModel, ...]
+    folder: Path
+    part_size: int
+    key: dict
+
+    @property
+    def num_without_steps(self) -> int:
+        """Answers that are not given in steps: with one of them no steps' scores are written."""
+        return sum(not answer.step_ends for answer in self.answers)
+
+    @property
+    def num_parts(self) -> int:
+        return -(-len(self.answers) // self.part_size)
+
+    def part(self, number: int) -> range:
+        """The answers of a part."""
+        start = number * self.part_size
+        return range(start, min(start + self.part_size, len(self.answers)))
+
+
+def run(config: Config, path: str, folder: str, part_size: int) -> None:
+    """Scores the answers in ``path`` into ``folder``. One call a process.
+
+    Raises:
+        UserError: anything is wrong with data, models, layout or folder.
+    """
+    model_folder = resolve_model_folder(config.model.path, config.model.cache_folder)
+    tokenizer = load_tokenizer(model_folder)
+    end_ids = end_token_ids(tokenizer, model_folder)
+    check_system_prompt(tokenizer, config.data.system_prompt, model_folder)
+    job = prepare(config, tokenizer, path, folder, part_size)
+    start_processes()
+    try:
+        parallel = config.parallel
+        mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
+        kept = on_all_ranks(lambda: _kept_dtypes(job) if mesh.is_main else {}, f"--out {folder}")
+        config, notes = decide(config, kept[0])
+        job = replace(job, config=config, key=job.key | {"dtype": config.dtype_of("prm")})
+        context = Context(
+            config=config,
+            mesh=mesh,
+            engine=Zero3Engine(config, mesh),
+            tokenizer=tokenizer,
+            end_ids=tuple(end_ids),
+            model_folder=model_folder,
+            console=RunConsole(mesh.rank),
+            folder=RunFolder(job.folder, 0, False),
+        )
+        for note in notes:
+            context.console.line(note)
+        score_answers(context, job)
+    finally:
+        stop_processes()
+
+
+def prepare(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str,
+    folder: str,
+    part_size: int,
+) -> Job:
+    """Reads and checks everything; no process group is needed.
+
+    Raises:
+        UserError: data, reward model or layout are wrong, or ``folder`` has other scores.
+    """
+    answers, selection = load_answers(path, tokenizer, config.data)
+    models = load_reward_models(config, tokenizer)
+    if not any(model.role == "prm" for model in models):
+        key = "reward.prm_weight" if config.reward_model.path else "reward_model.path"
+        raise UserError(
+            f"{key}: tokens are scored by the PRM: give its folder (runs/NAME/export) in "
+            "reward_model.path, and a weight above 0"
+        )
+    check_same_rows(models, tokenizer, [answer.row for answer in answers], None)
+    weights = config.reward_model.attribute_weights
+    key = {
+        "data": fingerprint(path),
+        "models": {model.role: model.fingerprint for model in models},
+        "attribute_weights": None if weights is None else list(weights),
+        "rows": hashlib.sha256(b"".join(x.row.numpy().tobytes() for x in answers)).hexdigest(),
+        "part_size": part_size,
+        "dtype": config.dtype_of("prm"),
+    }
+    target = expanded(folder)
+    _check_key(target / KEY_NAME, {name: x for name, x in key.items() if x != "auto"})
+    return Job(config, answers, selection, models, target, part_size, key)
+
+
+def _read_key(file: Path) -> dict | None:
+    """What the scores that are there depend on; None: there are none.
+
+    Raises:
+        UserError: it cannot be read, or there are files that would be written over.
+    """
+    try:
+        return read_object(file)
+    except FileNotFoundError:
+        names = (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME, PARTS)
+        if there := [name for name in names if (file.parent / name).exists()]:
+            raise UserError(
+                f"--out: {file.parent} has {', '.join(there)}, which would be written over: "
+                "choose another folder"
+            ) from None
+        return None
+    except Unreadable as error:
+        raise UserError(f"--out: {file}: {error}; choose another folder") from None
+
+
+def _check_key(file: Path, key: dict) -> None:
+    """The scores that are there, if any, are those that would be made."""
+    found = _read_key(file)
+    if found is None:
+        return
+    other = [name for name, value in key.items() if found.get(name) != value]
+    if other:
+        raise UserError(
+            f"--out: {file.parent} holds scores with other {', '.join(other)}: choose another "
+            "folder or delete it"
+        )
+
+
+def _kept_dtypes(job: Job) -> dict[str, str]:
+    """The dtype of the scores that are there, as this goes on with them."""
+    dtype = (_read_key(job.folder / KEY_NAME) or {}).get("dtype")
+    return dict.fromkeys((MODEL_KEY, REWARD_KEY), dtype) if dtype in DTYPES else {}
+
+
+def score_answers(context: Context, job: Job) -> None:
+    """Scores the parts that are not there yet and writes the results. Entered by every rank.
+
+    Raises:
+        UserError: the folder cannot be written, or a score is not finite.
+    """
+    doing, writer = f"cannot write {job.folder}", context.mesh.is_writer
+    on_all_ranks(lambda: (job.folder / PARTS).mkdir(parents=True, exist_ok=True), doing)
+    for model in job.models:
+        context.role(model.role, model.folder, model.num_attributes)
+    system_prompt = job.config.data.system_prompt
+    for note in chat_notes(context.tokenizer, context.model_folder, system_prompt):
+        context.console.line(f"note: {note}")
+    context.log_selections([job.selection])
+    done = on_all_ranks(lambda: _done(job) if context.mesh.is_main else set(), doing)[0]
+    if done:
+        context.console.line(f"{job.folder}: {len(done)} of {job.num_parts} parts are there")
+    missing = [number for number in range(job.num_parts) if number not in done]
+
+    def begin() -> None:
+        if context.mesh.is_main:
+            write_text(job.folder / KEY_NAME, json.dumps(job.key, indent=1) + "\n")
+
+    on_all_ranks(begin, doing)
+    total = sum(len(job.part(number)) for number in missing)
+    with context.console.track("score", total) as bar:
+        for number in missing:
+            tensors = _score_part(context, job, number)
+            on_all_ranks(lambda t=tensors, n=number: _save(job, n, t) if writer else None, doing)
+            bar.advance(len(job.part(number)))
+    on_all_ranks(lambda: _finish(job) if context.mesh.is_main else None, doing)
+    for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
+        if (job.folder / name).is_file():
+            context.console.line(f"{job.folder / name}")
+    if without := job.num_without_steps:
+        context.console.line(
+            f"no {ANSWERS_NAME}: {without} of {len(job.answers)} answers are not given in 'steps', "
+            "so their steps have no scores"
+        )
+
+
+def _done(job: Job) -> set[int]:
+    """Parts that are there, whole."""
+    done = set()
+    for number in range(job.num_parts):
+        try:
+            counts = load_file(_part_file(job, number))["counts"]
+        except (OSError, SafetensorError, KeyError):
+            continue
+        if counts.size == len(job.part(number)):
+            done.add(number)
+    return done
+
+
+def _part_file(job: Job, number: int) -> Path:
+    return job.folder / PARTS / f"{number:06d}.safetensors"
+
+
+def _score_part(context: Context, job: Job, number: int) -> dict[str, Tensor] | None:
+    """Token scores of a part's answers in order, on the writer; None elsewhere."""
+    mesh, rows = context.mesh, list(job.part(number))
+    mine = shard(rows, mesh.dp_rank, mesh.dp_size)
+    count = sum(i != PADDING for i in mine)
+    scored = [rows[0] if i == PADDING else i for i in mine]  # no rank is left without a row
+    answers = [job.answers[i] for i in scored]
+    rollout, prompts = _as_rollout(answers, scored)
+    steps = [_given_steps(answer) for answer in answers]
+    found = {
+        model.role: model_rewards(context, model, rollout, prompts, steps=steps)
+        for model in job.models
+    }
+    if not mesh.is_last_stage:
+        return None
+    lengths = rollout.response_lengths.tolist()
+    local = {
+        role: [row[:length].cpu() for row, length in zip(scores, lengths, strict=True)][:count]
+        for role, scores in found.items()
+    }
+    everyone = gather_objects(local, mesh.dp_group)  # shares are consecutive, in rank order
+    if not mesh.is_writer:
+        return None
+    merged = {role: [row for part in everyone for row in part[role]] for role in found}
+    tensors = {"scores": torch.cat(merged["prm"])}
+    tensors["counts"] = torch.tensor([row.numel() for row in merged["prm"]])
+    if "orm" in merged:
+        tensors["orm"] = torch.stack([row[-1] for row in merged["orm"]])
+    return tensors
+
+
+def _given_steps(answer: GivenAnswer) -> AnswerSteps | None:
+    """The steps of an answer that is given in steps."""
+    if not answer.steps:
+        return None
+    num_tokens = answer.row.numel() - answer.prompt_length
+    return AnswerSteps.given(answer.steps, answer.step_ends, num_tokens)
+
+
+def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[RolloutBatch, PromptBatch]:
+    """Given answers in the records that scoring reads; each is the only one to its prompt."""
+    places = torch.arange(len(answers))
+    lengths = torch.tensor([answer.prompt_length for answer in answers], dtype=torch.int64)
+    rollout = RolloutBatch(
+        rows=tuple(answer.row for answer in answers),
+        prompt_lengths=lengths,
+        group_ids=places,
+        sample_ids=torch.tensor(numbers, dtype=torch.int64),
+        from_reference=torch.zeros(len(answers), dtype=torch.bool),
+        ended=torch.tensor([answer.ended for answer in answers], dtype=torch.bool),
+    )
+    prompts = PromptBatch(
+        rows=tuple(answer.row[: answer.prompt_length] for answer in answers),
+        group_ids=places,
+        texts=tuple(answer.prompt for answer in answers),
+        answers=(None,) * len(answers),
+        earlier=tuple(answer.turns[:-1] for answer in answers),
+    )
+    return rollout, prompts
+
+
+def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
+    for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):
+        whole = tensors["orm"][place] if "orm" in tensors else row
+        if not (row.isfinite().all() and whole.isfinite().all()):
+            where = job.answers[job.part(number)[place]].where
+            raise UserError(f"{where}: a score of this answer is not finite")
+    write_tensors(_part_file(job, number), tensors, {"format": "pt"})
+
+
+def _finish(job: Job) -> None:
+    """Puts the parts together: scores, statistics, and the steps' scores where steps are given."""
+    parts = [load_file(_part_file(job, number)) for number in range(job.num_parts)]
+    merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    offsets = np.concatenate([[0], np.cumsum(merged.pop("counts"))])
+    tensors = {name: torch.from_numpy(values) for name, values in merged.items()}
+    tensors["offsets"] = torch.from_numpy(offsets)
+    write_tensors(job.folder / SCORES_NAME, tensors, {"format": "pt"})
+    statistics = score_statistics(
+        merged["scores"],
+        len(job.answers),
+        job.key["models"]["prm"],
+        job.key["attribute_weights"],
+        job.key["data"],
+    )
+    write_text(job.folder / STATISTICS_NAME, statistics.as_json())
+    if not job.num_without_steps:
+        lines = dump_jsonl(_step_lines(job, merged, offsets.tolist())).decode()
+        write_text(job.folder / ANSWERS_NAME, lines)
+
+
+def _step_lines(job: Job, merged: dict[str, np.ndarray], offsets: list[int]) -> list[dict]:
+    """One line an answer, as tools/compare_supervision.py reads them."""
+    lines, outputs = [], torch.from_numpy(merged["scores"])
+    scores = step_probabilities(outputs, job.config.reward_model.output).numpy()
+    for number, answer in enumerate(job.answers):
+        ends = offsets[number] + np.array(answer.step_ends)
+        line = {**answer.extra, "step_scores": [round(float(x), 6) for x in scores[ends]]}
+        if "orm" in merged:
+            line["orm"] = float(merged["orm"][number])
+        lines.append(line)
+    return lines

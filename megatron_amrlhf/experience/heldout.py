@@ -1,0 +1,92 @@
+"""Answers to held-out prompts, before and after a run: same prompts, same random numbers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_amrlhf.data.order import PADDING, shard
+from megatron_amrlhf.data.prompts import EncodedPrompt
+from megatron_amrlhf.experience.context import count_metric
+from megatron_amrlhf.experience.maker import ExperienceMaker
+from megatron_amrlhf.experience.preemption import until_stopped
+from megatron_amrlhf.parallel.mesh import Mesh
+from megatron_amrlhf.rewards.judge.outcomes import REASONS
+from megatron_amrlhf.rollout.generator import generate
+from megatron_amrlhf.types import PromptBatch
+
+EVALUATION_STEP = 0  # training steps count from 1, so these random numbers are never reused
+
+
+def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dict[str, float]:
+    """Samples one answer of the policy to each held-out prompt. Entered by every rank.
+
+    Returns:
+        ``eval/reward_mean``: mean raw sequence reward; ``eval/answer_accuracy``: share of
+        reference answers met, by the judge of the verifiable reward (of the answers that it
+        judges); ``eval/not_judged``: share of those that it does not (prompts that have one);
+        ``eval/response_tokens``; ``eval/ended_fraction``. Empty without held-out prompts.
+    """
+    context = maker.context
+    mesh, config = context.mesh, context.config
+    count = min(config.evaluation.prompts, len(prompts))
+    if not count:
+        return {}
+    mine, group_ids, is_own = heldout_share(count, mesh)
+    chosen = [prompts[i] for i in mine]
+    batch = PromptBatch(
+        rows=tuple(prompt.row for prompt in chosen),
+        group_ids=group_ids,
+        texts=tuple(prompt.text for prompt in chosen),
+        answers=tuple(prompt.answer for prompt in chosen),
+        earlier=tuple(prompt.turns[:-1] for prompt in chosen),
+    )
+    size, seed = config.rollout.micro_batch_size, config.run.seed
+    with context.console.track("evaluate", len(mine)) as bar:
+        rollout = until_stopped(
+            context,
+            lambda: generate(
+                context.engine,
+                batch,
+                1,
+                0,
+                maker.settings(),
+                seed,
+                EVALUATION_STEP,
+                size,
+                bar.advance,
+                context.stop.seen,
+            ),
+        )
+    rewards = maker.rewarder.score(rollout, batch)
+    metrics = {}
+    if rewards is not None:
+        judged = ~rewards.failed & is_own.to(rewards.failed.device)
+        verdicts = maker.rewarder.verdicts(rollout, batch)
+        met, reasons = verdicts.rewards[is_own], verdicts.not_judged[is_own]
+        has_reference = reasons != REASONS.index("no_reference")
+        tokens, own = rollout.response_lengths[is_own].sum(), is_own.sum()
+        metrics = {
+            "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
+            "eval/answer_accuracy": count_metric(met.nansum(), (~met.isnan()).sum()),
+            "eval/not_judged": count_metric(
+                (met.isnan() & has_reference).sum(), has_reference.sum()
+            ),
+            "eval/response_tokens": count_metric(tokens, own),
+            "eval/ended_fraction": count_metric(rollout.ended[is_own].sum(), own),
+        }
+    return context.publish(metrics)
+
+
+def heldout_share(count: int, mesh: Mesh) -> tuple[list[int], Tensor, Tensor]:
+    """This replica's share of ``count`` held-out rows, of the same length n on every replica.
+
+    Returns:
+        Indices of rows, where the share is shorter row 0 in the place of the missing one; ``[n]``
+        int64 ascending numbers of the rows, their indices where they are this replica's own; and
+        ``[n]`` bool, whether they are.
+    """
+    share = shard(list(range(count)), mesh.dp_rank, mesh.dp_size)
+    is_own = torch.tensor([index != PADDING for index in share])
+    mine = [max(index, 0) for index in share]
+    return mine, torch.arange(mine[0], mine[0] + len(mine)), is_own
