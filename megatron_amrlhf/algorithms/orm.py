@@ -25,15 +25,10 @@ class Orm(RewardTraining[EncodedPair]):
     Rows lie in a batch as chosen, rejected, chosen, rejected ...
     """
 
-    trained_role = "orm"
-
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[EncodedPair], Selection]:
         return load_pairs(path, tokenizer, config.data)
-
-    def num_outputs(self, config: Config) -> int:
-        return 1
 
     def batch(self, examples: list[EncodedPair]) -> tuple[TrainBatch, OutputPlan]:
         """Two rows a pair, of which the loss counts the first; an output at each last token."""

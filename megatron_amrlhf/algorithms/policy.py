@@ -41,7 +41,6 @@ class PolicyAlgorithm(ABC):
     Subclasses choose answers and labels, and learn from the masked answers.
     """
 
-    trained_role = "actor"
     evaluates_at_start = True
 
     context: Context  # set by build()
@@ -52,7 +51,7 @@ class PolicyAlgorithm(ABC):
         Raises:
             UserError: the data or the PRM are wrong.
         """
-        self.is_offline = config.data.format == "pairs"
+        self.is_offline = config.is_offline
         self.train_data, selection = self.load(config.data.train, config, tokenizer)
         self.selections = [selection]
         self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
@@ -100,22 +99,17 @@ class PolicyAlgorithm(ABC):
         for item in (*self.train_data, *self.heldout_data):
             yield from item.rows
 
-    @property
-    def updates_per_step(self) -> int:
-        """Optimizer steps of a role in one step."""
-        return self.context.config.algorithm.minibatches
-
     def build(self, context: Context) -> None:
         """Adds the roles. Entered by every rank."""
         self.context, optim = context, context.config.optimizer
         context.log_selections(self.selections)
-        at_once, folder = self.updates_per_step, context.model_folder
+        algorithm, folder = context.config.algorithm, context.model_folder
+        at_once = algorithm.updates_per_step
         length = {"total_steps": self.total_steps * at_once, "steps_at_once": at_once}
-        context.role("actor", folder, learning_rate=optim.lr, **length)
-        if context.config.algorithm.has_critic:
-            rate = optim.critic_lr or optim.lr
-            context.role("critic", folder, 1, learning_rate=rate, **length)
-        context.role("reference", folder)
+        for role in algorithm.roles(context.config):
+            rate = (optim.critic_lr if role.name == "critic" else None) or optim.lr
+            training = {"learning_rate": rate, **length} if role.trainable else {}
+            context.role(role.name, folder, role.head_outputs, **training)
         for model in self.reward_models:
             context.role(model.role, model.folder, model.num_attributes)
         maker = PairMaker if self.is_offline else ExperienceMaker

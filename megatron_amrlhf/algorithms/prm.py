@@ -29,15 +29,10 @@ THRESHOLDS = {"bce": 0.0, "mse": 0.5}
 class Prm(RewardTraining[PrmExample]):
     """A head H -> D, read at the last token of every labelled step."""
 
-    trained_role = "prm"
-
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[PrmExample], Selection]:
         return load_prm_examples(path, tokenizer, config.data, config.algorithm.num_attributes)
-
-    def num_outputs(self, config: Config) -> int:
-        return config.algorithm.num_attributes
 
     def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch, OutputPlan]:
         """Rows with ``[B, S, D]`` labels, and outputs at the labelled positions."""

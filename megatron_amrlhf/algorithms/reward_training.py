@@ -27,11 +27,11 @@ class RewardTraining(ABC, Generic[Example]):
     Subclasses say how a file is read, how examples become rows, and what is learned from these.
     """
 
-    trained_role: ClassVar[str]
     reward_models: ClassVar[tuple] = ()  # it reads none
     evaluates_at_start = False  # a new head is 0 everywhere: chance
 
     context: Context  # set by build()
+    role: str
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
         """Reads and checks the data; no process group is needed.
@@ -64,10 +64,6 @@ class RewardTraining(ABC, Generic[Example]):
             yield from example.rows
 
     @abstractmethod
-    def num_outputs(self, config: Config) -> int:
-        """D, outputs of the head."""
-
-    @abstractmethod
     def batch(self, examples: list[Example]) -> tuple[TrainBatch, OutputPlan]:
         """Rows of the examples, and where the head is read."""
 
@@ -85,13 +81,11 @@ class RewardTraining(ABC, Generic[Example]):
         """Adds the one role. Entered by every rank."""
         self.context = context
         context.log_selections(self.selections)
-        context.role(
-            self.trained_role,
-            context.model_folder,
-            self.num_outputs(context.config),
-            learning_rate=context.config.optimizer.lr,
-            total_steps=self.total_steps,
-        )
+        (role,) = context.config.algorithm.roles(context.config)
+        self.role = role.name
+        rate = context.config.optimizer.lr
+        training = {"learning_rate": rate, "total_steps": self.total_steps}
+        context.role(role.name, context.model_folder, role.head_outputs, **training)
 
     def share(self, examples: list[Example], indices: list[int]) -> list[Example]:
         """This replica's part of the examples at ``indices``."""
@@ -104,7 +98,7 @@ class RewardTraining(ABC, Generic[Example]):
         context, start = self.context, time.perf_counter()
         batch, plan = self.batch(self.share(self.examples, self.position.indices(step)))
         metrics, engine = run_updates(
-            context, [batch], {self.trained_role: lambda part, tick: self.update(part, plan, tick)}
+            context, [batch], {self.role: lambda part, tick: self.update(part, plan, tick)}
         )
         seconds = time.perf_counter() - start
         tokens = context.over_replicas(sum(row.numel() for row in batch.rows))
@@ -123,7 +117,7 @@ class RewardTraining(ABC, Generic[Example]):
         batch, plan = self.batch(examples)
         with context.console.track("evaluate", len(batch.rows)) as bar:
             outputs = context.engine.score(
-                self.trained_role,
+                self.role,
                 batch.rows,
                 plan,
                 None,

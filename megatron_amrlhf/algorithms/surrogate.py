@@ -17,11 +17,6 @@ from megatron_amrlhf.types import MaskedBatch, ScoredBatch, TrainBatch
 class SurrogateAlgorithm(PolicyAlgorithm):
     """Learns from every answer by the ratio of the policy to the model that sampled it."""
 
-    @property
-    def updates_per_step(self) -> int:
-        algorithm = self.context.config.algorithm
-        return algorithm.epochs * algorithm.minibatches
-
     def logprob_temperature(self) -> float:
         """The policy that acts is the softmax at the sampling temperature."""
         return self.context.config.rollout.temperature or 1.0

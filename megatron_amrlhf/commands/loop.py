@@ -6,11 +6,11 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_amrlhf.algorithms.contract import Algorithm
 from megatron_amrlhf.checkpoint.export import export_role
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.checkpoint.folders import (
@@ -23,7 +23,7 @@ from megatron_amrlhf.checkpoint.folders import (
 from megatron_amrlhf.checkpoint.loading import load_checkpoint
 from megatron_amrlhf.checkpoint.parts import SavedLayout
 from megatron_amrlhf.checkpoint.store import CheckpointWriter
-from megatron_amrlhf.commands.planned_memory import memory_line, plan_of_run
+from megatron_amrlhf.commands.planned_memory import memory_line
 from megatron_amrlhf.commands.precision import goes_on
 from megatron_amrlhf.commands.saved_state import check_run_state
 from megatron_amrlhf.engine.integrity import check_copies, check_frozen, frozen_checksums
@@ -41,13 +41,13 @@ from megatron_amrlhf.slurm import job_id
 PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
 
-def train(algorithm, context: Context, banner: Callable[[Context, object], str]) -> bool:
+def train(algorithm: Algorithm, context: Context, banner: str) -> bool:
     """Runs the steps that are left. Entered by every rank.
 
     Args:
         algorithm: built, its roles in the engine.
         context: the run.
-        banner: what to print before the first step.
+        banner: what runs, printed before the first step.
 
     Returns:
         Whether all steps are done; if not, a checkpoint of all that was done is there.
@@ -56,7 +56,7 @@ def train(algorithm, context: Context, banner: Callable[[Context, object], str])
     frozen = frozen_checksums(roles)
     loop = Loop(algorithm, context)
     loop.resume()
-    context.console.line(banner(context, algorithm))
+    context.console.line(banner)
     try:
         loop.run()
     except StepAbandoned as request:
@@ -74,7 +74,7 @@ class Loop:
     an evaluation, which may take long, can be interrupted: the resumed run evaluates again.
     """
 
-    def __init__(self, algorithm, context: Context):
+    def __init__(self, algorithm: Algorithm, context: Context):
         self.algorithm, self.context = algorithm, context
         self.total = algorithm.total_steps
         self.writer = MetricsWriter(context.folder)
@@ -217,7 +217,7 @@ class Loop:
 
     def finish(self) -> None:
         """Saves, exports and sums up a run whose steps are all done."""
-        context, algorithm = self.context, self.algorithm
+        context = self.context
         console, folder = context.console, context.folder
         self.writer.close()
         if self.saved < self.total:
@@ -225,7 +225,8 @@ class Loop:
         self._finish_saving()
         if context.config.checkpoint.export:
             console.progress.enter("export")
-            export_role(context.engine, algorithm.trained_role, folder.export, context.tokenizer)
+            role = context.config.algorithm.roles(context.config)[0].name
+            export_role(context.engine, role, folder.export, context.tokenizer)
         console.progress.enter("finish")
         if context.mesh.is_main:
             importlib.import_module(PLOTTER).plot_run(folder.path)
@@ -277,8 +278,7 @@ class Loop:
         self.context.stop.note_save(time.monotonic() - start)
 
     def _log_memory(self) -> None:
-        line = memory_line(plan_of_run(self.context), _peak_gib(self.context))
-        self.context.console.line(line)
+        self.context.console.line(memory_line(self.context, _peak_gib(self.context)))
 
     def _note_status(self, message: str, state: str = "running") -> None:
         seconds = self.context.stop.mean_step_seconds

@@ -17,8 +17,8 @@ from megatron_amrlhf.models.families import complete_config
 from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.planning.advice import Machine, Suggestion, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
-from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.planning.roles import planned_roles
 from megatron_amrlhf.planning.tables import plan_tables, sizes_of, suggestion_table
 from megatron_amrlhf.report.console import print_whole, stdout_console
 from megatron_amrlhf.sizes import GIB, in_units

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.parallel import compat
-from megatron_amrlhf.planning.passes import PlannedRole
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.planning.roles import PlannedRole
 from megatron_amrlhf.sizes import GIB, in_units
 
 
@@ -18,8 +18,16 @@ def plan_of_run(context: Context) -> Plan:
     return make_plan(context.config, context.mesh.dp_size, roles, compat.on_gpu())
 
 
-def memory_line(plan: Plan, peak_gib: float) -> str:
-    """Such as ``memory: planned 51 GiB at most (rollout, stage 0), measured peak 49 GiB``."""
+def memory_line(context: Context, peak_gib: float) -> str:
+    """Such as ``memory: planned 51 GiB at most (rollout, stage 0), measured peak 49 GiB``.
+
+    A plan that cannot be made is told in the line: no log line ends a run.
+    """
+    try:
+        plan = plan_of_run(context)
+    except Exception as error:  # whatever an algorithm says of its passes
+        why = f"{type(error).__name__}: {error}"
+        return f"memory: measured peak {in_units(peak_gib * GIB)}, not planned ({why})"
     phase, planned = plan.worst.fullest
     line = (
         f"memory: planned {in_units(planned.total)} at most ({phase}, stage {plan.worst.stage}), "

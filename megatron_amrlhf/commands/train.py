@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from megatron_amrlhf.algorithms.contract import Algorithm
 from megatron_amrlhf.algorithms.dpo import Dpo
 from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.kto import Kto
 from megatron_amrlhf.algorithms.orm import Orm
-from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
-from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.checkpoint.files import on_all_ranks
 from megatron_amrlhf.commands.loop import train
 from megatron_amrlhf.commands.precision import decide, kept_dtypes
@@ -53,7 +53,7 @@ from megatron_amrlhf.report.console import RunConsole, terminal
 from megatron_amrlhf.run.folder import RunFolder
 from megatron_amrlhf.run.stop_request import StopRequest
 
-ALGORITHMS = {
+ALGORITHMS: dict[str, Callable[[Config, PreTrainedTokenizerBase], Algorithm]] = {
     "prm": Prm,
     "orm": Orm,
     "ppo": Ppo,
@@ -81,7 +81,7 @@ class Prepared:
     model_folder: Path
     tokenizer: PreTrainedTokenizerBase
     end_ids: list[int]
-    algorithm: PolicyAlgorithm | RewardTraining
+    algorithm: Algorithm
     usable: Tensor
 
 
@@ -107,8 +107,8 @@ def prepare(config: Config) -> Prepared:
         algorithm.reward_models, tokenizer, algorithm.rows(), usable if samples else None
     )
     check_total_steps(config, algorithm.total_steps)
-    outputs = algorithm.num_outputs(config) if config.algorithm.trains_reward_model else None
-    check_weights(model_folder, outputs)
+    trained = config.algorithm.roles(config)[0]
+    check_weights(model_folder, trained.head_outputs)
     check_deepspeed(config)
     return Prepared(model_folder, tokenizer, end_ids, algorithm, usable)
 
@@ -130,7 +130,7 @@ def run(config: Config) -> bool:
         context = _context(config, prepared)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
-            return train(algorithm, context, _banner)
+            return train(algorithm, context, _banner(context, algorithm))
     finally:
         stop_processes()
 
@@ -183,7 +183,7 @@ def check_same_prompts(prompts: list[list[int]]) -> None:
         )
 
 
-def _banner(context: Context, algorithm) -> str:
+def _banner(context: Context, algorithm: Algorithm) -> str:
     """What runs, on what layout, in which attempt."""
     mesh, config = context.mesh, context.config
     line = (

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
+from megatron_amrlhf.config.algorithm_section import (
+    LOGPROB,
+    AlgorithmSection,
+    Pass,
+    PolicySection,
+    RewardModelSection,
+    unread,
+)
 from megatron_amrlhf.config.section import (
     AnyFloat,
     Fraction,
@@ -13,38 +22,15 @@ from megatron_amrlhf.config.section import (
     Positive,
     PositiveFloat,
     Rows,
-    Section,
 )
+
+if TYPE_CHECKING:
+    from megatron_amrlhf.config.schema import Config
 
 STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
 
 
-class AlgorithmSection(Section):
-    """What every kind says of itself to the rest of the configuration, beside its keys.
-
-    Attributes:
-        trains_reward_model: it learns from labels; else it learns from answers, by their reward.
-        data_formats: values of ``data.format`` that it can read.
-        rows_together: rows that its loss reads at once.
-        has_critic: it trains a critic.
-        compares_answers: it needs several answers to a prompt.
-        labels_answers: it learns from every answer, as a chosen or a rejected one.
-        loss_reads_label: also without a mask.
-        counts_tokens: its loss is a mean over tokens, as ``loss.denominator`` counts them.
-    """
-
-    trains_reward_model: ClassVar[bool] = False
-    data_formats: ClassVar[tuple[str, ...]] = ("prompts",)
-    rows_together: ClassVar[int] = 1
-    has_critic: ClassVar[bool] = False
-    compares_answers: ClassVar[bool] = False
-    labels_answers: ClassVar[bool] = False
-    loss_reads_label: ClassVar[bool] = False
-    counts_tokens: ClassVar[bool] = False
-
-
-class PrmAlgorithm(AlgorithmSection):
-    trains_reward_model = True
+class PrmAlgorithm(RewardModelSection):
     data_formats = STEP_FORMATS
     kind: Literal["prm"] = "prm"
     epochs: Positive = Field(2, description="passes over the data (paper, app. A.1)")
@@ -56,21 +42,33 @@ class PrmAlgorithm(AlgorithmSection):
         "bce", description="bce on labels in [0, 1] or squared error, both at step ends"
     )
 
+    @property
+    def num_outputs(self) -> int:
+        return self.num_attributes
 
-class OrmAlgorithm(AlgorithmSection):
-    trains_reward_model = True
+
+class OrmAlgorithm(RewardModelSection):
     data_formats = ("pairs",)
     rows_together = 2
     kind: Literal["orm"] = "orm"
-    epochs: Positive = Field(1, description="passes over the data")
     batch_size: Rows = Field(16, description="pairs an optimizer step, over all DP ranks")
 
 
-class PpoAlgorithm(AlgorithmSection):
-    has_critic = labels_answers = counts_tokens = True
-    kind: Literal["ppo"] = "ppo"
-    clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
-    value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
+class SurrogateSection(PolicySection):
+    """A kind whose clipped surrogate allows several passes over a rollout."""
+
+    minibatches: Positive = Field(1, description="optimizer steps a pass")
+    epochs: Positive = Field(1, description="passes over a rollout")
+
+    @property
+    def updates_per_step(self) -> int:
+        return self.epochs * self.minibatches
+
+
+class CriticSection(SurrogateSection):
+    """A kind with a critic, whose values are discounted sums of rewards."""
+
+    has_critic = True
     gamma: Fraction = Field(1.0, description="discount")
     gae_lambda: Fraction = Field(0.95, description="lambda of GAE")
     bootstrap_truncated: bool = Field(
@@ -78,6 +76,13 @@ class PpoAlgorithm(AlgorithmSection):
         description="an answer cut off at the length limit goes on with the critic's value of its "
         "last state; false: it ends there with value 0",
     )
+
+
+class PpoAlgorithm(CriticSection):
+    labels_answers = counts_tokens = True
+    kind: Literal["ppo"] = "ppo"
+    clip_eps: PositiveFloat = Field(0.2, description="epsilon of eq. 14")
+    value_clip_eps: PositiveFloat = Field(0.2, description="clip range of the value loss")
     kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi, pi_ref)")
     kl_in: Literal["reward", "loss"] = Field(
         "reward", description="the KL is a penalty in the token reward or a term of the loss"
@@ -85,12 +90,22 @@ class PpoAlgorithm(AlgorithmSection):
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = Field(
         "k1", description="KL estimator: k1 or abs in the reward, k2 or k3 in the loss"
     )
-    epochs: Positive = Field(1, description="passes over a rollout")
-    minibatches: Positive = Field(1, description="optimizer steps a pass")
     whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
 
+    def problems(self, config: Config) -> Iterator[str]:
+        place, estimator = self.kl_in, self.kl_estimator
+        meant = {"reward": ("k1", "abs"), "loss": ("k2", "k3")}[place]
+        if estimator not in meant:
+            yield (
+                f"algorithm.kl_estimator: {estimator} in the {place} does not pull towards the "
+                f"reference: use {' or '.join(meant)} with algorithm.kl_in: {place}"
+            )
+        if self.bootstrap_truncated and config.rollout.truncated == "mask":
+            reader = "rollout.truncated: keep or penalise"
+            yield unread("algorithm.bootstrap_truncated", reader, config.rollout.truncated)
 
-class GrpoAlgorithm(AlgorithmSection):
+
+class GrpoAlgorithm(SurrogateSection):
     compares_answers = labels_answers = loss_reads_label = counts_tokens = True
     kind: Literal["grpo"] = "grpo"
     clip_eps: PositiveFloat = Field(0.2, description="the ratio's clip range below 1")
@@ -105,11 +120,18 @@ class GrpoAlgorithm(AlgorithmSection):
     length_normalise: Literal["token", "sequence"] = Field(
         "token", description="mean over all tokens, or over answers of their tokens' means"
     )
-    epochs: Positive = Field(1, description="passes over a rollout")
-    minibatches: Positive = Field(1, description="optimizer steps a pass")
+
+    def label_problems(self, config: Config) -> Iterator[str]:
+        if config.mask.label != "group":
+            yield (
+                f"mask.label: {config.mask.label} is not for grpo, where the group-relative "
+                "advantage decides: use group"
+            )
+        else:
+            yield from super().label_problems(config)
 
 
-class DpoAlgorithm(AlgorithmSection):
+class DpoAlgorithm(PolicySection):
     compares_answers = True
     data_formats = ("prompts", "pairs")
     rows_together = 2
@@ -126,20 +148,53 @@ class DpoAlgorithm(AlgorithmSection):
     pair_margin: NonNegativeFloat = Field(
         0.0, description="least difference for pairs: margin, raw reward units"
     )
-    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+    @property
+    def implicit_beta(self) -> float:
+        return self.beta
+
+    def most_rows(self, samples: int) -> int:
+        return 2 if self.pairs == "best_worst" else samples * (samples - 1)
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if config.is_offline and self.pairs != "best_worst":
+            yield _not_offline("algorithm.pairs", self.pairs)
+        if self.pair_margin and self.pairs != "margin":
+            yield unread("algorithm.pair_margin", "algorithm.pairs: margin", self.pairs)
 
 
-class KtoAlgorithm(AlgorithmSection):
+class KtoAlgorithm(PolicySection):
     labels_answers = loss_reads_label = True
     kind: Literal["kto"] = "kto"
     beta: PositiveFloat = Field(0.1, description="how fast the value saturates, 1 / nats")
     desirable_weight: NonNegativeFloat = Field(1.0, description="lambda_D, of chosen answers")
     undesirable_weight: NonNegativeFloat = Field(1.0, description="lambda_U, of rejected answers")
-    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+    @property
+    def implicit_beta(self) -> float:
+        return self.beta
+
+    def problems(self, config: Config) -> Iterator[str]:
+        if not (self.desirable_weight or self.undesirable_weight):
+            yield (
+                "algorithm.desirable_weight, algorithm.undesirable_weight: nothing is learned with "
+                "both 0, set one above 0"
+            )
+        if config.rollout.prompts_per_step < 2:
+            yield (
+                "rollout.prompts_per_step: kto's reference point pairs a prompt with an answer to "
+                f"another one, use at least 2 (got {config.rollout.prompts_per_step})"
+            )
+
+    def more_passes(self, answers: int) -> Iterator[Pass]:
+        """The mismatched pairs of the reference point."""
+        for role in ("reference", "actor"):
+            yield Pass("score", role, answers, reads=LOGPROB)
 
 
-class RejectionSamplingAlgorithm(AlgorithmSection):
+class RejectionSamplingAlgorithm(PolicySection):
     compares_answers = counts_tokens = True
+    rejects_answers = False
     data_formats = ("prompts", "pairs")
     kind: Literal["rejection_sampling"] = "rejection_sampling"
     kl_coef: NonNegativeFloat = Field(0.05, description="weight of KL(pi || pi_ref), eq. 16")
@@ -157,7 +212,33 @@ class RejectionSamplingAlgorithm(AlgorithmSection):
         "none",
         description="random: as many answers of each prompt as select picks, but by chance",
     )
-    minibatches: Positive = Field(1, description="optimizer steps a rollout")
+
+    def fewest_units(self, samples: int) -> int:
+        return self.k
+
+    def most_rows(self, samples: int) -> int:
+        return samples if self.select == "threshold" else self.k
+
+    def problems(self, config: Config) -> Iterator[str]:
+        select, samples = self.select, config.rollout.samples_per_prompt
+        if config.is_offline:
+            if select != "best":
+                yield _not_offline("algorithm.select", select)
+            if self.control != "none":
+                yield _not_offline("algorithm.control", self.control)
+        if self.k != 1 and select != "top_k":
+            yield unread("algorithm.k", "algorithm.select: top_k", select)
+        if self.threshold and select != "threshold":
+            yield unread("algorithm.threshold", "algorithm.select: threshold", select)
+        if self.k > samples:
+            yield (
+                f"algorithm.k = {self.k} is more than the answers to a prompt: use at most "
+                f"rollout.samples_per_prompt = {samples}"
+            )
+
+
+def _not_offline(key: str, found: str) -> str:
+    return f"{key}: the pairs of data.format: pairs are given (got {found}), leave it out"
 
 
 Algorithm = Annotated[
@@ -170,3 +251,15 @@ Algorithm = Annotated[
     | RejectionSamplingAlgorithm,
     Field(discriminator="kind"),
 ]
+
+
+def algorithm_models() -> dict[str, type[AlgorithmSection]]:
+    """Maps each allowed ``algorithm.kind`` to its section's model."""
+    union = get_args(get_args(Algorithm)[0])
+    return {get_args(model.model_fields["kind"].annotation)[0]: model for model in union}
+
+
+def kinds_that(flag: str) -> str:
+    """The kinds whose section has ``flag`` set, such as ``ppo, grpo or kto``."""
+    kinds = [kind for kind, model in algorithm_models().items() if getattr(model, flag)]
+    return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)

@@ -7,11 +7,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_amrlhf.config.algorithm_rules import algorithm_problems
-from megatron_amrlhf.config.algorithms import (
-    GrpoAlgorithm,
-    PpoAlgorithm,
-)
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
@@ -40,7 +35,8 @@ def check_run(config: Config, world_size: int) -> None:
         problems += [
             *_label_problems(config),
             *_signal_problems(config),
-            *algorithm_problems(config),
+            *_group_problems(config),
+            *config.algorithm.problems(config),
             *reward_problems(config),
             *unread_problems(config),
         ]
@@ -171,7 +167,7 @@ def _run_problems(config: Config) -> Iterator[str]:
 
 
 def _warmup_problems(config: Config, steps: int) -> Iterator[str]:
-    warmup, updates = config.optimizer.warmup_steps, _optimizer_steps(config, steps)
+    warmup, updates = config.optimizer.warmup_steps, steps * config.algorithm.updates_per_step
     if warmup >= updates:
         yield (
             f"optimizer.warmup_steps = {warmup} leaves nothing of the run's {updates} optimizer "
@@ -191,25 +187,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
             f"start a multiple of {model_parallel} processes or change the sizes"
         )
         return
-    replicas = world_size // model_parallel
-    algorithm, rollout = config.algorithm, config.rollout
-    if algorithm.trains_reward_model:
-        if algorithm.batch_size % replicas:
-            yield _not_divided("algorithm.batch_size", algorithm.batch_size, replicas)
-        return
-    if rollout.prompts_per_step % replicas:
-        yield _not_divided("rollout.prompts_per_step", rollout.prompts_per_step, replicas)
-        return
-    rows, unit = rollout.prompts_per_step // replicas, "prompts"
-    if algorithm.labels_answers:
-        rows, unit = rows * rollout.samples_per_prompt, "answers"
-    if algorithm.kind == "rejection_sampling":
-        rows *= algorithm.k
-    if algorithm.minibatches > rows:
-        yield (
-            f"algorithm.minibatches = {algorithm.minibatches} is more than the {rows} {unit} a "
-            f"step on each of the {replicas} replicas: use at most {rows}"
-        )
+    yield from config.algorithm.layout_problems(config, world_size // model_parallel)
 
 
 def _rollout_problems(config: Config) -> Iterator[str]:
@@ -230,11 +208,6 @@ def _rollout_problems(config: Config) -> Iterator[str]:
             f"rollout.samples_per_prompt: {config.algorithm.kind} compares answers to one prompt, "
             f"use at least 2 (got {rollout.samples_per_prompt})"
         )
-    if config.algorithm.kind == "kto" and rollout.prompts_per_step < 2:
-        yield (
-            "rollout.prompts_per_step: kto's reference point pairs a prompt with an answer to "
-            f"another one, use at least 2 (got {rollout.prompts_per_step})"
-        )
     longest = data.max_prompt_tokens + rollout.max_new_tokens
     if longest > data.max_row_tokens:
         yield (
@@ -245,23 +218,19 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 
 def _label_problems(config: Config) -> Iterator[str]:
     """What makes an answer chosen, where the mask or the loss reads it."""
-    algorithm, mask, label = config.algorithm, config.mask, config.mask.label
-    is_masked = mask.kind == "adaptive"
-    if not (algorithm.loss_reads_label or algorithm.labels_answers and is_masked):
-        return
-    others = "batch or value" if algorithm.has_critic else "batch"
-    if algorithm.kind == "grpo" and label != "group":
+    algorithm = config.algorithm
+    is_masked = config.mask.kind == "adaptive"
+    if algorithm.loss_reads_label or (algorithm.labels_answers and is_masked):
+        yield from algorithm.label_problems(config)
+
+
+def _group_problems(config: Config) -> Iterator[str]:
+    mask, samples = config.mask, config.rollout.samples_per_prompt
+    reads_group = mask.kind == "adaptive" and mask.threshold == "group"
+    if reads_group and config.data.format == "prompts" and samples < 2:
         yield (
-            f"mask.label: {label} is not for grpo, where the group-relative advantage decides: "
-            "use group"
-        )
-    elif label == "value" and not algorithm.has_critic:
-        kind = algorithm.kind
-        yield f"mask.label: value needs a critic, which {kind} has not: use group or batch"
-    elif label == "group" and config.rollout.samples_per_prompt < 2:
-        yield (
-            "mask.label: group compares answers to one prompt: use rollout.samples_per_prompt of "
-            f"at least 2, or label {others}"
+            "mask.threshold: group is the mean over the answers to a prompt, of which there is one "
+            "only: use rollout.samples_per_prompt of at least 2, or threshold sequence"
         )
 
 
@@ -285,7 +254,7 @@ def _implicit_problems(config: Config) -> Iterator[str]:
     is_good = baseline < -delta
     is_bad = baseline > delta or (mask.delta == 0 and baseline == 0)
     start = "mask.signal: implicit is 0 at every token until the policy differs from the reference"
-    if config.algorithm.kind == "rejection_sampling" and not is_good:
+    if not config.algorithm.rejects_answers and not is_good:
         yield (
             f"{start}, and of chosen answers 0 is kept by a baseline below 0 only: use mask.kind: "
             "none, or mask.threshold: fixed with a mask.fixed_value below -mask.delta"
@@ -296,22 +265,6 @@ def _implicit_problems(config: Config) -> Iterator[str]:
             "learned: use mask.delta: 0, or mask.threshold: fixed with a mask.fixed_value further "
             "from 0 than that"
         )
-
-
-def _optimizer_steps(config: Config, steps: int) -> int:
-    """Optimizer steps of a run of so many steps."""
-    algorithm = config.algorithm
-    if algorithm.trains_reward_model:
-        return steps
-    epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm | GrpoAlgorithm) else 1
-    return steps * epochs * algorithm.minibatches
-
-
-def _not_divided(key: str, value: int, replicas: int) -> str:
-    up = -(-value // replicas) * replicas
-    down = up - replicas
-    choice = f"{down} or {up}" if down else str(up)
-    return f"{key} = {value} does not divide by the {replicas} data-parallel replicas: use {choice}"
 
 
 def _choices(counts: list[int]) -> str:

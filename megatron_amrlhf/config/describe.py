@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from megatron_amrlhf.config.algorithms import algorithm_models
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.config.section import LARGEST_ROWS
 
@@ -45,12 +46,6 @@ def list_keys() -> tuple[Key, ...]:
         else:
             keys += _section_keys(section, "", field.annotation)
     return tuple(keys)
-
-
-def algorithm_models() -> dict[str, type[BaseModel]]:
-    """Maps each allowed ``algorithm.kind`` to its section's model."""
-    members = get_args(Config.model_fields["algorithm"].annotation)
-    return {member.model_fields["kind"].default: member for member in members}
 
 
 def section_fields(section: str, kind: str | None) -> tuple[str, ...]:

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_amrlhf.config.algorithms import algorithm_models
 from megatron_amrlhf.config.describe import (
-    algorithm_models,
     format_value,
     list_keys,
     section_fields,

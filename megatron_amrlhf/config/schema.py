@@ -363,6 +363,23 @@ class Config(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether it learns from the answers of a file and samples none."""
+        return self.data.format == "pairs" and not self.algorithm.trains_reward_model
+
+    @property
+    def reward_folders(self) -> dict[str, str]:
+        """Folders of the reward models that a run on answers loads, by role."""
+        if self.algorithm.trains_reward_model:
+            return {}
+        section, weights = self.reward_model, self.reward
+        found = {
+            "prm": section.path if weights.prm_weight else None,
+            "orm": section.orm_path if weights.orm_weight else None,
+        }
+        return {role: path for role, path in found.items() if path}
+
     def dtype_of(self, role: str) -> str:
         """The dtype of a role's weights, ``auto`` where it is not decided yet."""
         is_frozen_reward = role in REWARD_ROLES and not self.algorithm.trains_reward_model

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
+from megatron_amrlhf.config.algorithm_section import unread
+from megatron_amrlhf.config.algorithms import kinds_that
 from megatron_amrlhf.config.schema import Config
 
 
@@ -24,11 +25,6 @@ def unread_problems(config: Config) -> Iterator[str]:
             yield unread(key, reader, found)
 
 
-def unread(key: str, reader: str, found: Any) -> str:
-    """That only ``reader`` would read a key; ``found`` is what the run has, here or there."""
-    return f"{key}: is read by {reader} only (got {found}), set that or leave it out"
-
-
 def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
     """(key, what reads it, whether this run does)."""
     algorithm, mask, reward = config.algorithm, config.mask, config.reward
@@ -42,17 +38,15 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
         "mask.threshold: offline with offline_statistic: quantile",
         (threshold, statistic) == ("offline", "quantile"),
     )
-    yield "mask.label", "algorithm.kind ppo, grpo or kto", algorithm.labels_answers
-    yield (
-        "loss.denominator",
-        "algorithm.kind ppo, grpo or rejection_sampling",
-        algorithm.counts_tokens,
-    )
-    yield "reward.placement", "algorithm.kind: ppo", algorithm.has_critic
+    labels, critics = kinds_that("labels_answers"), kinds_that("has_critic")
+    yield "mask.label", f"algorithm.kind {labels}", algorithm.labels_answers
+    means = f"algorithm.kind {kinds_that('counts_tokens')}"
+    yield "loss.denominator", means, algorithm.counts_tokens
+    yield "reward.placement", f"algorithm.kind: {critics}", algorithm.has_critic
     # As with the keys of mask, reward.* may stay where only mask.kind is changed.
     is_cut = mask.kind == "none" or mask.signal != "implicit" or algorithm.has_critic
     for key in ("reward.granularity", "reward.normalise"):
-        yield key, "algorithm.kind ppo and a mask.signal other than implicit", is_cut
+        yield key, f"algorithm.kind {critics} and a mask.signal other than implicit", is_cut
     yield (
         "reward.step_boundary",
         "reward.granularity: step and reward.outcome",
@@ -62,7 +56,7 @@ def _readers(config: Config) -> Iterator[tuple[str, str, bool]]:
     yield "reward_model.orm_path", "reward.orm_weight", reward.orm_weight > 0
     yield "reward.outcome", "a reward.prm_weight above 0", reward.prm_weight > 0
     yield "reward_model.attribute_weights", "a reward.prm_weight above 0", reward.prm_weight > 0
-    yield "optimizer.critic_lr", "algorithm.kind: ppo", algorithm.has_critic
+    yield "optimizer.critic_lr", f"algorithm.kind: {critics}", algorithm.has_critic
     yield "rollout.reference_samples_per_prompt", "data.format: prompts", samples
     yield "rollout.truncated", "data.format: prompts", samples
     penalises = samples and config.rollout.truncated == "penalise"

@@ -36,7 +36,7 @@ def checkpoint_room(config: Config, run_folder: Path) -> CheckpointRoom:
 
 def _num_trained(config: Config) -> int:
     """Parameters of all trained roles."""
-    heads = {"prm": [1], "orm": [1], "ppo": [None, 1]}.get(config.algorithm.kind, [None])
+    heads = [role.head_outputs for role in config.algorithm.roles(config) if role.trainable]
     path = config.model.path
     if path.startswith("pip:") or path.endswith(".gguf"):
         file = expanded(path)

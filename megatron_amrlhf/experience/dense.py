@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.config.algorithms import DpoAlgorithm, KtoAlgorithm, PpoAlgorithm
+from megatron_amrlhf.config.algorithms import CriticSection
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.losses.gae import gae, td_errors
 from megatron_amrlhf.mask.messages import message_ids, unit_rewards
@@ -132,9 +132,8 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tens
     if kind == "reward":
         return rewards
     if kind == "implicit":
-        beta = algorithm.beta if isinstance(algorithm, DpoAlgorithm | KtoAlgorithm) else 1.0
-        return beta * (scored.logprobs - scored.reference_logprobs)
-    assert isinstance(algorithm, PpoAlgorithm), kind
+        return algorithm.implicit_beta * (scored.logprobs - scored.reference_logprobs)
+    assert isinstance(algorithm, CriticSection), kind
     after = scored.bootstrap_values
     if kind == "td_error":
         return td_errors(shaped, scored.values, valid, algorithm.gamma, after)

@@ -221,7 +221,7 @@ class ExperienceMaker:
             ),
             "reward/chosen": count_metric(rewards[chosen].sum(), chosen.sum()),
         }
-        if self.context.config.algorithm.kind != "rejection_sampling":  # whose are all chosen
+        if self.context.config.algorithm.rejects_answers:
             rejected = judged_rows & ~chosen
             metrics["reward/rejected"] = count_metric(rewards[rejected].sum(), rejected.sum())
         return mask, metrics

@@ -22,6 +22,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_amrlhf.commands.train import ALGORITHMS
+from megatron_amrlhf.config.algorithm_section import Pass
 from megatron_amrlhf.config.checks import check_run, check_total_steps
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
@@ -32,8 +33,8 @@ from megatron_amrlhf.errors import tells_user_errors
 from megatron_amrlhf.models.source import read_hf_config, resolve_model_folder
 from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.planning.advice import Machine, step_seconds
-from megatron_amrlhf.planning.passes import Pass, planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.planning.roles import planned_roles
 from megatron_amrlhf.report.progress import in_minutes
 
 LAYERS, ROWS, TOKENS, REPEATS = 2, 4, 96, 3

@@ -11,8 +11,8 @@ from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.shape import ModelShape
-from megatron_amrlhf.planning.passes import PlannedRole
 from megatron_amrlhf.planning.plan import Plan, StagePlan, make_plan, phase_of
+from megatron_amrlhf.planning.roles import PlannedRole
 from megatron_amrlhf.sizes import in_units
 
 POOR_BUBBLE = 0.25

@@ -11,7 +11,7 @@ from megatron_amrlhf.planning.activations import (
     update_transient,
 )
 from megatron_amrlhf.planning.bytes_moved import BatchShape
-from megatron_amrlhf.planning.passes import RowLengths
+from megatron_amrlhf.planning.roles import RowLengths
 from megatron_amrlhf.planning.weights import StageSpec, held_bytes
 
 

@@ -18,7 +18,6 @@ from megatron_amrlhf.models.source import (
     read_hf_config,
     resolve_model_folder,
 )
-from megatron_amrlhf.planning.passes import reward_roles
 
 
 def model_config(path: str, cache_folder: str) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def reward_configs(
     A reward model that is not trained yet is taken to be of the policy's sizes, with one output.
     """
     found, notes = {}, []
-    for role, path in reward_roles(config).items():
+    for role, path in config.reward_folders.items():
         folder = expanded(path)
         if (folder / "config.json").is_file():
             found[role] = read_hf_config(folder), _head_outputs(folder)

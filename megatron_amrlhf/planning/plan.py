@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from megatron_amrlhf.config.algorithm_section import Pass
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.planning.bytes_moved import (
     BatchShape,
@@ -21,11 +22,9 @@ from megatron_amrlhf.planning.memory import (
     score_memory,
     update_memory,
 )
-from megatron_amrlhf.planning.passes import (
-    Pass,
+from megatron_amrlhf.planning.roles import (
     PlannedRole,
     RowLengths,
-    planned_passes,
     row_lengths,
 )
 from megatron_amrlhf.planning.volumes import RECEIVE, Volumes
@@ -119,7 +118,7 @@ def make_plan(config: Config, data: int, roles: list[PlannedRole], on_gpu: bool 
         roles: its models.
         on_gpu: communication by NCCL, else by gloo.
     """
-    lengths, passes = row_lengths(config), planned_passes(config, roles, data)
+    lengths, passes = row_lengths(config), list(config.algorithm.passes(config, data))
     stages = range(config.parallel.pipeline)
     specs = {stage: [_spec(config, role, stage, data) for role in roles] for stage in stages}
     by_role = {spec.name: spec for spec in specs[0]}

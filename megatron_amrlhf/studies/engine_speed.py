@@ -35,7 +35,7 @@ from megatron_amrlhf.planning.bytes_moved import (
     update_bytes,
 )
 from megatron_amrlhf.planning.memory import rollout_memory, score_memory, update_memory
-from megatron_amrlhf.planning.passes import RowLengths
+from megatron_amrlhf.planning.roles import RowLengths
 from megatron_amrlhf.planning.volumes import Volumes
 from megatron_amrlhf.planning.weights import StageSpec, held_bytes, stage_spec
 from megatron_amrlhf.rollout.generator import generate

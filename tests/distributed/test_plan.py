@@ -15,8 +15,8 @@ from megatron_amrlhf.commands import train
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.models.source import read_hf_config
 from megatron_amrlhf.planning.models import reward_configs
-from megatron_amrlhf.planning.passes import planned_roles
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.planning.roles import planned_roles
 from megatron_amrlhf.studies.engine_speed import Memory
 from megatron_amrlhf.studies.traffic import TrafficCounter
 from tests.distributed.processes import run_on

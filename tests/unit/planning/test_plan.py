@@ -10,12 +10,13 @@ import pytest
 from huggingface_hub import constants
 
 from megatron_amrlhf.cli import main
+from megatron_amrlhf.config.algorithm_section import Pass
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.planning.advice import Machine, suggest, warnings
 from megatron_amrlhf.planning.models import model_config, reward_configs
-from megatron_amrlhf.planning.passes import Pass, planned_passes, planned_roles, row_lengths
 from megatron_amrlhf.planning.plan import Plan, make_plan
+from megatron_amrlhf.planning.roles import planned_roles, row_lengths
 
 ROOT = Path(__file__).resolve().parents[3]
 GIB = 2**30
@@ -64,7 +65,7 @@ def plan_of(tmp_path, data=1, overrides=(), **sections) -> Plan:
 
 
 def updates_of(config, data: int) -> list[Pass]:
-    return [x for x in planned_passes(config, roles_of(config), data) if x.phase == "update"]
+    return [x for x in config.algorithm.passes(config, data) if x.phase == "update"]
 
 
 @pytest.mark.parametrize(
@@ -88,9 +89,7 @@ def test_rows_of_an_update(tmp_path, algorithm, rows, times, together):
 def test_the_reference_decodes_its_share(tmp_path):
     config = config_of(tmp_path, overrides=["rollout.reference_samples_per_prompt=1"])
     rollouts = [
-        (x.role, x.rows)
-        for x in planned_passes(config, roles_of(config), 1)
-        if x.phase == "rollout"
+        (x.role, x.rows) for x in config.algorithm.passes(config, 1) if x.phase == "rollout"
     ]
     assert rollouts == [("actor", 24), ("reference", 8)]
 
