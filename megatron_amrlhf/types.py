@@ -12,9 +12,12 @@ Alignment of per-response-token tensors ``[B, R]``: index ``j`` is the response 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from megatron_amrlhf.losses.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -156,16 +159,17 @@ class MaskedBatch:
         assert self.mask.dtype == torch.bool and self.mask.shape[0] == len(self.rollout.rows)
 
 
+T = TypeVar("T", bound=Targets)
+
+
 @dataclass(frozen=True)
-class TrainBatch:
+class TrainBatch(Generic[T]):
     """Rows of one optimizer step on one data-parallel rank, the same for every algorithm.
 
     Attributes:
         rows: token ids of each row, 1-D int64 on CPU, known to every rank of the replica.
         prompt_lengths: ``[B]`` int64.
-        targets: named ``[B, R]`` or ``[B]`` tensors that the loss reads on the last stage
-            (``mask``, ``advantages``, ...), ``denominator`` (bool, what the loss's mean counts)
-            always among them; empty on other stages.
+        targets: what the loss reads, of the same rows; None but on last pipeline stages.
         ids: ``[B]`` int64 that name the rows in messages: sample ids of a rollout, places in the
             step's data of a reward model.
         kept_lengths: ``[B]`` int64, response tokens up to the last one in the mask, known to
@@ -174,12 +178,12 @@ class TrainBatch:
 
     rows: tuple[Tensor, ...]
     prompt_lengths: Tensor
-    targets: dict[str, Tensor]
+    targets: T | None
     ids: Tensor
     kept_lengths: Tensor
 
     @classmethod
-    def of(cls, batch: MaskedBatch, targets: dict[str, Tensor]) -> TrainBatch:
+    def of(cls, batch: MaskedBatch, targets: T | None) -> TrainBatch[T]:
         """All answers of a masked rollout; the rows of failed ones are empty.
 
         No loss reads these, and what is not finite in a row would be so in its gradient, 0 or not.
@@ -196,14 +200,14 @@ class TrainBatch:
 
     @classmethod
     def whole(
-        cls, rows: tuple[Tensor, ...], prompt_lengths: Tensor, targets: dict[str, Tensor]
-    ) -> TrainBatch:
+        cls, rows: tuple[Tensor, ...], prompt_lengths: Tensor, targets: T | None
+    ) -> TrainBatch[T]:
         """Rows without a mask, named by their places."""
         lengths = torch.tensor([row.numel() for row in rows], dtype=torch.int64)
         ids = torch.arange(len(rows))
         return cls(rows, prompt_lengths, targets, ids, lengths - prompt_lengths)
 
-    def cut_to_kept(self) -> TrainBatch:
+    def cut_to_kept(self) -> TrainBatch[T]:
         """The rows without what follows their last kept token; rows without one are empty.
 
         Outputs up to there do not depend on what follows, so a loss that reads kept tokens alone
@@ -218,13 +222,13 @@ class TrainBatch:
             prompt_lengths=torch.where(keeps, self.prompt_lengths, 0),
         )
 
-    def select(self, index: Tensor) -> TrainBatch:
+    def select(self, index: Tensor) -> TrainBatch[T]:
         """The rows at ``index`` (1-D int64), in that order."""
         return replace(
             self,
             rows=tuple(self.rows[i] for i in index.tolist()),
             prompt_lengths=self.prompt_lengths[index],
-            targets={name: x[index.to(x.device)] for name, x in self.targets.items()},
+            targets=self.targets and self.targets.select(index),
             ids=self.ids[index],
             kept_lengths=self.kept_lengths[index],
         )

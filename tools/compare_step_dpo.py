@@ -13,12 +13,12 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.table import Table
 
-from megatron_amrlhf.algorithms.dpo import dpo_terms
 from megatron_amrlhf.algorithms.update import response_plan, update
 from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
@@ -28,6 +28,7 @@ from megatron_amrlhf.errors import UserError, telling, tells_user_errors
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.files import writable_folder, write_atomic
+from megatron_amrlhf.losses.dpo import PairTargets, dpo_loss
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.dtypes import own_choice
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
@@ -157,21 +158,20 @@ def make_batch(shape: Shape, form: str, vocab_size: int) -> TrainBatch:
         masks += [mask] * len(whole)
     lengths = torch.tensor([row.numel() - shape.prompt_tokens for row in rows])
     mask = torch.stack(masks)
-    targets = {
-        "mask": mask,
-        "valid": torch.arange(mask.shape[1]) < lengths[:, None],
-        "reference_logprobs": torch.full(mask.shape, -1.0),
-        "denominator": torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1),
-    }
+    targets = PairTargets(
+        denominator=torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1),
+        mask=mask,
+        valid=torch.arange(mask.shape[1]) < lengths[:, None],
+        reference_logprobs=torch.full(mask.shape, -1.0),
+    )
     prompt_lengths = torch.full((len(rows),), shape.prompt_tokens)
     return TrainBatch.whole(tuple(rows), prompt_lengths, targets)
 
 
 def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     """One optimizer step: its seconds, its passes (micro-batches), and its loss."""
-    device = context.mesh.device
-    targets = {name: x.to(device) for name, x in batch.targets.items()}
-    batch = replace(batch, targets=targets)
+    device, algorithm = context.mesh.device, context.config.algorithm
+    batch = replace(batch, targets=batch.targets.each(lambda x: x.to(device)))
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     passes: list[int] = []
     start = clock()
@@ -181,9 +181,9 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
         batch,
         response_plan(batch),
         read_logprobs(context, 1.0),
-        dpo_terms(context.config.algorithm),
-        "policy",
-        passes.append,
+        loss=partial(dpo_loss, beta=algorithm.beta, form=algorithm.form),
+        name="policy",
+        on_block=passes.append,
         together=2,
     )
     if device.type == "cuda":

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
-from megatron_amrlhf.algorithms.update import TermsFunction
-from megatron_amrlhf.config.algorithms import DpoAlgorithm
 from megatron_amrlhf.experience.maker import Judged
-from megatron_amrlhf.losses.dpo import dpo_loss
-from megatron_amrlhf.losses.reduce import LossOutput
+from megatron_amrlhf.losses.dpo import PairTargets, dpo_loss
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -34,32 +34,11 @@ class Dpo(SelectionAlgorithm):
     def reads_kept_alone(self) -> bool:
         return self.context.config.algorithm.form == "inside"
 
-    def update_actor(self, part: TrainBatch, on_block):
+    def targets(self, answers: AnswerTargets) -> PairTargets:
+        return PairTargets(**vars(answers))
+
+    def update_actor(self, part: TrainBatch[PairTargets], on_block):
         """One optimizer step of the policy on eq. 15."""
-        terms = dpo_terms(self.context.config.algorithm)
-        return self.update_policy(part, terms, on_block)
-
-
-def dpo_terms(algorithm: DpoAlgorithm) -> TermsFunction:
-    """The loss of rows chosen, rejected, chosen, rejected ... as ``update`` wants it.
-
-    Its targets are ``[B, R]``: ``reference_logprobs``, ``mask`` and ``valid``.
-    """
-
-    def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-        reference, mask = targets["reference_logprobs"], targets["mask"]
-        valid = targets["valid"]
-        return dpo_loss(
-            logprobs[0::2],
-            logprobs[1::2],
-            reference[0::2],
-            reference[1::2],
-            mask[0::2],
-            mask[1::2],
-            algorithm.beta,
-            algorithm.form,
-            valid[0::2],
-            valid[1::2],
-        )
-
-    return terms
+        algorithm = self.context.config.algorithm
+        loss = partial(dpo_loss, beta=algorithm.beta, form=algorithm.form)
+        return self.update_policy(part, loss, on_block)

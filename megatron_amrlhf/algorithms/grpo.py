@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,8 @@ from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.maker import Judged
-from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
-from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask, row_weights
+from megatron_amrlhf.losses.grpo import GrpoTargets, group_advantages, grpo_loss
+from megatron_amrlhf.losses.reduce import Metrics, denominator_mask, row_weights
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
@@ -34,21 +36,23 @@ class Grpo(SurrogateAlgorithm):
         is_above_mean = chosen_labels(rewards, "group", ids.to(rewards.device), judged=has_reward)
         return all_rows(judged), (advantages > 0) & is_above_mean
 
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[GrpoTargets, Metrics]:
         """What the loss reads, and how the groups are spread (last stages)."""
         scored, config = judged.scored, self.context.config
         advantages, std = self.advantages(judged)
         counted = denominator_mask(scored.response_mask, batch.mask, config.loss.denominator)
         by_row = config.algorithm.length_normalise == "sequence"
-        targets = {
-            "mask": batch.mask,
-            "valid": scored.response_mask,
-            "advantages": advantages,
-            "behaviour_logprobs": behaviour_logprobs(batch, scored),
-            "reference_logprobs": scored.reference_logprobs,
-            "weight": row_weights(counted) if by_row else torch.ones_like(advantages)[:, None],
-            "denominator": scored.judged[:, None] if by_row else counted,
-        }
+        one_B1 = torch.ones_like(advantages)[:, None]
+        targets = GrpoTargets(
+            denominator=scored.judged[:, None] if by_row else counted,
+            mask=batch.mask,
+            valid=scored.response_mask,
+            reference_logprobs=scored.reference_logprobs,
+            behaviour_logprobs=behaviour_logprobs(batch, scored),
+            advantages=advantages,
+            weight=row_weights(counted) if by_row else one_B1,
+            kl_scale=one_B1,
+        )
         std_G = one_a_group(std, judged.rollout.group_ids, scored.judged)
         return targets, {
             "grpo/advantage": count_metric(advantages.abs().sum(), scored.judged.sum()),
@@ -60,28 +64,18 @@ class Grpo(SurrogateAlgorithm):
     def reads_kept_alone(self) -> bool:
         return self.context.config.algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch, on_block):
+    def update_actor(self, part: TrainBatch[GrpoTargets], on_block):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
         part = self.with_kl_scale(part, algorithm.length_normalise == "sequence")
-
-        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            out = grpo_loss(
-                logprobs,
-                targets["behaviour_logprobs"],
-                targets["reference_logprobs"],
-                targets["advantages"],
-                targets["mask"],
-                targets["valid"],
-                algorithm.clip_eps,
-                algorithm.clip_eps_high,
-                algorithm.kl_coef,
-                algorithm.kl_estimator,
-                targets["kl_scale"],
-            )
-            return LossOutput(out.terms * targets["weight"], out.metrics)
-
-        return self.update_policy(part, terms, on_block)
+        loss = partial(
+            grpo_loss,
+            clip_eps=algorithm.clip_eps,
+            clip_eps_high=algorithm.clip_eps_high,
+            kl_coef=algorithm.kl_coef,
+            estimator=algorithm.kl_estimator,
+        )
+        return self.update_policy(part, loss, on_block)
 
 
 def one_a_group(x: Tensor, group_ids: Tensor, judged: Tensor) -> Tensor:

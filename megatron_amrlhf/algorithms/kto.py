@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from megatron_amrlhf.algorithms.update import run_updates, split_units
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
-from megatron_amrlhf.losses.kto import kto_loss, reference_point
-from megatron_amrlhf.losses.reduce import LossOutput, Metrics
+from megatron_amrlhf.losses.kto import KtoTargets, kto_loss, reference_point
+from megatron_amrlhf.losses.reduce import Metrics
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
@@ -23,13 +24,12 @@ from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
 
 
 @dataclass(frozen=True)
-class KtoBatch(TrainBatch):
+class KtoBatch(TrainBatch[KtoTargets]):
     """A TrainBatch whose rows have a mismatched pair each, for the reference point z0.
 
     Attributes:
         mismatched: each row's prompt with an answer to another prompt, known to every rank; on
-            last stages ``targets`` has its ``mismatched_mask``, ``mismatched_reference`` and
-            ``mismatched_judged``.
+            last stages ``targets`` says what is kept of it, and what the reference says.
     """
 
     mismatched: RolloutBatch
@@ -66,18 +66,18 @@ class Kto(PolicyAlgorithm):
         mismatched, kept, counted = mismatched_pairs(batch, samples, self.context.mesh)
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
-        targets = {}
+        targets = None
         if judged.scored is not None:
-            targets = {
-                "mask": batch.mask,
-                "valid": judged.scored.response_mask,
-                "chosen": batch.chosen,
-                "reference_logprobs": judged.scored.reference_logprobs,
-                "mismatched_mask": kept.to(batch.mask.device),
-                "mismatched_reference": reference,
-                "mismatched_judged": counted.to(batch.mask.device),
-                "denominator": has_label[:, None],  # one an answer
-            }
+            targets = KtoTargets(
+                denominator=has_label[:, None],  # one an answer
+                mask=batch.mask,
+                valid=judged.scored.response_mask,
+                reference_logprobs=judged.scored.reference_logprobs,
+                chosen=batch.chosen,
+                mismatched_mask=kept.to(batch.mask.device),
+                mismatched_reference=reference,
+                mismatched_judged=counted.to(batch.mask.device),
+            )
         train = KtoBatch(**vars(TrainBatch.of(batch, targets)), mismatched=mismatched)
         learned, engine = self.update(train)
         return metrics | learned, engine
@@ -96,9 +96,9 @@ class Kto(PolicyAlgorithm):
         if logprobs is None:
             return None
         width = logprobs.shape[1]  # the targets are as wide as the whole rollout
-        reference = part.targets["mismatched_reference"][:, :width]
-        mask = part.targets["mismatched_mask"][:, :width]
-        counted = part.targets["mismatched_judged"]
+        reference = part.targets.mismatched_reference[:, :width]
+        mask = part.targets.mismatched_mask[:, :width]
+        counted = part.targets.mismatched_judged
         return reference_point(logprobs, reference, mask, self.context.mesh.dp_group, counted)
 
     @property
@@ -108,22 +108,14 @@ class Kto(PolicyAlgorithm):
     def update_actor(self, part: KtoBatch, on_block):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
-        z0 = self.reference_point(part)
-
-        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return kto_loss(
-                logprobs,
-                targets["reference_logprobs"],
-                targets["chosen"],
-                targets["mask"],
-                z0,
-                algorithm.beta,
-                algorithm.desirable_weight,
-                algorithm.undesirable_weight,
-                targets["denominator"][:, 0],
-            )
-
-        return self.update_policy(part, terms, on_block)
+        loss = partial(
+            kto_loss,
+            z0=self.reference_point(part),
+            beta=algorithm.beta,
+            desirable_weight=algorithm.desirable_weight,
+            undesirable_weight=algorithm.undesirable_weight,
+        )
+        return self.update_policy(part, loss, on_block)
 
 
 def labelled(has_reward: Tensor, flat: Tensor, label: str) -> Tensor:

@@ -15,7 +15,7 @@ from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.orm import larger_size, orm_loss, pair_accuracy
-from megatron_amrlhf.losses.reduce import LossOutput
+from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.types import TrainBatch
 
 
@@ -38,19 +38,23 @@ class Orm(RewardTraining[EncodedPair]):
         batch = TrainBatch.whole(
             rows=tuple(row for pair in examples for row in (pair.chosen, pair.rejected)),
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
-            targets={"denominator": counted} if self.context.mesh.is_last_stage else {},
+            targets=Targets(counted) if self.context.mesh.is_last_stage else None,
         )
         return batch, last_outputs(batch.rows)
 
     def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
         """One optimizer step on eq. 1."""
-
-        def terms(rewards: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return orm_loss(rewards[0::2, 0], rewards[1::2, 0])
-
-        read = read_value()
-        together = self.context.config.algorithm.rows_together
-        return update(self.context, "orm", batch, plan, read, terms, "orm", on_block, together)
+        return update(
+            self.context,
+            self.role,
+            batch,
+            plan,
+            read_value(),
+            loss=orm_loss,
+            name="orm",
+            on_block=on_block,
+            together=self.context.config.algorithm.rows_together,
+        )
 
     def heldout_metrics(
         self, examples: list[EncodedPair], outputs: Tensor | None

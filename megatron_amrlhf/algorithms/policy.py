@@ -6,12 +6,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.update import TermsFunction, response_plan, update
+from megatron_amrlhf.algorithms.update import LossFunction, response_plan, update
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
@@ -32,7 +33,10 @@ from megatron_amrlhf.experience.rewarding import Rewarder
 from megatron_amrlhf.experience.sample_log import log_samples
 from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.losses.reduce import Metrics, kl_scale
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
+
+A = TypeVar("A", bound=AnswerTargets)
 
 
 class PolicyAlgorithm(ABC):
@@ -169,31 +173,39 @@ class PolicyAlgorithm(ABC):
     def reads_kept_alone(self) -> bool:
         """Whether the policy's loss reads nothing but kept tokens, so that others may be cut."""
 
-    def update_policy(self, part: TrainBatch, terms: TermsFunction, on_block: OnBlock):
+    def update_policy(self, part: TrainBatch[A], loss: LossFunction[A], on_block: OnBlock):
         """One optimizer step of the policy on a loss of its log-probs. Entered by every rank."""
         read = read_logprobs(self.context, self.logprob_temperature())
         cut = part.cut_to_kept() if self.reads_kept_alone else part
         plan = response_plan(cut)
         together = self.context.config.algorithm.rows_together
         result, metrics = update(
-            self.context, "actor", cut, plan, read, terms, "policy", on_block, together
+            self.context,
+            "actor",
+            cut,
+            plan,
+            read,
+            loss=loss,
+            name="policy",
+            on_block=on_block,
+            together=together,
         )
         tokens, all_tokens = (sum(row.numel() for row in x.rows) for x in (cut, part))
         return result, metrics | {"mask/updated_fraction": count_metric(tokens, all_tokens)}
 
-    def with_kl_scale(self, part: TrainBatch, by_row: bool = False) -> TrainBatch:
+    def with_kl_scale(self, part: TrainBatch[A], by_row: bool = False) -> TrainBatch[A]:
         """An optimizer step's rows with the ``kl_scale`` of a KL in the loss.
 
         Entered by every last-stage rank; elsewhere nothing changes.
         """
-        if not part.targets:
+        if part.targets is None:
             return part
-        valid, mask = part.targets["valid"], part.targets["mask"]
+        valid, mask = part.targets.valid, part.targets.mask
         if self.context.config.loss.denominator == "response":  # nothing to make up for
             scale = torch.ones(len(valid), 1, device=valid.device)
         else:
             scale = kl_scale(mask, valid, by_row, self.context.mesh.dp_group)
-        return replace(part, targets=part.targets | {"kl_scale": scale})
+        return replace(part, targets=replace(part.targets, kl_scale=scale))
 
     def evaluate(self) -> dict[str, float]:
         """How good the policy is on held-out prompts or pairs. Entered by every rank."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.gae import gae
-from megatron_amrlhf.losses.kl import reward_penalty, with_kl
-from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
-from megatron_amrlhf.losses.reduce import LossOutput, Metrics, denominator_mask
+from megatron_amrlhf.losses.kl import reward_penalty
+from megatron_amrlhf.losses.ppo import PpoTargets, ppo_actor_loss, ppo_value_loss
+from megatron_amrlhf.losses.reduce import Metrics, denominator_mask
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.mask.statistics import whiten
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
@@ -56,23 +57,24 @@ class Ppo(SurrogateAlgorithm):
             scored.bootstrap_values,
         )
 
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[PpoTargets, Metrics]:
         """What actor and critic learn from (last stages)."""
         scored, algorithm = judged.scored, self.context.config.algorithm
         valid = scored.response_mask
         advantages, returns = self.advantages(judged)
         if algorithm.whiten_advantages:
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
-        targets = {
-            "mask": batch.mask,
-            "valid": valid,
-            "advantages": advantages,
-            "behaviour_logprobs": behaviour_logprobs(batch, scored),
-            "reference_logprobs": scored.reference_logprobs,
-            "returns": returns,
-            "old_values": scored.values,
-            "denominator": valid,
-        }
+        targets = PpoTargets(
+            denominator=valid,
+            mask=batch.mask,
+            valid=valid,
+            reference_logprobs=scored.reference_logprobs,
+            behaviour_logprobs=behaviour_logprobs(batch, scored),
+            advantages=advantages,
+            returns=returns,
+            old_values=scored.values,
+            kl_scale=torch.ones_like(returns[:, :1]),
+        )
         return targets, {"ppo/returns": count_metric(returns.sum(), valid.sum())}
 
     def updates(self) -> dict[str, UpdateFunction]:
@@ -83,39 +85,23 @@ class Ppo(SurrogateAlgorithm):
         algorithm = self.context.config.algorithm
         return algorithm.kl_in == "reward" or algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch, on_block):
+    def update_actor(self, part: TrainBatch[PpoTargets], on_block):
         """One optimizer step of the policy on eq. 14."""
         algorithm, kind = self.context.config.algorithm, self.context.config.loss.denominator
-        if part.targets:
-            counted = denominator_mask(part.targets["valid"], part.targets["mask"], kind)
-            part = replace(part, targets=part.targets | {"denominator": counted})
+        if part.targets is not None:
+            counted = denominator_mask(part.targets.valid, part.targets.mask, kind)
+            part = replace(part, targets=replace(part.targets, denominator=counted))
+        kl = {}
         if algorithm.kl_in == "loss":
             part = self.with_kl_scale(part)
+            kl = {"kl_coef": algorithm.kl_coef, "estimator": algorithm.kl_estimator}
+        loss = partial(ppo_actor_loss, clip_eps=algorithm.clip_eps, **kl)
+        return self.update_policy(part, loss, on_block)
 
-        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            surrogate = ppo_actor_loss(
-                logprobs,
-                targets["behaviour_logprobs"],
-                targets["advantages"],
-                targets["mask"],
-                algorithm.clip_eps,
-            )
-            if algorithm.kl_in == "reward":
-                return surrogate
-            reference, valid = targets["reference_logprobs"], targets["valid"]
-            kl = (algorithm.kl_coef, algorithm.kl_estimator, targets["kl_scale"])
-            return with_kl(surrogate, logprobs, reference, valid, *kl)
-
-        return self.update_policy(part, terms, on_block)
-
-    def update_critic(self, part: TrainBatch, on_block):
+    def update_critic(self, part: TrainBatch[PpoTargets], on_block):
         """One optimizer step of the critic, on all response tokens."""
-        clip_eps = self.context.config.algorithm.value_clip_eps
-
-        def terms(values: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return ppo_value_loss(
-                values, targets["old_values"], targets["returns"], targets["valid"], clip_eps
-            )
-
-        plan = response_plan(part)
-        return update(self.context, "critic", part, plan, read_value(), terms, "value", on_block)
+        loss = partial(ppo_value_loss, clip_eps=self.context.config.algorithm.value_clip_eps)
+        plan, read = response_plan(part), read_value()
+        return update(
+            self.context, "critic", part, plan, read, loss=loss, name="value", on_block=on_block
+        )

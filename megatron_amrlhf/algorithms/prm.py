@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -15,8 +17,7 @@ from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.scoring import Reader
-from megatron_amrlhf.losses.prm import prm_loss
-from megatron_amrlhf.losses.reduce import LossOutput
+from megatron_amrlhf.losses.prm import StepTargets, prm_loss
 from megatron_amrlhf.parallel.collectives import (
     broadcast_object_from_last_stage,
     gather_objects,
@@ -34,7 +35,7 @@ class Prm(RewardTraining[PrmExample]):
     ) -> tuple[list[PrmExample], Selection]:
         return load_prm_examples(path, tokenizer, config.data, config.algorithm.num_attributes)
 
-    def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch, OutputPlan]:
+    def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch[StepTargets], OutputPlan]:
         """Rows with ``[B, S, D]`` labels, and outputs at the labelled positions."""
         plan = label_outputs(examples)
         attributes = self.context.config.algorithm.num_attributes
@@ -44,24 +45,22 @@ class Prm(RewardTraining[PrmExample]):
             steps = example.labels.shape[0]
             labels[row, :steps], present[row, :steps] = example.labels, True
         device = self.context.mesh.device
-        targets = {"labels": labels.to(device), "denominator": present.to(device)}
+        targets = StepTargets(denominator=present.to(device), labels=labels.to(device))
         lengths = [example.prompt_length for example in examples]
         batch = TrainBatch.whole(
             rows=tuple(example.row for example in examples),
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
-            targets=targets if self.context.mesh.is_last_stage else {},
+            targets=targets if self.context.mesh.is_last_stage else None,
         )
         return batch, plan
 
-    def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
+    def update(self, batch: TrainBatch[StepTargets], plan: OutputPlan, on_block):
         """One optimizer step on the step labels."""
-        kind = self.context.config.algorithm.loss
         read = Reader(outputs=lambda outputs, block: outputs.float())
-
-        def terms(outputs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return prm_loss(outputs, targets["labels"], targets["denominator"], kind)
-
-        return update(self.context, "prm", batch, plan, read, terms, "prm", on_block)
+        loss = partial(prm_loss, kind=self.context.config.algorithm.loss)
+        return update(
+            self.context, self.role, batch, plan, read, loss=loss, name="prm", on_block=on_block
+        )
 
     def heldout_metrics(
         self, examples: list[PrmExample], outputs: Tensor | None

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import top_rows
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
 from megatron_amrlhf.experience.maker import Judged
-from megatron_amrlhf.losses.reduce import LossOutput, denominator_mask
-from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from megatron_amrlhf.losses.reduce import denominator_mask
+from megatron_amrlhf.losses.rejection_sampling import SelectedTargets, rejection_sampling_loss
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.rollout.sampling import uniforms
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
@@ -41,19 +44,14 @@ class RejectionSampling(SelectionAlgorithm):
     def reads_kept_alone(self) -> bool:
         return self.context.config.algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch, on_block):
+    def targets(self, answers: AnswerTargets) -> SelectedTargets:
+        one_B1 = torch.ones_like(answers.reference_logprobs[:, :1])
+        return SelectedTargets(**vars(answers), kl_scale=one_B1)
+
+    def update_actor(self, part: TrainBatch[SelectedTargets], on_block):
         """One optimizer step of the policy on eq. 16."""
         algorithm, part = self.context.config.algorithm, self.with_kl_scale(part)
-
-        def terms(logprobs: Tensor, targets: dict[str, Tensor]) -> LossOutput:
-            return rejection_sampling_loss(
-                logprobs,
-                targets["reference_logprobs"],
-                targets["mask"],
-                targets["valid"],
-                algorithm.kl_coef,
-                algorithm.kl_estimator,
-                targets["kl_scale"],
-            )
-
-        return self.update_policy(part, terms, on_block)
+        loss = partial(
+            rejection_sampling_loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator
+        )
+        return self.update_policy(part, loss, on_block)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.update import run_updates
+from megatron_amrlhf.config.algorithm_section import AlgorithmRole
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.order import PADDING, DataPosition, shard
 from megatron_amrlhf.data.rows import Selection
@@ -31,7 +32,6 @@ class RewardTraining(ABC, Generic[Example]):
     evaluates_at_start = False  # a new head is 0 everywhere: chance
 
     context: Context  # set by build()
-    role: str
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
         """Reads and checks the data; no process group is needed.
@@ -77,13 +77,21 @@ class RewardTraining(ABC, Generic[Example]):
         places (float32 on the CPU; None but on last stages). Entered by every rank.
         """
 
+    @property
+    def _role(self) -> AlgorithmRole:
+        (role,) = self.context.config.algorithm.roles(self.context.config)
+        return role
+
+    @property
+    def role(self) -> str:
+        """Name of the role that is trained."""
+        return self._role.name
+
     def build(self, context: Context) -> None:
         """Adds the one role. Entered by every rank."""
         self.context = context
         context.log_selections(self.selections)
-        (role,) = context.config.algorithm.roles(context.config)
-        self.role = role.name
-        rate = context.config.optimizer.lr
+        role, rate = self._role, context.config.optimizer.lr
         training = {"learning_rate": rate, "total_steps": self.total_steps}
         context.role(role.name, context.model_folder, role.head_outputs, **training)
 

@@ -13,6 +13,7 @@ from megatron_amrlhf.algorithms.update import run_updates, split_units
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
@@ -33,6 +34,10 @@ class SelectionAlgorithm(PolicyAlgorithm):
         """What the loss's mean counts, bool, on a last stage; ``valid`` is ``[B, R]`` bool."""
 
     @abstractmethod
+    def targets(self, answers: AnswerTargets) -> AnswerTargets:
+        """The record that the loss reads, on a last stage."""
+
+    @abstractmethod
     def update_actor(self, part: TrainBatch, on_block):
         """One optimizer step of the policy."""
 
@@ -51,19 +56,20 @@ class SelectionAlgorithm(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        targets, metrics = {}, {}
+        targets, metrics = None, {}
         if judged.scored is not None:
             if not self.is_offline:
                 metrics = self.selection_metrics(judged, len(rows) // self.rows_per_unit)
             index = rows.to(batch.mask.device)
             width = batch.mask.shape[1]  # the longest of all answers may be not among them
             valid = judged.scored.response_mask[index, :width]
-            targets = {
-                "mask": batch.mask,
-                "valid": valid,
-                "reference_logprobs": judged.scored.reference_logprobs[index, :width],
-                "denominator": self.denominator(batch, valid),
-            }
+            answers = AnswerTargets(
+                denominator=self.denominator(batch, valid),
+                mask=batch.mask,
+                valid=valid,
+                reference_logprobs=judged.scored.reference_logprobs[index, :width],
+            )
+            targets = self.targets(answers)
         train = TrainBatch.of(batch, targets)
         learned, engine = self.update(train)
         return metrics | learned, engine

@@ -11,6 +11,7 @@ from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import UpdateFunction, epoch_parts, run_updates
 from megatron_amrlhf.experience.maker import Judged
 from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, ScoredBatch, TrainBatch
 
 
@@ -22,7 +23,7 @@ class SurrogateAlgorithm(PolicyAlgorithm):
         return self.context.config.rollout.temperature or 1.0
 
     @abstractmethod
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[dict[str, Tensor], Metrics]:
+    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[AnswerTargets, Metrics]:
         """What the losses read, and (sum, count) metrics, on a last stage."""
 
     @abstractmethod
@@ -36,7 +37,7 @@ class SurrogateAlgorithm(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        targets, metrics = {}, {}
+        targets, metrics = None, {}
         if judged.scored is not None:
             targets, metrics = self.targets(batch, judged)
         train = TrainBatch.of(batch, targets)

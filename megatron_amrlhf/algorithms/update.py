@@ -20,21 +20,23 @@ from megatron_amrlhf.losses.reduce import (
     merge_metrics,
     scale_for_engine,
 )
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
-from megatron_amrlhf.types import TrainBatch
+from megatron_amrlhf.types import T, TrainBatch
 
-# ([b, R, ...] values of the model being trained, targets of the same rows) -> loss
-TermsFunction = Callable[[Tensor, dict[str, Tensor]], LossOutput]
+# ([b, R, ...] values of the model being trained, targets of the same rows) -> terms and metrics
+LossFunction = Callable[[Tensor, T], LossOutput]
 
 
 def update(
     context: Context,
     role: str,
-    batch: TrainBatch,
+    batch: TrainBatch[T],
     plan: OutputPlan,
     read: Reader,
-    terms: TermsFunction,
+    *,
+    loss: LossFunction[T],
     name: str,
     on_block: OnBlock = nothing,
     together: int = 1,
@@ -47,8 +49,7 @@ def update(
         batch: this replica's rows of the optimizer step; replicas even them out by tokens.
         plan: where outputs are computed; ``plan.width`` is R.
         read: makes values of the last stage's outputs, differentiable.
-        terms: the loss; its terms are summed and divided by the global count of
-            ``targets["denominator"]``.
+        loss: its terms are summed and divided by the global count of ``targets.denominator``.
         name: the loss is logged as ``loss/NAME``, over what it was divided by.
         on_block: called with the number of rows after the forward of each micro-batch.
         together: this many consecutive rows stay in one micro-batch (2 for pairs).
@@ -58,33 +59,33 @@ def update(
     """
     batch, plan = balance(batch, plan, together, context.mesh)
     count, uncounted = None, {}
-    if context.mesh.is_last_stage:
-        counted = global_sum(batch.targets["denominator"], context.mesh.dp_group)
+    if batch.targets is not None:
+        counted = global_sum(batch.targets.denominator, context.mesh.dp_group)
         count = divisor(counted)
         missing = (count - counted) * (context.mesh.dp_rank == 0)
         uncounted = {f"loss/{name}": count_metric(0.0, missing)}
 
-    def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
+    def scaled_loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
         read_out = read.outputs(outputs[: block.num_outputs], block)
         values = block.rectangle(read_out, plan.width)
-        targets = {key: x[block.row_index] for key, x in batch.targets.items()}
-        out = terms(values, targets)
+        targets = batch.targets.select(block.row_index)
+        out = loss(values, targets)
         total = out.terms.sum()
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
-        logged = count_metric(total.detach(), targets["denominator"].sum())
+        logged = count_metric(total.detach(), targets.denominator.sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
     result = context.engine.train_step(
-        role, batch.rows, batch.ids, plan, read.logits, loss, together, on_block
+        role, batch.rows, batch.ids, plan, read.logits, scaled_loss, together, on_block
     )
     return result, merge_metrics([*result.extras, uncounted])
 
 
-def response_plan(part: TrainBatch) -> OutputPlan:
+def response_plan(part: TrainBatch[AnswerTargets]) -> OutputPlan:
     """Outputs before every response token, as wide as the targets (of the whole rollout)."""
     lengths = torch.tensor([row.numel() for row in part.rows], dtype=torch.int64)
     plan = response_outputs(lengths, part.prompt_lengths, "before")
-    return plan.widened(part.targets["valid"].shape[1]) if part.targets else plan
+    return plan.widened(part.targets.valid.shape[1]) if part.targets else plan
 
 
 # (rows of an optimizer step, callback of a micro-batch) -> what update() returns

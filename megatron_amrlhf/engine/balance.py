@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.engine.packing import spread_rows
+from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.types import TrainBatch
@@ -43,13 +43,10 @@ def balance(
         return batch, plan
     lengths = [length for part in everyone for length in part]
     members = spread_rows(lengths, together, mesh.dp_size)[mesh.dp_rank]
-    sent = (replace(batch, targets=_to_cpu(batch.targets)), plan)
+    targets = batch.targets.each(Tensor.cpu) if batch.targets else None
+    sent = (replace(batch, targets=targets), plan)
     parts = gather_objects(sent, mesh.dp_group)
     return _join(parts, members, mesh)
-
-
-def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
 
 
 def _join(
@@ -58,14 +55,12 @@ def _join(
     """The rows ``members`` of all replicas' batches one after the other."""
     batches, plans = zip(*parts, strict=True)
     width = max(plan.width for plan in plans)
-    targets = {
-        name: _stack([batch.targets[name] for batch in batches]).to(mesh.device)
-        for name in batches[0].targets
-    }
+    targets = [batch.targets for batch in batches if batch.targets is not None]
+    joined = Targets.join(targets).each(lambda x: x.to(mesh.device)) if targets else None
     everything = TrainBatch(
         rows=tuple(row for batch in batches for row in batch.rows),
         prompt_lengths=torch.cat([batch.prompt_lengths for batch in batches]),
-        targets=targets,
+        targets=joined,
         ids=torch.cat([batch.ids for batch in batches]),
         kept_lengths=torch.cat([batch.kept_lengths for batch in batches]),
     )
@@ -79,11 +74,3 @@ def _join(
     )
     here = OutputPlan(torch.searchsorted(index, rows[inside]), positions, columns, width)
     return everything.select(index), here
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """``[B]`` or ``[B, R, ...]`` of several replicas, padded with 0 to the widest."""
-    if tensors[0].dim() == 1:
-        return torch.cat(tensors)
-    width = max(x.shape[1] for x in tensors)
-    return torch.cat([F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1])) for x in tensors])

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.losses.orm import pair_accuracy
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.losses.targets import AnswerTargets
 
 
-def dpo_loss(
-    chosen_logprobs: Tensor,
-    rejected_logprobs: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
-    chosen_mask: Tensor,
-    rejected_mask: Tensor,
-    beta: float,
-    form: str,
-    chosen_valid: Tensor | None = None,
-    rejected_valid: Tensor | None = None,
-) -> LossOutput:
+@dataclass(frozen=True)
+class PairTargets(AnswerTargets):
+    """What a policy learns from pairs; rows are chosen, rejected, chosen, rejected ...
+
+    The denominator is ``[B, 1]``, True for the first row of each pair.
+    """
+
+
+def dpo_loss(logprobs: Tensor, targets: PairTargets, *, beta: float, form: str) -> LossOutput:
     """``-log sigmoid(beta (log-ratio of chosen - log-ratio of rejected))`` of each pair.
 
     ``inside``: the log-ratios are sums over kept tokens only. A pair whose masks are both empty
@@ -36,12 +36,11 @@ def dpo_loss(
     pairs with a margin above 0, where one that is 0 up to rounding counts half.
 
     Args:
-        chosen_logprobs, rejected_logprobs: ``[P, R]``, ``[P, R']`` of the policy, nats.
-        ref_chosen, ref_rejected: as these, of the reference.
-        chosen_mask, rejected_mask: bool, kept tokens; all response tokens gives plain DPO.
+        logprobs: ``[2 P, R]`` of the policy on chosen and rejected answers in turn, differentiable,
+            nats.
+        targets: of the same rows.
         beta: temperature of eq. 6 and 15.
         form: ``inside`` or ``pair``.
-        chosen_valid, rejected_valid: bool, response tokens; needed by ``pair``.
 
     Returns:
         Terms ``[P, 1]``; the caller divides by the global number of pairs.
@@ -50,18 +49,14 @@ def dpo_loss(
         ValueError: unknown form.
     """
     if form == "inside":
-        chosen_read, rejected_read = chosen_mask, rejected_mask
-        weight_P = torch.ones(chosen_mask.shape[0], device=chosen_mask.device)
+        read = targets.mask
+        weight_P = torch.ones(len(read) // 2, device=read.device)
     elif form == "pair":
-        assert chosen_valid is not None and rejected_valid is not None, "'pair' needs valid masks"
-        chosen_read, rejected_read = chosen_valid, rejected_valid
-        weight_P = _kept_share(chosen_mask, chosen_valid, rejected_mask, rejected_valid)
+        read, weight_P = targets.valid, _kept_share(targets)
     else:
         raise ValueError(f"unknown DPO form {form!r}")
-    chosen, rejected = (
-        (chosen_logprobs, ref_chosen, chosen_read),
-        (rejected_logprobs, ref_rejected, rejected_read),
-    )
+    reference = targets.reference_logprobs
+    chosen, rejected = ([x[side::2] for x in (logprobs, reference, read)] for side in (0, 1))
     chosen_P, rejected_P = beta * _logratio_sums(*chosen), beta * _logratio_sums(*rejected)
     margin_P = chosen_P - rejected_P
     size_P = beta * (logprob_sizes(*chosen) + logprob_sizes(*rejected))
@@ -87,10 +82,9 @@ def logprob_sizes(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) ->
     return sizes.detach().sum(dim=1)
 
 
-def _kept_share(
-    chosen_mask: Tensor, chosen_valid: Tensor, rejected_mask: Tensor, rejected_valid: Tensor
-) -> Tensor:
+def _kept_share(targets: PairTargets) -> Tensor:
     """``[P]``: M(x, y_w, y_l), kept tokens of both answers / response tokens of both answers."""
-    num_kept_P = (chosen_mask & chosen_valid).sum(1) + (rejected_mask & rejected_valid).sum(1)
-    num_tokens_P = chosen_valid.sum(1) + rejected_valid.sum(1)
+    num_kept_B, num_tokens_B = (targets.mask & targets.valid).sum(1), targets.valid.sum(1)
+    num_kept_P = num_kept_B[0::2] + num_kept_B[1::2]
+    num_tokens_P = num_tokens_B[0::2] + num_tokens_B[1::2]
     return num_kept_P / num_tokens_P.clamp(min=1)

@@ -5,15 +5,36 @@ Shao et al., "DeepSeekMath" (2024), eq. 3 and 4, with the mask M of eq. 13 on th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.losses.kl import with_kl
-from megatron_amrlhf.losses.ppo import ppo_actor_loss
+from megatron_amrlhf.losses.ppo import clipped_surrogate
 from megatron_amrlhf.losses.reduce import LossOutput
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.mask.statistics import RELATIVE_TIE, group_means
 
 STD_OFFSET = 1e-4  # added to a group's standard deviation, as TRL does
+
+
+@dataclass(frozen=True)
+class GrpoTargets(AnswerTargets):
+    """What the policy learns from.
+
+    Attributes:
+        behaviour_logprobs: ``[B, R]`` of the policy that sampled, nats.
+        advantages: ``[B]``, one an answer, the same for all its tokens.
+        weight: ``[B, 1]`` of each answer's terms: 1, or ``reduce.row_weights`` for a mean over
+            answers of their tokens' means.
+        kl_scale: ``[B, 1]`` of the KL, see ``reduce.kl_scale``.
+    """
+
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    weight: Tensor
+    kl_scale: Tensor
 
 
 def group_advantages(
@@ -55,43 +76,43 @@ def group_advantages(
 
 def grpo_loss(
     logprobs: Tensor,
-    behaviour_logprobs: Tensor,
-    reference_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
-    valid: Tensor,
+    targets: GrpoTargets,
+    *,
     clip_eps: float,
     clip_eps_high: float | None,
     kl_coef: float,
     estimator: str,
-    scale: Tensor | None = None,
 ) -> LossOutput:
     """``-min(ratio A, clip(ratio, 1 - eps, 1 + eps_high) A) M + kl_coef KL`` of each token.
 
+    Each answer's terms are multiplied by its weight.
+
     The mask chooses what the surrogate reads; the KL is over the whole answer (``kl.with_kl``).
 
-    Metrics: those of ``ppo_actor_loss`` and of ``with_kl``.
+    Metrics: those of ``ppo.clipped_surrogate`` and of ``with_kl``.
 
     Args:
         logprobs: ``[B, R]`` of the policy now, differentiable, nats.
-        behaviour_logprobs: ``[B, R]`` of the policy that sampled.
-        reference_logprobs: ``[B, R]`` of the reference.
-        advantages: ``[B]``, one an answer, the same for all its tokens.
-        mask: ``[B, R]`` bool M of eq. 13, a subset of ``valid``; ``valid`` gives plain GRPO.
-        valid: ``[B, R]`` bool, response tokens.
+        targets: of the same rows.
         clip_eps, clip_eps_high: how far below and above 1 the ratio may go; None: as below.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3`` (that of the GRPO paper), see ``kl.py``.
-        scale: ``[B, 1]`` of the KL, see ``with_kl``.
 
     Returns:
-        Terms ``[B, R]``; the caller weighs rows and divides.
+        Terms ``[B, R]``; the caller divides.
 
     Raises:
         ValueError: an estimator that is not meant for a loss.
     """
-    per_token = advantages[:, None].expand_as(mask)
-    surrogate = ppo_actor_loss(
-        logprobs, behaviour_logprobs, per_token, mask, clip_eps, clip_eps_high
+    loss = clipped_surrogate(
+        logprobs,
+        targets.behaviour_logprobs,
+        targets.advantages[:, None].expand_as(targets.mask),
+        targets.mask,
+        clip_eps=clip_eps,
+        clip_eps_high=clip_eps_high,
     )
-    return with_kl(surrogate, logprobs, reference_logprobs, valid, kl_coef, estimator, scale)
+    loss = with_kl(
+        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
+    )
+    return LossOutput(loss.terms * targets.weight, loss.metrics)

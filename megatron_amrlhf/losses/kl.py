@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.losses.targets import AnswerTargets
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -69,11 +70,11 @@ def reward_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str)
 def with_kl(
     loss: LossOutput,
     logprobs: Tensor,
-    reference_logprobs: Tensor,
-    valid: Tensor,
+    targets: AnswerTargets,
+    *,
     kl_coef: float,
     estimator: str,
-    scale: Tensor | None = None,
+    scale: Tensor,
 ) -> LossOutput:
     """Adds ``kl_coef KL(pi, pi_ref)`` of each token to a loss.
 
@@ -87,11 +88,10 @@ def with_kl(
     Args:
         loss: with terms ``[B, R]``.
         logprobs: ``[B, R]`` of the policy, differentiable, nats.
-        reference_logprobs: ``[B, R]`` of the reference.
-        valid: ``[B, R]`` bool, response tokens.
+        targets: of the same rows.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3``.
-        scale: ``[B, 1]`` of ``reduce.kl_scale``, where the loss is divided by kept tokens; None: 1.
+        scale: ``[B, 1]`` of ``reduce.kl_scale``: 1 but where the loss is divided by kept tokens.
 
     Raises:
         ValueError: an estimator that is not meant for a loss.
@@ -100,7 +100,8 @@ def with_kl(
         raise ValueError(f"estimator {estimator!r} is not meant for a loss: use k2 or k3")
     if not kl_coef:
         return loss
-    reference_logprobs = masked(reference_logprobs.detach(), valid)
+    valid = targets.valid
+    reference_logprobs = masked(targets.reference_logprobs.detach(), valid)
     kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    terms = loss.terms + kl_coef * (kl if scale is None else kl * scale)
+    terms = loss.terms + kl_coef * (kl * scale)
     return LossOutput(terms, loss.metrics | {"loss/kl": metric(kl, valid)})

@@ -6,11 +6,34 @@ log-ratios summed over the tokens that the mask of eq. 13 keeps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_amrlhf.losses.reduce import LossOutput, global_mean, masked, metric
+from megatron_amrlhf.losses.targets import AnswerTargets
+
+
+@dataclass(frozen=True)
+class KtoTargets(AnswerTargets):
+    """What a policy learns from answers and mismatched pairs.
+
+    The denominator is ``[B, 1]``, True for answers whose label says something: the terms of the
+    others are 0.
+
+    Attributes:
+        chosen: ``[B]`` bool, desirable answers.
+        mismatched_mask: ``[B, R']`` bool, kept tokens of each mismatched pair's answer.
+        mismatched_reference: ``[B, R']`` log-probs of the reference on it, nats.
+        mismatched_judged: ``[B]`` bool, whether that answer has a reward.
+    """
+
+    chosen: Tensor
+    mismatched_mask: Tensor
+    mismatched_reference: Tensor
+    mismatched_judged: Tensor
 
 
 def reference_point(
@@ -44,14 +67,12 @@ def reference_point(
 
 def kto_loss(
     logprobs: Tensor,
-    reference_logprobs: Tensor,
-    chosen: Tensor,
-    mask: Tensor,
+    targets: KtoTargets,
     z0: Tensor,
+    *,
     beta: float,
     desirable_weight: float,
     undesirable_weight: float,
-    judged: Tensor | None = None,
 ) -> LossOutput:
     """``w_D (1 - sigmoid(beta (r - z0)))`` if chosen, else ``w_U (1 - sigmoid(beta (z0 - r)))``.
 
@@ -64,22 +85,20 @@ def kto_loss(
 
     Args:
         logprobs: ``[B, R]`` of the policy, differentiable, nats.
-        reference_logprobs: ``[B, R]`` of the reference.
-        chosen: ``[B]`` bool, desirable answers.
-        mask: ``[B, R]`` bool, kept tokens; all response tokens gives plain KTO.
+        targets: of the same rows.
         z0: 0-dim, of ``reference_point``, nats.
         beta: how fast the value saturates, 1 / nats.
         desirable_weight, undesirable_weight: lambda_D and lambda_U.
-        judged: ``[B]`` bool, answers that have a reward; the terms of the others are 0. None: all.
 
     Returns:
-        Terms ``[B, 1]``; the caller divides by the global number of (judged) answers.
+        Terms ``[B, 1]``; the caller divides by the global number of counted answers.
     """
-    logratio_B = (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
+    mask, chosen, every_B = targets.mask, targets.chosen, targets.denominator[:, 0]
+    reference = masked(targets.reference_logprobs.detach(), mask)
+    logratio_B = (masked(logprobs, mask) - reference).sum(dim=1)
     gain_B = torch.where(chosen, logratio_B - z0, z0 - logratio_B)
     loss_B = torch.sigmoid(-beta * gain_B)  # 1 - sigmoid(beta gain), exact for large gains too
     weight_B = torch.full_like(loss_B, undesirable_weight).masked_fill(chosen, desirable_weight)
-    every_B = torch.ones_like(chosen) if judged is None else judged
     metrics = {
         "kto/slope": metric(4 * loss_B * (1 - loss_B), every_B),
         "kto/z0": metric(z0.expand_as(loss_B), every_B),

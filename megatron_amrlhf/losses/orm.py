@@ -7,24 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_amrlhf.losses.reduce import LossOutput, metric
+from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.mask.statistics import RELATIVE_TIE
 
 
-def orm_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> LossOutput:
+def orm_loss(rewards: Tensor, targets: Targets) -> LossOutput:
     """``-log sigmoid(r_w - r_l)`` of each pair.
 
     Metrics over pairs: ``orm/margin``, r_w - r_l; ``orm/accuracy``, see ``pair_accuracy``.
 
     Args:
-        chosen_rewards: ``[P]`` reward of the preferred answers, differentiable.
-        rejected_rewards: ``[P]``, of the others.
+        rewards: ``[2 P, 1]`` of preferred and other answers in turn, differentiable.
+        targets: of the same rows; the denominator is ``[2 P, 1]``, True for each first one. The
+            pairs themselves are the label.
 
     Returns:
         Terms ``[P, 1]``; the caller divides by the global number of pairs.
     """
-    margin_P = chosen_rewards - rejected_rewards
+    chosen_P, rejected_P = rewards[0::2, 0], rewards[1::2, 0]
+    margin_P = chosen_P - rejected_P
     every_P = torch.ones_like(margin_P, dtype=torch.bool)
-    accuracy_P = pair_accuracy(margin_P, larger_size(chosen_rewards, rejected_rewards))
+    accuracy_P = pair_accuracy(margin_P, larger_size(chosen_P, rejected_P))
     metrics = {
         "orm/accuracy": metric(accuracy_P, every_P),
         "orm/margin": metric(margin_P, every_P),

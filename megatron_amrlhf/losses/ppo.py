@@ -2,17 +2,76 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.losses.targets import AnswerTargets
+
+
+@dataclass(frozen=True)
+class PpoTargets(AnswerTargets):
+    """What actor and critic learn from.
+
+    Attributes:
+        behaviour_logprobs: ``[B, R]`` of the policy that sampled (pi_old), nats.
+        advantages: ``[B, R]``.
+        returns: ``[B, R]`` targets G of the critic, value units.
+        old_values: ``[B, R]`` of the critic at the rollout.
+        kl_scale: ``[B, 1]`` of a KL in the loss, see ``reduce.kl_scale``; 1 without one.
+    """
+
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    returns: Tensor
+    old_values: Tensor
+    kl_scale: Tensor
 
 
 def ppo_actor_loss(
     logprobs: Tensor,
+    targets: PpoTargets,
+    *,
+    clip_eps: float,
+    kl_coef: float = 0.0,
+    estimator: str = "k2",
+) -> LossOutput:
+    """The clipped surrogate on kept tokens, eq. 14, maybe with a KL over the whole answers.
+
+    Metrics: those of ``clipped_surrogate`` and, with ``kl_coef`` above 0, of ``kl.with_kl``.
+
+    Args:
+        logprobs: ``[B, R]`` of the policy now, differentiable, nats.
+        targets: of the same rows.
+        clip_eps: epsilon of eq. 14.
+        kl_coef: weight of the KL in the loss; 0 where the KL is in the reward.
+        estimator: ``k2`` or ``k3``, see ``kl.py``.
+
+    Returns:
+        Terms ``[B, R]``; the caller divides (``reduce.scale_for_engine``).
+
+    Raises:
+        ValueError: an estimator that is not meant for a loss.
+    """
+    loss = clipped_surrogate(
+        logprobs, targets.behaviour_logprobs, targets.advantages, targets.mask, clip_eps=clip_eps
+    )
+    if not kl_coef:
+        return loss
+    return with_kl(
+        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
+    )
+
+
+def clipped_surrogate(
+    logprobs: Tensor,
     behaviour_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
+    *,
     clip_eps: float,
     clip_eps_high: float | None = None,
 ) -> LossOutput:
@@ -31,7 +90,7 @@ def ppo_actor_loss(
         clip_eps_high: how far above 1; None: as ``clip_eps``.
 
     Returns:
-        Terms ``[B, R]``; the caller divides (``reduce.scale_for_engine``).
+        Terms ``[B, R]``; the caller divides.
     """
     # Masked inputs are 0, which makes masked terms and their gradients 0.
     logratio = masked(logprobs, mask) - masked(behaviour_logprobs.detach(), mask)
@@ -47,9 +106,7 @@ def ppo_actor_loss(
     return LossOutput(terms, metrics)
 
 
-def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, valid: Tensor, clip_eps: float
-) -> LossOutput:
+def ppo_value_loss(values: Tensor, targets: PpoTargets, *, clip_eps: float) -> LossOutput:
     """``max((V - G)^2, (clip(V, V_old - eps, V_old + eps) - G)^2) / 2`` of each response token.
 
     The critic learns from all response tokens; the adaptive mask is the actor's.
@@ -59,16 +116,15 @@ def ppo_value_loss(
 
     Args:
         values: ``[B, R]`` of the critic now, differentiable.
-        old_values: ``[B, R]`` of the critic at the rollout.
-        returns: ``[B, R]`` targets G.
-        valid: ``[B, R]`` bool, response tokens.
+        targets: of the same rows.
         clip_eps: clip range, value units.
 
     Returns:
         Terms ``[B, R]``; the caller divides.
     """
-    values, old_values = masked(values, valid), masked(old_values.detach(), valid)
-    returns = masked(returns.detach(), valid)
+    valid = targets.valid
+    values, old_values = masked(values, valid), masked(targets.old_values.detach(), valid)
+    returns = masked(targets.returns.detach(), valid)
     clipped_values = old_values + (values - old_values).clamp(-clip_eps, clip_eps)
     error, clipped_error = (values - returns).square(), (clipped_values - returns).square()
     is_outside = (values - old_values).abs() > clip_eps

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
+from megatron_amrlhf.losses.targets import AnswerTargets
+
+
+@dataclass(frozen=True)
+class SelectedTargets(AnswerTargets):
+    """What a policy learns from answers that are worth imitating.
+
+    Attributes:
+        kl_scale: ``[B, 1]`` of the KL, see ``reduce.kl_scale``.
+    """
+
+    kl_scale: Tensor
 
 
 def rejection_sampling_loss(
-    logprobs: Tensor,
-    reference_logprobs: Tensor,
-    mask: Tensor,
-    valid: Tensor,
-    kl_coef: float,
-    estimator: str,
-    scale: Tensor | None = None,
+    logprobs: Tensor, targets: SelectedTargets, *, kl_coef: float, estimator: str
 ) -> LossOutput:
     """``-log pi M + kl_coef KL(pi, pi_ref)`` of each token, eq. 16.
 
@@ -25,12 +33,9 @@ def rejection_sampling_loss(
 
     Args:
         logprobs: ``[B, R]`` of the policy on its best answers, differentiable, nats.
-        reference_logprobs: ``[B, R]`` of the reference.
-        mask: ``[B, R]`` bool, kept tokens, a subset of ``valid``; ``valid`` gives plain RS.
-        valid: ``[B, R]`` bool, response tokens.
+        targets: of the same rows.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3``, see ``kl.py``.
-        scale: ``[B, 1]`` of the KL, see ``with_kl``.
 
     Returns:
         Terms ``[B, R]``; the caller divides.
@@ -38,6 +43,8 @@ def rejection_sampling_loss(
     Raises:
         ValueError: an estimator that is not meant for a loss.
     """
-    nll = -masked(logprobs, mask)
-    loss = LossOutput(nll, {"loss/nll": metric(nll, mask)})
-    return with_kl(loss, logprobs, reference_logprobs, valid, kl_coef, estimator, scale)
+    nll = -masked(logprobs, targets.mask)
+    loss = LossOutput(nll, {"loss/nll": metric(nll, targets.mask)})
+    return with_kl(
+        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -24,7 +24,12 @@ from megatron_amrlhf.engine import zero3
 from megatron_amrlhf.engine.weights import Weights
 from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.losses.dpo import PairTargets
+from megatron_amrlhf.losses.grpo import GrpoTargets
+from megatron_amrlhf.losses.kto import KtoTargets
+from megatron_amrlhf.losses.ppo import PpoTargets
 from megatron_amrlhf.losses.reduce import denominator_mask, row_weights
+from megatron_amrlhf.losses.rejection_sampling import SelectedTargets
 from megatron_amrlhf.models.mapping import REPLICATED, stage_entries
 from megatron_amrlhf.models.shape import read_shape
 from megatron_amrlhf.models.source import read_hf_config
@@ -34,6 +39,13 @@ from tests.distributed.contexts import make_config, make_context
 from tests.reference import Hyper, Row, mismatched
 
 SAMPLING_TEMPERATURE = 0.7
+TARGETS = {
+    "ppo": PpoTargets,
+    "grpo": GrpoTargets,
+    "dpo": PairTargets,
+    "kto": KtoTargets,
+    "rejection_sampling": SelectedTargets,
+}
 # loss -> (algorithm of the config, role, outputs of the linear head or None)
 LOSSES: dict[str, tuple[dict, str, int | None]] = {
     "prm_bce": ({"kind": "prm", "num_attributes": 5, "loss": "bce"}, "prm", 5),
@@ -169,10 +181,13 @@ def train_batch(rows: list[Row], width: int, case: Case, mesh: Mesh) -> TrainBat
         targets["denominator"] = torch.tensor([[True], [False]]).repeat(len(rows) // 2, 1)
     elif settings["kind"] == "kto":
         targets |= kto_targets(rows, width)
+    targets["kl_scale"] = torch.ones(len(rows), 1)
+    record = TARGETS[settings["kind"]]
+    fields_read = [field.name for field in fields(record)]
     batch = TrainBatch.whole(
         rows=tuple(row.tokens for row in rows),
         prompt_lengths=torch.tensor([row.prompt_length for row in rows], dtype=torch.int64),
-        targets=targets if mesh.is_last_stage else {},
+        targets=record(**{x: targets[x] for x in fields_read}) if mesh.is_last_stage else None,
     )
     batch = replace(batch, kept_lengths=last_true(mask) + 1)
     return batch if settings["kind"] != "kto" else kto_batch(batch, rows)

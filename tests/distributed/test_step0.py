@@ -18,6 +18,8 @@ from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.experience.maker import ExperienceMaker
 from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
+from megatron_amrlhf.losses.dpo import PairTargets
+from megatron_amrlhf.losses.ppo import PpoTargets
 from megatron_amrlhf.parallel.mesh import build_mesh
 from megatron_amrlhf.types import TrainBatch
 from tests import reference
@@ -79,23 +81,27 @@ def dpo_metrics(context, rollout, paddings):
 
 def _update(algorithm, context, rollout, index, logprobs):
     part = rollout.select(index)
-    targets = {}
+    targets = None
     if logprobs is not None:
         valid = rollout.response_mask
         random = torch.Generator().manual_seed(8)
         mask = valid & (torch.rand(valid.shape, generator=random) < 0.6)
-        denominator = valid
+        advantages = torch.randn(valid.shape, generator=random)
+        common = {"mask": mask, "valid": valid, "reference_logprobs": logprobs}
         if isinstance(algorithm, Dpo):
-            denominator = torch.tensor([[True], [False]]).repeat(len(rollout.rows) // 2, 1)
-        targets = {
-            "mask": mask,
-            "valid": valid,
-            "advantages": torch.randn(valid.shape, generator=random),
-            "behaviour_logprobs": logprobs,
-            "reference_logprobs": logprobs,
-            "denominator": denominator,
-        }
-        targets = {name: x[index] for name, x in targets.items()}
+            first = torch.tensor([[True], [False]]).repeat(len(rollout.rows) // 2, 1)
+            targets = PairTargets(denominator=first, **common)
+        else:
+            targets = PpoTargets(
+                denominator=valid,
+                behaviour_logprobs=logprobs,
+                advantages=advantages,
+                returns=advantages,
+                old_values=advantages,
+                kl_scale=torch.ones(len(valid), 1),
+                **common,
+            )
+        targets = targets.select(index)
     result, metrics = algorithm.update_actor(
         TrainBatch.whole(part.rows, part.prompt_lengths, targets), nothing
     )

@@ -99,7 +99,7 @@ def rows_after_balancing(folder: str, critic: str) -> tuple[list, list[int]]:
     for place, number in enumerate(batch.ids.tolist()):
         row = rows[number]
         assert torch.equal(batch.rows[place], row.tokens)
-        advantages = batch.targets["advantages"][place, : row.num_response]
+        advantages = batch.targets.advantages[place, : row.num_response]
         assert torch.equal(advantages, row.advantages)
         positions = plan.positions[plan.rows == place]
         start = row.prompt_length - 1

@@ -9,8 +9,8 @@ import pytest
 PACKAGE = "megatron_amrlhf"
 ROOT = Path(__file__).resolve().parents[2] / PACKAGE
 ORDER = (
-    "interrupts errors arguments reading files owned ports rendezvous sizes slurm config types "
-    "parallel data demo models engine rollout rewards mask losses checkpoint conversion planning "
+    "interrupts errors arguments reading files owned ports rendezvous sizes slurm config mask "
+    "losses types parallel data demo models engine rollout rewards checkpoint conversion planning "
     "run report experience algorithms studies commands doctor cli_options cli launching __main__"
 ).split()
 MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")

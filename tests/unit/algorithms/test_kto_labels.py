@@ -4,7 +4,7 @@ import torch
 
 from megatron_amrlhf.algorithms.choices import is_flat
 from megatron_amrlhf.algorithms.kto import labelled
-from megatron_amrlhf.losses.kto import kto_loss
+from tests.unit.losses.plainly import kto_loss
 
 REWARDS = torch.tensor([[1.0, 1.0], [1.0, 0.0], [torch.nan, 1.0]])
 

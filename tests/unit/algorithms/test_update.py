@@ -11,6 +11,7 @@ from megatron_amrlhf.engine.microbatch import response_outputs
 from megatron_amrlhf.engine.zero3 import StepResult
 from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.reduce import LossOutput, finish_metrics, merge_metrics
+from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.types import TrainBatch
 
 TERMS = torch.tensor([[1.0, 2.0], [4.0, 8.0]])
@@ -42,13 +43,13 @@ def step(monkeypatch, counted, dp_rank=0):
     context = SimpleNamespace(mesh=mesh, engine=Engine())
     rows = (torch.arange(4), torch.arange(4))
     prompts = torch.tensor([2, 2])
-    batch = TrainBatch.whole(rows, prompts, {"denominator": torch.tensor(counted)})
+    batch = TrainBatch.whole(rows, prompts, Targets(torch.tensor(counted)))
     plan = response_outputs(torch.tensor([4, 4]), prompts, "before")
 
     def terms(values, targets):
         return LossOutput(values, {})
 
-    _, metrics = update(context, "actor", batch, plan, Reader(), terms, "policy")
+    _, metrics = update(context, "actor", batch, plan, Reader(), loss=terms, name="policy")
     return context.engine.sum, metrics
 
 

@@ -9,6 +9,7 @@ import torch
 
 from megatron_amrlhf.algorithms import kto
 from megatron_amrlhf.algorithms.kto import KtoBatch, mismatched_pairs
+from megatron_amrlhf.losses.kto import KtoTargets
 from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
 
 NUM_PROMPTS, SAMPLES = 4, 3
@@ -85,20 +86,27 @@ def test_each_prompt_gets_the_next_ones_answer_of_the_same_number(dp_size, monke
     assert pairs_on(dp_size, monkeypatch) == expected
 
 
+def kto_targets(batch, kept):
+    """Only what is kept of the mismatched pairs says something here."""
+    flags, numbers = torch.ones(len(kept), dtype=torch.bool), torch.zeros(kept.shape)
+    mask = batch.mask
+    return KtoTargets(flags[:, None], mask, mask, numbers, flags, kept, numbers, flags)
+
+
 def test_minibatches_take_their_pairs_along(monkeypatch):
     batch = whole_batch()
     monkeypatch.setattr(kto, "gather_objects", lambda value, group: [value])
     mesh = SimpleNamespace(dp_rank=0, dp_size=1, dp_group=None)
     mismatched, kept, _ = mismatched_pairs(batch, SAMPLES, mesh)
     rollout = batch.rollout
-    of_rows = TrainBatch.of(batch, {"mismatched_mask": kept})
+    of_rows = TrainBatch.of(batch, kto_targets(batch, kept))
     train = KtoBatch(**vars(of_rows), mismatched=mismatched)
     part = train.select(torch.tensor([4, 1]))
     assert isinstance(part, KtoBatch)
     for place, index in enumerate((4, 1)):
         assert torch.equal(part.rows[place], rollout.rows[index])
         assert torch.equal(part.mismatched.rows[place], mismatched.rows[index])
-        assert torch.equal(part.targets["mismatched_mask"][place], kept[index])
+        assert torch.equal(part.targets.mismatched_mask[place], kept[index])
 
 
 def test_nothing_of_a_failed_answer_is_computed_in_an_update():

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
+from megatron_amrlhf.losses.grpo import group_advantages
 from megatron_amrlhf.losses.reduce import finish_metrics, row_weights
+from tests.unit.losses.plainly import grpo_loss
 
 # float32 rounding of short sums
 TOLERANCE = 1e-6
@@ -194,3 +195,12 @@ def test_a_failed_answer_moves_nobody_elses_advantage(scale):
     alone = group_advantages(rewards[judged], groups[judged], scale)
     assert torch.equal(advantages[judged], alone[0]) and torch.equal(std[judged], alone[1])
     assert advantages[~judged].eq(0).all() and alone[0][0] > 0.4
+
+
+def test_a_weight_is_of_all_of_an_answers_terms():
+    """A mean over answers of their tokens' means: surrogate and KL alike."""
+    weight, bounds = row_weights(VALID), (CLIP_LOW, CLIP_HIGH, KL_COEF, "k3")
+    args = (LOGPROBS, BEHAVIOUR, REFERENCE, ADVANTAGES, MASK, VALID, *bounds)
+    found, plain = grpo_loss(*args, weight), grpo_loss(*args)
+    assert torch.equal(found.terms, plain.terms * weight) and found.metrics == plain.metrics
+    assert weight.unique().numel() > 1

@@ -5,18 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_amrlhf.config.algorithm_rules import algorithm_problems
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.losses.kl import (
-    KL_ESTIMATORS,
-    absolute,
-    k1,
-    k2,
-    k3,
-    reward_penalty,
-    with_kl,
-)
+from megatron_amrlhf.losses.kl import KL_ESTIMATORS, absolute, k1, k2, k3, reward_penalty
 from megatron_amrlhf.losses.reduce import LossOutput
+from tests.unit.losses.plainly import with_kl
 
 LOGITS = torch.tensor([0.3, -1.2, 0.7, 0.1, -0.4], dtype=torch.float64)
 REFERENCE = torch.tensor([1.0, -0.5, 0.2, -0.9, 0.0], dtype=torch.float64).log_softmax(0)
@@ -99,7 +91,8 @@ def test_an_estimator_is_refused_where_it_is_not_meant_for(estimator):
             "data": {"train": "x"},
             "algorithm": {"kind": "ppo", "kl_in": place, "kl_estimator": estimator},
         }
-        problems = list(algorithm_problems(Config.model_validate(settings)))
+        config = Config.model_validate(settings)
+        problems = list(config.algorithm.problems(config))
         if place == meant:
             use()
             assert not problems

@@ -7,12 +7,16 @@ import math
 import pytest
 import torch
 
-from megatron_amrlhf.losses.dpo import dpo_loss
-from megatron_amrlhf.losses.kl import with_kl
-from megatron_amrlhf.losses.ppo import ppo_actor_loss, ppo_value_loss
-from megatron_amrlhf.losses.prm import prm_loss
+from megatron_amrlhf.losses import ppo
 from megatron_amrlhf.losses.reduce import finish_metrics
-from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from tests.unit.losses.plainly import (
+    dpo_loss,
+    ppo_actor_loss,
+    ppo_targets,
+    ppo_value_loss,
+    prm_loss,
+    rejection_sampling_loss,
+)
 
 # float32 rounding of short sums
 TOLERANCE = 1e-6
@@ -279,9 +283,12 @@ def test_ppo_with_a_kl_in_the_loss(estimator):
     valid, mask = torch.ones_like(MASK), MASK.clone()
     valid[1, 3] = False
 
+    targets = ppo_targets(
+        valid, mask=mask, behaviour=OTHER[0], advantages=OTHER[1], reference=OTHER[2]
+    )
+
     def loss(x):
-        surrogate = ppo_actor_loss(x, OTHER[0], OTHER[1], mask, 0.2)
-        return with_kl(surrogate, x, OTHER[2], valid, 0.3, estimator)
+        return ppo.ppo_actor_loss(x, targets, clip_eps=0.2, kl_coef=0.3, estimator=estimator)
 
     x = randn(9, 2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x).terms, (x,))

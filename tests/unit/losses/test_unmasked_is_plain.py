@@ -13,12 +13,15 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.experience.dense import DenseRewards
 from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
-from megatron_amrlhf.losses.dpo import dpo_loss
-from megatron_amrlhf.losses.grpo import grpo_loss
-from megatron_amrlhf.losses.kto import kto_loss, reference_point
-from megatron_amrlhf.losses.ppo import ppo_actor_loss
-from megatron_amrlhf.losses.rejection_sampling import rejection_sampling_loss
+from megatron_amrlhf.losses.kto import reference_point
 from megatron_amrlhf.types import ScoredBatch
+from tests.unit.losses.plainly import (
+    dpo_loss,
+    grpo_loss,
+    kto_loss,
+    ppo_actor_loss,
+    rejection_sampling_loss,
+)
 
 LENGTHS = torch.tensor([5, 1, 9, 3])
 WIDTH = 9
