@@ -174,6 +174,7 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     batch = replace(batch, targets=batch.targets.each(lambda x: x.to(device)))
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     passes: list[int] = []
+    context.engine.tick = passes.append
     start = clock()
     _, metrics = update(
         context,
@@ -183,7 +184,6 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
         read_logprobs(context, 1.0),
         loss=partial(dpo_loss, beta=algorithm.beta, form=algorithm.form),
         name="policy",
-        on_block=passes.append,
         together=2,
     )
     if device.type == "cuda":

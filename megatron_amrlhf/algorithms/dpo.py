@@ -37,8 +37,8 @@ class Dpo(SelectionAlgorithm):
     def targets(self, answers: AnswerTargets) -> PairTargets:
         return PairTargets(**vars(answers))
 
-    def update_actor(self, part: TrainBatch[PairTargets], on_block):
+    def update_actor(self, part: TrainBatch[PairTargets]):
         """One optimizer step of the policy on eq. 15."""
         algorithm = self.context.config.algorithm
         loss = partial(dpo_loss, beta=algorithm.beta, form=algorithm.form)
-        return self.update_policy(part, loss, on_block)
+        return self.update_policy(part, loss)

@@ -64,7 +64,7 @@ class Grpo(SurrogateAlgorithm):
     def reads_kept_alone(self) -> bool:
         return self.context.config.algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch[GrpoTargets], on_block):
+    def update_actor(self, part: TrainBatch[GrpoTargets]):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
         part = self.with_kl_scale(part, algorithm.length_normalise == "sequence")
@@ -75,7 +75,7 @@ class Grpo(SurrogateAlgorithm):
             kl_coef=algorithm.kl_coef,
             estimator=algorithm.kl_estimator,
         )
-        return self.update_policy(part, loss, on_block)
+        return self.update_policy(part, loss)
 
 
 def one_a_group(x: Tensor, group_ids: Tensor, judged: Tensor) -> Tensor:

@@ -87,7 +87,8 @@ class Kto(PolicyAlgorithm):
         minibatches, mesh = self.context.config.algorithm.minibatches, self.context.mesh
         split = split_units(len(train.rows), minibatches, None, mesh)
         parts = [train.select(rows) for rows in split]
-        return run_updates(self.context, parts, {"actor": self.update_actor})
+        roles = {"actor": self.update_actor}
+        return run_updates(self.context, parts, roles, passes=2)  # z0 is scored before
 
     def reference_point(self, part: KtoBatch) -> Tensor | None:
         """z0 of the policy as it is now, None but on last stages. Entered by every rank."""
@@ -105,7 +106,7 @@ class Kto(PolicyAlgorithm):
     def reads_kept_alone(self) -> bool:
         return True
 
-    def update_actor(self, part: KtoBatch, on_block):
+    def update_actor(self, part: KtoBatch):
         """One optimizer step of the policy."""
         algorithm = self.context.config.algorithm
         loss = partial(
@@ -115,7 +116,7 @@ class Kto(PolicyAlgorithm):
             desirable_weight=algorithm.desirable_weight,
             undesirable_weight=algorithm.undesirable_weight,
         )
-        return self.update_policy(part, loss, on_block)
+        return self.update_policy(part, loss)
 
 
 def labelled(has_reward: Tensor, flat: Tensor, label: str) -> Tensor:

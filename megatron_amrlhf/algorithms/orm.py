@@ -42,7 +42,7 @@ class Orm(RewardTraining[EncodedPair]):
         )
         return batch, last_outputs(batch.rows)
 
-    def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
+    def update(self, batch: TrainBatch, plan: OutputPlan):
         """One optimizer step on eq. 1."""
         return update(
             self.context,
@@ -52,7 +52,6 @@ class Orm(RewardTraining[EncodedPair]):
             read_value(),
             loss=orm_loss,
             name="orm",
-            on_block=on_block,
             together=self.context.config.algorithm.rows_together,
         )
 

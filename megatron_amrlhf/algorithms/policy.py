@@ -18,7 +18,6 @@ from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
-from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.heldout import evaluate_policy
 from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
@@ -173,7 +172,7 @@ class PolicyAlgorithm(ABC):
     def reads_kept_alone(self) -> bool:
         """Whether the policy's loss reads nothing but kept tokens, so that others may be cut."""
 
-    def update_policy(self, part: TrainBatch[A], loss: LossFunction[A], on_block: OnBlock):
+    def update_policy(self, part: TrainBatch[A], loss: LossFunction[A]):
         """One optimizer step of the policy on a loss of its log-probs. Entered by every rank."""
         read = read_logprobs(self.context, self.logprob_temperature())
         cut = part.cut_to_kept() if self.reads_kept_alone else part
@@ -187,7 +186,6 @@ class PolicyAlgorithm(ABC):
             read,
             loss=loss,
             name="policy",
-            on_block=on_block,
             together=together,
         )
         tokens, all_tokens = (sum(row.numel() for row in x.rows) for x in (cut, part))

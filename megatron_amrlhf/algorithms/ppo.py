@@ -85,7 +85,7 @@ class Ppo(SurrogateAlgorithm):
         algorithm = self.context.config.algorithm
         return algorithm.kl_in == "reward" or algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch[PpoTargets], on_block):
+    def update_actor(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the policy on eq. 14."""
         algorithm, kind = self.context.config.algorithm, self.context.config.loss.denominator
         if part.targets is not None:
@@ -96,12 +96,10 @@ class Ppo(SurrogateAlgorithm):
             part = self.with_kl_scale(part)
             kl = {"kl_coef": algorithm.kl_coef, "estimator": algorithm.kl_estimator}
         loss = partial(ppo_actor_loss, clip_eps=algorithm.clip_eps, **kl)
-        return self.update_policy(part, loss, on_block)
+        return self.update_policy(part, loss)
 
-    def update_critic(self, part: TrainBatch[PpoTargets], on_block):
+    def update_critic(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the critic, on all response tokens."""
         loss = partial(ppo_value_loss, clip_eps=self.context.config.algorithm.value_clip_eps)
         plan, read = response_plan(part), read_value()
-        return update(
-            self.context, "critic", part, plan, read, loss=loss, name="value", on_block=on_block
-        )
+        return update(self.context, "critic", part, plan, read, loss=loss, name="value")

@@ -54,13 +54,11 @@ class Prm(RewardTraining[PrmExample]):
         )
         return batch, plan
 
-    def update(self, batch: TrainBatch[StepTargets], plan: OutputPlan, on_block):
+    def update(self, batch: TrainBatch[StepTargets], plan: OutputPlan):
         """One optimizer step on the step labels."""
         read = Reader(outputs=lambda outputs, block: outputs.float())
         loss = partial(prm_loss, kind=self.context.config.algorithm.loss)
-        return update(
-            self.context, self.role, batch, plan, read, loss=loss, name="prm", on_block=on_block
-        )
+        return update(self.context, self.role, batch, plan, read, loss=loss, name="prm")
 
     def heldout_metrics(
         self, examples: list[PrmExample], outputs: Tensor | None

@@ -48,10 +48,10 @@ class RejectionSampling(SelectionAlgorithm):
         one_B1 = torch.ones_like(answers.reference_logprobs[:, :1])
         return SelectedTargets(**vars(answers), kl_scale=one_B1)
 
-    def update_actor(self, part: TrainBatch[SelectedTargets], on_block):
+    def update_actor(self, part: TrainBatch[SelectedTargets]):
         """One optimizer step of the policy on eq. 16."""
         algorithm, part = self.context.config.algorithm, self.with_kl_scale(part)
         loss = partial(
             rejection_sampling_loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator
         )
-        return self.update_policy(part, loss, on_block)
+        return self.update_policy(part, loss)

@@ -68,7 +68,7 @@ class RewardTraining(ABC, Generic[Example]):
         """Rows of the examples, and where the head is read."""
 
     @abstractmethod
-    def update(self, batch: TrainBatch, plan: OutputPlan, on_block):
+    def update(self, batch: TrainBatch, plan: OutputPlan):
         """One optimizer step. Entered by every rank."""
 
     @abstractmethod
@@ -106,7 +106,7 @@ class RewardTraining(ABC, Generic[Example]):
         context, start = self.context, time.perf_counter()
         batch, plan = self.batch(self.share(self.examples, self.position.indices(step)))
         metrics, engine = run_updates(
-            context, [batch], {self.role: lambda part, tick: self.update(part, plan, tick)}
+            context, [batch], {self.role: lambda part: self.update(part, plan)}
         )
         seconds = time.perf_counter() - start
         tokens = context.over_replicas(sum(row.numel() for row in batch.rows))
@@ -123,14 +123,13 @@ class RewardTraining(ABC, Generic[Example]):
             return {}
         examples = self.share(self.heldout, list(range(len(self.heldout))))
         batch, plan = self.batch(examples)
-        with context.console.track("evaluate", len(batch.rows)) as bar:
+        with context.console.track("evaluate", len(batch.rows)):
             outputs = context.engine.score(
                 self.role,
                 batch.rows,
                 plan,
                 None,
                 lambda outputs, block: block.rectangle(outputs.float(), plan.width),
-                bar.advance,
             )
         if outputs is not None:
             outputs = outputs.cpu()[plan.rows, plan.columns]

@@ -38,7 +38,7 @@ class SelectionAlgorithm(PolicyAlgorithm):
         """The record that the loss reads, on a last stage."""
 
     @abstractmethod
-    def update_actor(self, part: TrainBatch, on_block):
+    def update_actor(self, part: TrainBatch):
         """One optimizer step of the policy."""
 
     def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:

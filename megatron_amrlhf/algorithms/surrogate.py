@@ -27,7 +27,7 @@ class SurrogateAlgorithm(PolicyAlgorithm):
         """What the losses read, and (sum, count) metrics, on a last stage."""
 
     @abstractmethod
-    def update_actor(self, part: TrainBatch, on_block):
+    def update_actor(self, part: TrainBatch):
         """One optimizer step of the policy."""
 
     def updates(self) -> dict[str, UpdateFunction]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_amrlhf.engine.balance import balance
 from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
-from megatron_amrlhf.engine.zero3 import OnBlock, StepResult, nothing
+from megatron_amrlhf.engine.zero3 import StepResult
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.reduce import (
@@ -38,7 +38,6 @@ def update(
     *,
     loss: LossFunction[T],
     name: str,
-    on_block: OnBlock = nothing,
     together: int = 1,
 ) -> tuple[StepResult, Metrics]:
     """Trains ``role`` on ``batch``. Entered by every rank.
@@ -51,7 +50,6 @@ def update(
         read: makes values of the last stage's outputs, differentiable.
         loss: its terms are summed and divided by the global count of ``targets.denominator``.
         name: the loss is logged as ``loss/NAME``, over what it was divided by.
-        on_block: called with the number of rows after the forward of each micro-batch.
         together: this many consecutive rows stay in one micro-batch (2 for pairs).
 
     Returns:
@@ -76,7 +74,7 @@ def update(
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
     result = context.engine.train_step(
-        role, batch.rows, batch.ids, plan, read.logits, scaled_loss, together, on_block
+        role, batch.rows, batch.ids, plan, read.logits, scaled_loss, together
     )
     return result, merge_metrics([*result.extras, uncounted])
 
@@ -88,14 +86,20 @@ def response_plan(part: TrainBatch[AnswerTargets]) -> OutputPlan:
     return plan.widened(part.targets.valid.shape[1]) if part.targets else plan
 
 
-# (rows of an optimizer step, callback of a micro-batch) -> what update() returns
-UpdateFunction = Callable[[TrainBatch, OnBlock], tuple[StepResult, Metrics]]
+# rows of an optimizer step -> what update() returns
+UpdateFunction = Callable[[TrainBatch], tuple[StepResult, Metrics]]
 
 
 def run_updates(
-    context: Context, parts: list[TrainBatch], roles: dict[str, UpdateFunction]
+    context: Context, parts: list[TrainBatch], roles: dict[str, UpdateFunction], passes: int = 1
 ) -> tuple[Metrics, dict[str, float]]:
     """One optimizer step of each role on each part, in order. Entered by every rank.
+
+    Args:
+        context: the run.
+        parts: rows of each optimizer step.
+        roles: the optimizer step of each trained role, in order.
+        passes: how often such a step goes over its rows, for the progress that is shown.
 
     Returns:
         Merged metrics of the last stage, and ``engine/*`` and ``optimizer/*`` numbers of the last
@@ -106,10 +110,10 @@ def run_updates(
     collected, engine = [], {}
     for role, prefix in prefixes.items():  # so that it is there too where nothing is learned
         engine[f"optimizer/{prefix}lr"] = context.engine.roles[role].weights.schedule.rate
-    with context.console.track("update", rows) as bar:
+    with context.console.track("update", rows * passes):
         for part in parts:
             for role, run in roles.items():
-                result, metrics = run(part, bar.advance)
+                result, metrics = run(part)
                 if result.skipped:
                     context.console.line(f"optimizer step skipped: {result.skipped}")
                 collected.append(metrics)

@@ -104,14 +104,15 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
         kept = on_all_ranks(lambda: _kept_dtypes(job) if mesh.is_main else {}, f"--out {folder}")
         config, notes = decide(config, kept[0])
         job = replace(job, config=config, key=job.key | {"dtype": config.dtype_of("prm")})
+        console = RunConsole(mesh.rank)
         context = Context(
             config=config,
             mesh=mesh,
-            engine=Zero3Engine(config, mesh),
+            engine=Zero3Engine(config, mesh, console.tick),
             tokenizer=tokenizer,
             end_ids=tuple(end_ids),
             model_folder=model_folder,
-            console=RunConsole(mesh.rank),
+            console=console,
             folder=RunFolder(job.folder, 0, False),
         )
         for note in notes:
@@ -220,11 +221,10 @@ def score_answers(context: Context, job: Job) -> None:
 
     on_all_ranks(begin, doing)
     total = sum(len(job.part(number)) for number in missing)
-    with context.console.track("score", total) as bar:
+    with context.console.track("score", total * len(job.models)):
         for number in missing:
             tensors = _score_part(context, job, number)
             on_all_ranks(lambda t=tensors, n=number: _save(job, n, t) if writer else None, doing)
-            bar.advance(len(job.part(number)))
     on_all_ranks(lambda: _finish(job) if context.mesh.is_main else None, doing)
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():

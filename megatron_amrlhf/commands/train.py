@@ -148,14 +148,15 @@ def _context(config: Config, prepared: Prepared) -> Context:
     doing = f"cannot make {config.run.path}"
     folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]
     limit = config.run.max_minutes
+    console = RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None)
     context = Context(
         config=config,
         mesh=mesh,
-        engine=Zero3Engine(config, mesh),
+        engine=Zero3Engine(config, mesh, console.tick),
         tokenizer=prepared.tokenizer,
         end_ids=tuple(prepared.end_ids),
         model_folder=prepared.model_folder,
-        console=RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None),
+        console=console,
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),
         usable=None if prepared.usable.all() else prepared.usable.to(mesh.device),

@@ -51,7 +51,7 @@ def run_forward(
     blocks: list[MicroBatch],
     function: LogitsFunction | None,
     collect: CollectFunction,
-    on_block: Callable[[int], None],
+    tick: Callable[[int], None],
 ) -> list:
     """Forward only. Returns what ``collect`` gave for each block on the last stage, else [].
 
@@ -61,14 +61,14 @@ def run_forward(
         blocks: micro-batches of one length.
         function: reads the logits of a language model; None: outputs are as the head gives them.
         collect: called with the real outputs of each block on the last stage.
-        on_block: called with the rows of each block after its forward on every stage.
+        tick: called with the rows of each block after its forward on every stage.
     """
 
     def forward_step(iterator, handle: ChunkHandle):
         block = next(iterator)
         output = handle.run(block, function)
         if handle.is_last:
-            on_block(block.num_rows)
+            tick(block.num_rows)
 
         def keep(output: Tensor, non_loss_data: bool = True) -> object:
             return collect(output[: block.num_outputs], block)
@@ -85,7 +85,7 @@ def run_forward_backward(
     blocks: list[MicroBatch],
     function: LogitsFunction | None,
     loss: LossFunction,
-    on_block: Callable[[int], None],
+    tick: Callable[[int], None],
 ) -> list:
     """1F1B (or plain accumulation at PP 1) with one backward a block.
 
@@ -96,7 +96,7 @@ def run_forward_backward(
         blocks: micro-batches of one length, as many on every DP rank.
         function: reads the logits of a language model; None: outputs are as the head gives them.
         loss: the loss of a block, called on the last stage; its gradient is used as it is.
-        on_block: called with the rows of each block after its forward on every stage.
+        tick: called with the rows of each block after its forward on every stage.
 
     Returns:
         The second results of ``loss`` on the last stage, else [].
@@ -106,7 +106,7 @@ def run_forward_backward(
         block = next(iterator)
         output = handle.run(block, function)
         if handle.is_last:
-            on_block(block.num_rows)
+            tick(block.num_rows)
 
         def scaled(output: Tensor):
             value, extra = loss(output, block)

@@ -49,7 +49,7 @@ class StepResult:
 
 
 # Called with the number of rows after the forward of each micro-batch, for progress bars.
-OnBlock = Callable[[int], None]
+Tick = Callable[[int], None]
 
 
 def nothing(num_rows: int) -> None:
@@ -66,10 +66,12 @@ class Zero3Engine:
     Args:
         config: the run.
         mesh: the mesh.
+        tick: called with the number of rows after the forward of each micro-batch, and with that
+            of the answers that have just ended in decoding.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(self, config: Config, mesh: Mesh, tick: Tick = nothing):
+        self.config, self.mesh, self.tick = config, mesh, tick
         self.roles: dict[str, Role] = {}
         self.skipped_steps = 0
         self._skipped_in_a_row: Counter[str] = Counter()  # by role
@@ -91,7 +93,6 @@ class Zero3Engine:
         plan: OutputPlan,
         function: LogitsFunction | None,
         collect: CollectFunction,
-        on_block: OnBlock = nothing,
     ) -> Tensor | None:
         """Forward passes of a role over ``rows`` in a gather window. Entered by every rank.
 
@@ -101,7 +102,6 @@ class Zero3Engine:
             plan: where outputs are computed.
             function: reads the logits of a language model; None for a linear head.
             collect: makes ``[b, ...]`` of a micro-batch's outputs ``[n, ...]``.
-            on_block: called with the number of rows after each micro-batch.
 
         Returns:
             ``[B, ...]`` in the order of ``rows`` on the last stage, else None.
@@ -110,7 +110,7 @@ class Zero3Engine:
         self._assert_embedded(name, rows)
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh)
         with self.roles[name].window() as stage:
-            pieces = run_forward(stage, mesh.cut, blocks, function, collect, on_block)
+            pieces = run_forward(stage, mesh.cut, blocks, function, collect, self.tick)
         return in_row_order(pieces, blocks) if mesh.is_last_stage else None
 
     def _assert_embedded(self, name: str, rows: tuple[Tensor, ...]) -> None:
@@ -128,7 +128,6 @@ class Zero3Engine:
         function: LogitsFunction | None,
         loss: LossFunction,
         together: int = 1,
-        on_block: OnBlock = nothing,
     ) -> StepResult:
         """One optimizer step of a role: forward and backward of all blocks, clip, update.
 
@@ -142,7 +141,6 @@ class Zero3Engine:
                 and returns the block's part of the step's loss, multiplied by the DP size (the
                 gradient is the mean over DP), and anything to hand back.
             together: this many consecutive rows (a pair) stay in one micro-batch.
-            on_block: called with the number of rows after the forward of each micro-batch.
 
         Entered by every rank.
 
@@ -162,7 +160,7 @@ class Zero3Engine:
 
         with weights.training() as call:
             extras = run_forward_backward(
-                weights.stage, call, mesh.cut, blocks, function, logged, on_block
+                weights.stage, call, mesh.cut, blocks, function, logged, self.tick
             )
         copies = (gradients, role.entries, role.tied, mesh)
         sum_copies(*copies)

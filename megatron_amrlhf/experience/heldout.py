@@ -42,7 +42,7 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
         earlier=tuple(prompt.turns[:-1] for prompt in chosen),
     )
     size, seed = config.rollout.micro_batch_size, config.run.seed
-    with context.console.track("evaluate", len(mine)) as bar:
+    with context.console.track("evaluate", len(mine)):
         rollout = until_stopped(
             context,
             lambda: generate(
@@ -54,7 +54,6 @@ def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dic
                 seed,
                 EVALUATION_STEP,
                 size,
-                bar.advance,
                 context.stop.seen,
             ),
         )

@@ -12,7 +12,6 @@ from torch import Tensor
 from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.data.order import DataPosition, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
-from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.dense import DenseRewards, make_dense
 from megatron_amrlhf.experience.preemption import check_stop, until_stopped
@@ -106,7 +105,7 @@ class ExperienceMaker:
         """Answers of policy and reference. Entered by every rank."""
         config, start = self.context.config, time.perf_counter()
         samples = config.rollout.samples_per_prompt
-        with self.context.console.track("rollout", len(prompts.rows) * samples) as bar:
+        with self.context.console.track("rollout", len(prompts.rows) * samples):
             answers = until_stopped(
                 self.context,
                 lambda: generate(
@@ -118,7 +117,6 @@ class ExperienceMaker:
                     config.run.seed,
                     step,
                     config.rollout.micro_batch_size,
-                    bar.advance,
                     self.context.stop.seen,
                 ),
             )
@@ -131,20 +129,20 @@ class ExperienceMaker:
         """Log-probs, values and token rewards, on last stages. Entered by every rank."""
         context, start = self.context, time.perf_counter()
         roles = context.engine.roles
-        with context.console.track("score", len(rollout.rows) * len(roles)) as bar:
+        with context.console.track("score", len(rollout.rows) * len(roles)):
 
             def run(role, where, read):
                 check_stop(context)
-                return score_tokens(context, role, rollout, where, read, bar.advance)
+                return score_tokens(context, role, rollout, where, read)
 
             policy = run("actor", "before", read_logprobs_and_entropy(context, self.temperature))
             reference = run("reference", "before", read_logprobs(context, self.temperature))
             check_stop(context)
-            rewards = self.rewards(rollout, prompts, bar.advance)
+            rewards = self.rewards(rollout, prompts)
             states = None
             if "critic" in roles:
                 check_stop(context)
-                states = self.critic_states(rollout, bar.advance)
+                states = self.critic_states(rollout)
         self.seconds["score"] = time.perf_counter() - start
         if rewards is not None:
             rewards = rewards.where_finite(actor=policy, reference=reference, critic=states)
@@ -170,7 +168,7 @@ class ExperienceMaker:
         )
         return scored, metrics
 
-    def critic_states(self, rollout: RolloutBatch, on_block: OnBlock) -> Tensor | None:
+    def critic_states(self, rollout: RolloutBatch) -> Tensor | None:
         """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
 
         Without bootstrapping values are 0 behind the last token, and are read at the places where
@@ -178,15 +176,13 @@ class ExperienceMaker:
         """
         context = self.context
         if context.config.algorithm.bootstrap_truncated:
-            return score_states(context, rollout, on_block)
-        values = score_tokens(context, "critic", rollout, "before", read_value(), on_block)
+            return score_states(context, rollout)
+        values = score_tokens(context, "critic", rollout, "before", read_value())
         return None if values is None else F.pad(values, (0, 1))
 
-    def rewards(
-        self, rollout: RolloutBatch, prompts: PromptBatch, on_block: OnBlock
-    ) -> Rewards | None:
+    def rewards(self, rollout: RolloutBatch, prompts: PromptBatch) -> Rewards | None:
         """Rewards of the answers, on last stages. Entered by every rank."""
-        return self.rewarder.score(rollout, prompts, on_block)
+        return self.rewarder.score(rollout, prompts)
 
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         """Rollout, score, cut. Entered by every rank."""

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.data.scored_pairs import ScoredPair
-from megatron_amrlhf.engine.zero3 import OnBlock
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.heldout import heldout_share
 from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
@@ -51,19 +50,17 @@ class PairMaker(ExperienceMaker):
         metrics.pop("kl/ref_nats", None)  # the policy has not sampled these answers
         return scored, metrics
 
-    def rewards(
-        self, rollout: RolloutBatch, prompts: PromptBatch, on_block: OnBlock
-    ) -> Rewards | None:
+    def rewards(self, rollout: RolloutBatch, prompts: PromptBatch) -> Rewards | None:
         """The models' rewards; the file's stand for a PRM's where none is. Entered by all ranks."""
         if any(model.role == "prm" for model in self.rewarder.models):
-            return super().rewards(rollout, prompts, on_block)
+            return super().rewards(rollout, prompts)
         rewards = torch.zeros(rollout.response_mask.shape)
         for row, sample in enumerate(rollout.sample_ids.tolist()):
             given = self.data[sample // 2].rewards
             if given is not None:
                 own = given[sample % 2]
                 rewards[row, : own.numel()] = own
-        return self.rewarder.score(rollout, prompts, on_block, rewards)
+        return self.rewarder.score(rollout, prompts, rewards)
 
     def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
         judged, metrics = super().judge(prompts, step)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megatron_amrlhf.data.token_text import answer_text
 from megatron_amrlhf.engine.integrity import NotFinite, not_finite_weights
-from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.reward_models import RewardModel
@@ -144,7 +143,6 @@ class Rewarder:
         self,
         rollout: RolloutBatch,
         prompts: PromptBatch,
-        on_block: OnBlock = nothing,
         given: Tensor | None = None,
     ) -> Rewards | None:
         """Rewards on last stages, None elsewhere. Entered by every rank.
@@ -152,11 +150,10 @@ class Rewarder:
         Args:
             rollout: the answers.
             prompts: their prompts.
-            on_block: called with the number of rows after each micro-batch.
             given: ``[B, R]`` raw rewards that stand for a PRM's; read on last stages.
         """
         found = {
-            model.role: model_rewards(self.context, model, rollout, prompts, on_block)
+            model.role: model_rewards(self.context, model, rollout, prompts)
             for model in self.models
         }
         if not self.context.mesh.is_last_stage:
@@ -226,7 +223,6 @@ def model_rewards(
     model: RewardModel,
     rollout: RolloutBatch,
     prompts: PromptBatch,
-    on_block: OnBlock = nothing,
     steps: Sequence[AnswerSteps | None] | None = None,
 ) -> Tensor | None:
     """``[B, R]`` a reward model's raw reward at the policy's tokens (last stages; else None).
@@ -239,17 +235,16 @@ def model_rewards(
         model: which one; its role is in the engine.
         rollout: the answers.
         prompts: their prompts.
-        on_block: called with the number of rows after each micro-batch.
         steps: of each answer, where they are known; else newlines end them. Read with a marker.
     """
     read = read_reward(context, model.role)
     if model.tokenizer is None and model.marker is None:
-        scores = score_tokens(context, model.role, rollout, "at", read, on_block)
+        scores = score_tokens(context, model.role, rollout, "at", read)
     else:
         system = context.config.data.system_prompt
         mine, own = context.tokenizer, model.tokenizer or context.tokenizer
         texts = translate(rollout, prompts, mine, own, system, model.marker, steps)
-        scores = score_tokens(context, model.role, texts.rollout, "at", read, on_block)
+        scores = score_tokens(context, model.role, texts.rollout, "at", read)
         scores = None if scores is None else read_back(scores, texts, rollout)
     if scores is None or model.role != "prm":
         return scores

@@ -14,7 +14,6 @@ from megatron_amrlhf.engine.microbatch import (
     Outputs,
     response_outputs,
 )
-from megatron_amrlhf.engine.zero3 import OnBlock, nothing
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.models.layers import LogitsFunction
 from megatron_amrlhf.parallel.vocab import entropy, token_logprobs
@@ -47,7 +46,6 @@ def score_tokens(
     rollout: RolloutBatch,
     where: Outputs,
     read: Reader,
-    on_block: OnBlock = nothing,
 ) -> Tensor | None:
     """``[B, R, ...]`` float32 values of the response tokens on last stages, None on others.
 
@@ -57,16 +55,13 @@ def score_tokens(
         rollout: the answers.
         where: outputs are read ``before`` each token (log-prob, value) or ``at`` it (reward).
         read: makes values of the last stage's outputs.
-        on_block: called with the number of rows after each micro-batch.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     plan = response_outputs(lengths, rollout.prompt_lengths, where)
-    return score_outputs(context, role, rollout, plan, read, on_block)
+    return score_outputs(context, role, rollout, plan, read)
 
 
-def score_states(
-    context: Context, rollout: RolloutBatch, on_block: OnBlock = nothing
-) -> Tensor | None:
+def score_states(context: Context, rollout: RolloutBatch) -> Tensor | None:
     """``[B, R + 1]`` float32 critic values on last stages, None on others.
 
     Column j < n, of an answer of n tokens, is the state before its token j, column n the state
@@ -74,7 +69,7 @@ def score_states(
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
     plan = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
-    return score_outputs(context, "critic", rollout, plan, read_value(), on_block)
+    return score_outputs(context, "critic", rollout, plan, read_value())
 
 
 def score_outputs(
@@ -83,14 +78,13 @@ def score_outputs(
     rollout: RolloutBatch,
     plan: OutputPlan,
     read: Reader,
-    on_block: OnBlock,
 ) -> Tensor | None:
     """``[B, plan.width, ...]`` float32 values where ``plan`` says on last stages, else None."""
 
     def collect(outputs: Tensor, block: MicroBatch) -> Tensor:
         return block.rectangle(read.outputs(outputs, block).float(), plan.width)
 
-    return context.engine.score(role, rollout.rows, plan, read.logits, collect, on_block)
+    return context.engine.score(role, rollout.rows, plan, read.logits, collect)
 
 
 def read_logprobs(context: Context, temperature: float) -> Reader:

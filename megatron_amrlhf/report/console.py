@@ -43,19 +43,6 @@ SHOWN = (
 UNITS = (("_seconds", "s"), ("_tokens_per_second", "tok/s"), ("_gib", "GiB"), ("_nats", "nats"))
 
 
-class Phase:
-    """A phase of a step that counts its work."""
-
-    def __init__(self, on_advance: Callable[[int], None]):
-        self._on_advance = on_advance
-        self.done = 0
-
-    def advance(self, n: int = 1) -> None:
-        """Counts ``n`` more units of work as done."""
-        self.done += n
-        self._on_advance(n)
-
-
 class RunConsole:
     """Console output of one process; says nothing unless it is rank 0's.
 
@@ -76,24 +63,28 @@ class RunConsole:
         self._enabled = rank == 0
         self._out = _console(out or sys.stdout)
         self._view = ProgressView(_console(err or sys.stderr))
+        self._show: Callable[[int], None] = _nothing
 
     @contextmanager
-    def track(self, phase: str, total: int) -> Iterator[Phase]:
+    def track(self, phase: str, total: int) -> Iterator[None]:
         """Shows a phase while its block runs.
 
         Args:
             phase: its name, such as ``rollout``.
-            total: units of work that ``advance`` will count.
+            total: units of work that ``tick`` will count.
         """
         self.progress.enter(phase)
         showing = self._view.phase(phase, total) if self._enabled else nullcontext(_nothing)
-        with showing as show:
+        with showing as self._show:
+            try:
+                yield
+            finally:
+                self._show = _nothing
 
-            def on_advance(n: int) -> None:
-                self.progress.advance()
-                show(n)
-
-            yield Phase(on_advance)
+    def tick(self, n: int) -> None:
+        """Counts ``n`` more units of work as done: rows, or answers; of the phase that is shown."""
+        self.progress.advance()
+        self._show(n)
 
     def whole(self, done: int, total: int, seconds_left: float | None) -> None:
         """Shows how many of the run's steps are done, and what is left of its time.

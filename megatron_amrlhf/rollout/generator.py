@@ -43,7 +43,6 @@ def generate(
     seed: int,
     step: int,
     micro_batch_size: int,
-    on_rows_done: Callable[[int], None] = lambda count: None,
     wants_stop: Callable[[], int] = lambda: 0,
 ) -> RolloutBatch:
     """Samples answers to this DP rank's prompts. Entered by every rank.
@@ -57,7 +56,6 @@ def generate(
         seed: the run's seed; with ``step`` and the sample's id it fixes the answer.
         step: the rollout step.
         micro_batch_size: rows a decoding micro-batch.
-        on_rows_done: called with the number of answers that just ended.
         wants_stop: not 0 to leave before the answers are complete; asked a token and block, on one
             rank of the replica.
 
@@ -88,7 +86,7 @@ def generate(
                 rows = [repeated[place] for place in part]
                 device = engine.mesh.device
                 blocks.append(DecodeBlock(module, part, rows, random[part], settings, device))
-        decode(blocks, engine.mesh, settings, on_rows_done, wants_stop)
+        decode(blocks, engine.mesh, settings, engine.tick, wants_stop)
     return _collect(blocks, repeated, groups, sample_ids, from_reference)
 
 
@@ -97,7 +95,7 @@ def decode(
     blocks: list[DecodeBlock],
     mesh: Mesh,
     settings: SamplingSettings,
-    on_rows_done: Callable[[int], None],
+    tick: Callable[[int], None],
     wants_stop: Callable[[], int],
 ) -> None:
     """Decodes all blocks to their ends; each round every live block goes through the pipeline.
@@ -117,7 +115,7 @@ def decode(
                     tokens, work = awaited.pop(index)
                     if work is not None:
                         work.wait()
-                    on_rows_done(block.accept(tokens[:-1]))
+                    tick(block.accept(tokens[:-1]))
                     why = why or int(tokens[-1])
                 if block.done:
                     continue

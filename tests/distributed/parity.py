@@ -22,7 +22,6 @@ from megatron_amrlhf.data.pairs import EncodedPair
 from megatron_amrlhf.data.prm_data import PrmExample
 from megatron_amrlhf.engine import zero3
 from megatron_amrlhf.engine.weights import Weights
-from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.losses.dpo import PairTargets
 from megatron_amrlhf.losses.grpo import GrpoTargets
@@ -257,13 +256,13 @@ def optimizer_step(context: Context, case: Case, rows: list[Row]):
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
         batch, plan = algorithm.batch(prm_examples(mine, head))
-        return algorithm.update(batch, plan, nothing)
+        return algorithm.update(batch, plan)
     if isinstance(algorithm, Orm):
         batch, plan = algorithm.batch(orm_examples(mine))
-        return algorithm.update(batch, plan, nothing)
+        return algorithm.update(batch, plan)
     part = train_batch(mine, width, case, context.mesh)
     update = algorithm.update_critic if role == "critic" else algorithm.update_actor
-    return update(part, nothing)
+    return update(part)
 
 
 def gather_gradients(weights: Weights, mesh: Mesh) -> dict[str, Tensor]:

@@ -15,7 +15,6 @@ import torch
 
 from megatron_amrlhf.algorithms.dpo import Dpo
 from megatron_amrlhf.algorithms.ppo import Ppo
-from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.experience.maker import ExperienceMaker
 from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.losses.dpo import PairTargets
@@ -103,7 +102,7 @@ def _update(algorithm, context, rollout, index, logprobs):
             )
         targets = targets.select(index)
     result, metrics = algorithm.update_actor(
-        TrainBatch.whole(part.rows, part.prompt_lengths, targets), nothing
+        TrainBatch.whole(part.rows, part.prompt_lengths, targets)
     )
     return context.publish(metrics) | {"norm": result.grad_norm}
 

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.update import response_plan
 from megatron_amrlhf.engine.balance import balance
-from megatron_amrlhf.engine.zero3 import nothing
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests import reference
 from tests.distributed.contexts import make_context
@@ -58,7 +57,7 @@ def numbers(folder: str, critic: str, masked_out: int) -> dict[str, tuple[float,
             algorithm = object.__new__(Ppo)
             algorithm.context = context
             part = train_batch(mine, width, case, mesh)
-            result, metrics = algorithm.update_actor(part, nothing)
+            result, metrics = algorithm.update_actor(part)
             loss = context.publish(metrics)["loss/policy"]
             found[f"{name}, {share}"] = (loss, result.grad_norm)
             context.engine.roles["actor"].weights.close()

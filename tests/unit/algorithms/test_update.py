@@ -22,7 +22,7 @@ class Engine:
 
     skipped_steps = 0
 
-    def train_step(self, role, rows, ids, plan, function, loss, together, on_block):
+    def train_step(self, role, rows, ids, plan, function, loss, together):
         self.sum, extras = 0.0, []
         for row in range(len(rows)):
             block = SimpleNamespace(
@@ -88,8 +88,8 @@ def test_the_rates_and_norms_of_each_role_are_logged():
     }
     context = SimpleNamespace(console=console, engine=engine)
     roles = {
-        "actor": lambda part, tick: (StepResult([], 1.0, 1e-3 * part.rows[0], None), {}),
-        "critic": lambda part, tick: (StepResult([], 2.0, 1e-2 * part.rows[0], None), {}),
+        "actor": lambda part: (StepResult([], 1.0, 1e-3 * part.rows[0], None), {}),
+        "critic": lambda part: (StepResult([], 2.0, 1e-2 * part.rows[0], None), {}),
     }
     parts = [SimpleNamespace(rows=[n]) for n in (1, 2)]
     assert run_updates(context, parts, roles)[1] == {

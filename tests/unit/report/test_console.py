@@ -22,8 +22,8 @@ def make(rank=0, err=None):
 def test_a_terminal_gets_a_bar_of_the_phase_and_one_of_the_whole(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     console, _, err = make(err=Terminal())
-    with console.track("scoring", 4) as phase:
-        phase.advance(4)
+    with console.track("scoring", 4):
+        console.tick(4)
     assert "scoring" in err.getvalue() and "4/4" in err.getvalue()
     assert "whole" not in err.getvalue()  # no step has been timed
     console.whole(2, 8, 300.0)
@@ -34,9 +34,9 @@ def test_a_terminal_gets_a_bar_of_the_phase_and_one_of_the_whole(monkeypatch):
 
 def test_other_ranks_are_silent(tmp_path):
     console, out, err = make(rank=1)
-    with console.track("rollout", 2) as phase:
-        phase.advance(2)
-    assert phase.done == 2
+    with console.track("rollout", 2):
+        console.tick(2)
+    assert console.progress.done == 1
     console.line("hello")
     console.step_table(1, 2, {"loss/policy": 1.0})
     console.final_summary(RunFolder(tmp_path, 1, True), {}, {"reward/mean": 1.0})

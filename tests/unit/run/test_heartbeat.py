@@ -193,8 +193,8 @@ def test_the_watchdogs_limit_is_many_beats():
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_tracked_phase_is_progress_on_every_rank(rank, capsys):
     console = RunConsole(rank)
-    with console.track("score", 8) as bar:
-        bar.advance(4)
-        bar.advance(0)  # a decode round in which no answer ended
+    with console.track("score", 8):
+        console.tick(4)
+        console.tick(0)  # a decode round in which no answer ended
     progress = console.progress
     assert (progress.phase, progress.phases, progress.done) == ("score", 1, 2)
