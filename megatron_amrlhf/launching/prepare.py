@@ -14,8 +14,8 @@ if __name__ == "__main__":
 import argparse
 import os
 import re
-import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_amrlhf.arguments import at_least_one
@@ -27,89 +27,131 @@ from megatron_amrlhf.doctor.options import run_folder as doctor_folder
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import expanded, writable_folder, write_atomic
 from megatron_amrlhf.launching.environment import forwarding
-from megatron_amrlhf.launching.hostfile import read_hostfile
-from megatron_amrlhf.ports import free_port, job_port
+from megatron_amrlhf.launching.shell import print_assignments
+from megatron_amrlhf.ports import job_port
 from megatron_amrlhf.run.folder import PREPARED_VARIABLE, last_attempt, refuse_other_run
+from megatron_amrlhf.run.status_file import read_status
 from megatron_amrlhf.run.stop_request import STOP_NAME
 
 LOGS_NAME, ENVIRONMENT_NAME = "logs", ".deepspeed_env"
+THIS_MACHINE = "localhost"
 PLAIN = re.compile(r"[\w@+=:,./~\[\]-]+")  # what a shell, and pdsh, leave as it is
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where the ranks of a start will be.
+
+    Attributes:
+        slots: the ranks of each host, in the order of their numbers.
+        node_rank: which host this machine is; None: the only one, or the others are reached by ssh.
+        from_file: whether a hostfile names them.
+    """
+
+    slots: dict[str, int]
+    node_rank: int | None = None
+    from_file: bool = False
+
+    @property
+    def by_ssh(self) -> bool:
+        """Whether the launcher starts ranks on other machines."""
+        return len(self.slots) > 1 and self.node_rank is None
+
+    @property
+    def has_rank_0(self) -> bool:
+        """Whether rank 0 will be on this machine, as far as it starts any."""
+        return not self.node_rank
+
+    @property
+    def own_slots(self) -> int:
+        """The ranks of this machine."""
+        return list(self.slots.values())[self.node_rank or 0]
+
+    @property
+    def first_rank(self) -> int:
+        """The first rank of this machine."""
+        return sum(list(self.slots.values())[: self.node_rank or 0])
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a start needs to know of its run.
+
+    Attributes:
+        folder: of the run.
+        logs: of the ranks of this start.
+        hidden: variables that DeepSpeed's launcher must not see.
+        last_attempt: the run's attempt before this one; 0 where there is none.
+        last_step: what that one had completed.
+    """
+
+    folder: Path
+    logs: Path
+    hidden: tuple[str, ...]
+    last_attempt: int
+    last_step: int
 
 
 @tells_user_errors
 def main(argv: list[str] | None = None) -> int:
-    """Prints FOLDER, LOGS, PORT, HOSTS, HOST_NAMES, MASTER, SLOTS, THREADS and HIDDEN.
+    """Prints FOLDER, LOGS, LAST_ATTEMPT and LAST_STEP; in a job also JOB_PORT."""
+    parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
+    parser.add_argument("--processes", type=at_least_one, default=1, help="of all machines")
+    parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")
+    parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
+    options = parser.parse_args(argv)
+    prepared = prepare(options.run, Hosts({THIS_MACHINE: options.processes}), options.logs)
+    shell = {
+        "FOLDER": str(prepared.folder),
+        "LOGS": str(prepared.logs),
+        "LAST_ATTEMPT": prepared.last_attempt,
+        "LAST_STEP": prepared.last_step,
+    }
+    if "SLURM_JOB_ID" in os.environ:
+        shell["JOB_PORT"] = job_port(os.environ)  # the same on all nodes
+    print_assignments(shell)
+    return 0
 
-    The last is an array: variables that DeepSpeed's launcher must not see. In a job also JOB_PORT.
+
+def prepare(run: list[str], hosts: Hosts, logs: Path | None) -> Prepared:
+    """Checks a run, makes its folders ready, and sets what its ranks want of the environment.
+
+    Args:
+        run: train, score or doctor with its arguments.
+        hosts: where its ranks will be.
+        logs: the folder for what they print; None: a new one in the run's.
+
+    Raises:
+        UserError: what is wrong with the run or its folders.
     """
-    options = _parse(argv)
-    hosts, node_rank = _hosts(options), options.node_rank or 0
-    arguments = read_arguments(options.run)
+    arguments = read_arguments(run)
     is_doctor = arguments.command == "doctor"
     if is_doctor:
         config = read_config(arguments.config, arguments.overrides)
         folder = doctor_folder(config, arguments.folder)
     else:
-        folder = check(arguments, sum(hosts.values()))
-    slots = list(hosts.values())[node_rank]
+        folder = check(arguments, sum(hosts.slots.values()))
     cores = len(os.sched_getaffinity(0))
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // slots)))
-    os.environ |= {HOSTS_VARIABLE: ",".join(hosts), PREPARED_VARIABLE: "1"}
-    logs = options.logs or folder / LOGS_NAME
-    if not options.logs and not is_doctor:
-        logs /= new_attempt(folder, sum(list(hosts.values())[:node_rank]))
-    by_ssh = len(hosts) > 1 and options.node_rank is None
-    if by_ssh:
-        refuse_for_shells([*options.run, str(Path.cwd()), str(logs.resolve()), sys.executable])
-    key = "--out" if arguments.command == "score" else "run.folder"
-    if options.logs and options.node_rank is None and any(options.logs.glob("*_rank*.log")):
-        raise UserError(f"--logs {options.logs}: has an earlier start's logs: give a new folder")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // hosts.own_slots)))
+    os.environ |= {HOSTS_VARIABLE: ",".join(hosts.slots), PREPARED_VARIABLE: "1"}
+    key, logs_key = ("--out" if arguments.command == "score" else "run.folder"), "--logs"
+    if logs and hosts.node_rank is None and any(logs.glob("*_rank*.log")):
+        raise UserError(f"--logs {logs}: has an earlier start's logs: give a new folder")
+    if not logs:
+        name = "" if is_doctor else new_attempt(folder, hosts.first_rank)
+        logs, logs_key = folder / LOGS_NAME / name, key
+    if hosts.by_ssh:
+        refuse_for_shells([*run, str(Path.cwd()), str(logs.resolve()), sys.executable])
     if not is_doctor:  # which looks at the folder of a run that may be going on
-        writable_folder(logs, "--logs" if options.logs else key)
-    if node_rank == 0 and not (is_doctor and options.hostfile is None):
+        writable_folder(logs, logs_key)
+    if hosts.has_rank_0 and (hosts.from_file or not is_doctor):
         writable_folder(folder, key)
-        if not is_doctor:
-            (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
-    hidden = write_environment(folder / ENVIRONMENT_NAME) if by_ssh else ()
-    shell = {
-        "FOLDER": folder.resolve(),
-        "LOGS": logs.resolve(),
-        "PORT": free_port(),
-        "HOSTS": len(hosts),
-        "HOST_NAMES": os.environ[HOSTS_VARIABLE],
-        "MASTER": next(iter(hosts)),
-        "SLOTS": slots,
-        "THREADS": os.environ["OMP_NUM_THREADS"],
-    }
-    if "SLURM_JOB_ID" in os.environ:
-        shell["JOB_PORT"] = job_port(os.environ)  # the same on all nodes
-    for name, value in shell.items():
-        print(f"{name}={shlex.quote(str(value))}")
-    print(f"HIDDEN=({shlex.join(hidden)})")
-    return 0
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="prepare", description=__doc__)
-    parser.add_argument("--processes", type=at_least_one, default=1, help="of one machine")
-    parser.add_argument("--hostfile", type=Path, help="instead: hosts with their slots")
-    parser.add_argument("--node-rank", type=int, help="the host's line, from 0; none: by ssh")
-    parser.add_argument("--logs", type=Path, help="the ranks' logs (default: a new folder)")
-    parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
-    return parser.parse_args(argv)
-
-
-def _hosts(options: argparse.Namespace) -> dict[str, int]:
-    """Processes of each host."""
-    if options.hostfile is None:
-        return {"localhost": options.processes}
-    hosts = read_hostfile(options.hostfile)
-    if not 0 <= (options.node_rank or 0) < len(hosts):
-        raise UserError(
-            f"--node-rank {options.node_rank}: {options.hostfile} has {len(hosts)} hosts, "
-            f"use 0 to {len(hosts) - 1}"
-        )
-    return hosts
+    if hosts.has_rank_0 and not is_doctor:
+        (folder / STOP_NAME).unlink(missing_ok=True)  # an earlier attempt's
+    hidden = write_environment(folder / ENVIRONMENT_NAME) if hosts.by_ssh else ()
+    last = (read_status(folder) if arguments.command == "train" else None) or {}
+    last_attempt, last_step = last.get("attempt", 0), last.get("step", 0)
+    return Prepared(folder.resolve(), logs.resolve(), hidden, last_attempt, last_step)
 
 
 def check(arguments: argparse.Namespace, world_size: int) -> Path:

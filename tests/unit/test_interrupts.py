@@ -14,10 +14,11 @@ from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual, end_at_once, 
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
+LAUNCHING = ("demonstration", "estimate", "outcome", "prepare", "start")
 PROGRAMS = [
     *sorted((ROOT / "tools").glob("*.py")),
     ROOT / "launch" / "slurm" / "submit.py",
-    *(ROOT / "megatron_amrlhf" / "launching" / f"{name}.py" for name in ("estimate", "prepare")),
+    *(ROOT / "megatron_amrlhf" / "launching" / f"{name}.py" for name in LAUNCHING),
     ROOT / "megatron_amrlhf" / "__main__.py",
 ]
 QUICK = ("__future__", "sys")

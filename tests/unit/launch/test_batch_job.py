@@ -70,6 +70,25 @@ def test_a_dead_node_requeues_until_three_attempts_bring_no_step(job, tmp_path):
     assert (tmp_path / "srun.probe").read_text().startswith("--overlap --mpi=none ")
 
 
+@pytest.mark.parametrize(
+    ("deed", "code"),
+    [("exit 5", 5), ('echo 247 >"$LOGS/exit-code"; exit 143', 247), ("exit 0", 1)],
+)
+def test_a_judge_that_fails_hides_no_exit_code(job, tmp_path, deed, code):
+    """Of a run that saves and stops srun says 0 as well, so 0 alone is no success."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    refusal = '[[ "$*" != *.outcome* ]] || exit 9'
+    python.write_text(f'#!/bin/bash\n{refusal}\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    answer = job(deed, VENV=str(tmp_path / "venv"))
+    assert answer.returncode == code
+    assert "train.sbatch: the run ended (srun's exit code " in answer.stdout.splitlines()[-1]
+    dead = job(deed, VENV=str(tmp_path / "venv"), ALIVE="1")
+    assert dead.returncode == code
+    assert ("nothing says whether it may be requeued" in dead.stdout) == (deed != "exit 0")
+
+
 def test_help_is_shown_and_nothing_is_run(job, tmp_path):
     answer = job("exit 1", "--help")
     assert answer.returncode == 0 and answer.stderr == ""

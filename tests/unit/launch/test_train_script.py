@@ -35,7 +35,12 @@ class Launch:
         self.bin.mkdir(parents=True)
         self.run = folder / "demo"
         (folder / "hosts").write_text("one slots=1\ntwo slots=1\n")
-        self.write("python", f'#!/bin/bash\nexec "{sys.executable}" "$@"\n')
+        self.judge('exec "$PYTHON" "$@"')
+
+    def judge(self, deed: str) -> None:
+        """What Python does where it is asked how the run has ended."""
+        given = f'#!/bin/bash\nPYTHON="{sys.executable}"\n'
+        self.write("python", f'{given}[[ "$*" != *.outcome* ]] || {deed}\nexec "$PYTHON" "$@"\n')
 
     def write(self, name: str, text: str) -> None:
         (self.bin / name).write_text(text)
@@ -150,6 +155,28 @@ def test_a_failed_scoring_names_its_logs(launch):
     assert answer.stderr.strip() == (
         f"train.sh: the run failed (exit code 1), see {launch.folder}/scores/logs/attempt-01"
     )
+
+
+@pytest.mark.parametrize("code", [0, 3, 75])
+@pytest.mark.parametrize("deed", ["exit 1", "kill -KILL $$"])
+def test_a_judge_that_fails_hides_no_exit_code(launch, code, deed):
+    launch.judge(deed)
+    answer = launch(f"exit {code}")
+    assert answer.returncode == code
+    assert f"train.sh: the run ended (exit code {code}), see {launch.run}/logs/" in answer.stderr
+
+
+def test_the_script_does_as_it_is_judged(launch):
+    log = launch.folder / "a log"
+    log.write_text("".join(f"{number}\n" for number in range(99)))
+    said = f"CODE=5 REST=1 SHOWN=('{log}') LAST='told'"
+    launch.judge(f'{{ echo "{said}"; exit; }}')
+    answer = launch('sleep 300 & echo $! >"$FOLDER/pid"; echo hello >"$LOGS/x_rank0.log"')
+    assert (answer.returncode, answer.stdout) == (5, "hello\n")
+    assert answer.stderr.split() == [*map(str, range(79, 99)), "told"]
+    assert why_end_now(launch.run / "stop") == "its launcher was killed"
+    left = Path("/proc") / (launch.run / "pid").read_text().strip()
+    assert not left.exists() or "State:\tZ" in (left / "status").read_text()
 
 
 def test_files_are_those_of_the_callers_folder(launch):
