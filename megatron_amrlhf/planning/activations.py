@@ -1,6 +1,6 @@
 """Bytes of activations, logits and keys and values on a rank, by arithmetic alone.
 
-The counterpart of ``footprint.py``, which tells what a model's weights and optimizer take. Elements
+The counterpart of ``weights.py``, which tells what a model's weights and optimizer take. Elements
 are what autograd keeps, and what a forward without gradient has at its fullest moment, of torch's
 RMSNorm, SwiGLU and attention as ``models/layers.py`` puts them together (``LiveBytes`` counts them;
 ``tests/distributed/test_plan.py`` compares). Fused kernels on a GPU keep less.
@@ -24,7 +24,7 @@ SAMPLING_COPIES = 8
 
 @dataclass(frozen=True)
 class Transient:
-    """Bytes of a moment in a phase, beside what ``footprint.HeldBytes`` tells.
+    """Bytes of a moment in a phase, beside what ``weights.HeldBytes`` tells.
 
     Attributes:
         cache: keys and values while decoding.
