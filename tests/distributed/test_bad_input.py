@@ -148,24 +148,35 @@ def test_broken_data_names_file_and_line(folder, text, words):
     assert_refused(done, folder, *words)
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A model whose heads and layers no two ranks can share."""
+    folder, _ = make_models(tmp_path_factory.mktemp("odd"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
+    config.pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
         (["parallel.pipeline=2", "parallel.tensor=2"], ["2 processes"]),
-        (["parallel.tensor=2", "model.path=ODD"], ["parallel.tensor", "heads"]),
         (["parallel.pipeline=2", "model.path=ODD"], ["parallel.pipeline", "layers"]),
     ],
 )
-def test_wrong_layout_ends_all_ranks(folder, overrides, words, tmp_path):
-    odd = tmp_path / "odd"
-    make_models(tmp_path)
-    config = json.loads((tmp_path / "policy" / "config.json").read_text())
-    config |= {"num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 3}
-    config.pop("layer_types", None)
-    (tmp_path / "policy" / "config.json").write_text(json.dumps(config))
-    (tmp_path / "policy").rename(odd)
-    done = launch(write_config(folder, "ppo"), *(o.replace("ODD", str(odd)) for o in overrides))
-    assert_refused(done, folder, *words)
+def test_a_wrong_layout_is_refused_on_every_rank(folder, odd, overrides, words):
+    overrides = [text.replace("ODD", str(odd)) for text in overrides]
+    arguments = ["train", str(write_config(folder, "ppo")), "--set", *overrides]
+    (code, stderr), *others = run_on(2, call_main, arguments)
+    assert_refused(subprocess.CompletedProcess(arguments, code, stderr=stderr), folder, *words)
+    assert [code for code, _ in others] == [2]
+
+
+def test_a_wrong_layout_ends_the_launcher_and_all_ranks(folder, odd):
+    done = launch(write_config(folder, "ppo"), "parallel.tensor=2", f"model.path={odd}")
+    assert_refused(done, folder, "parallel.tensor", "heads")
 
 
 def test_a_run_that_is_going_on_is_refused_on_every_rank(folder, tmp_path):
