@@ -12,6 +12,7 @@ Alignment of per-response-token tensors ``[B, R]``: index ``j`` is the response 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ class TrainBatch:
             prompt_lengths=torch.where(keeps, self.prompt_lengths, 0),
         )
 
-    def select(self, index: Tensor) -> TrainBatch:
+    def select(self, index: Tensor) -> Self:
         """The rows at ``index`` (1-D int64), in that order."""
         return replace(
             self,

@@ -41,7 +41,8 @@ class SurrogateAlgorithm(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        targets, metrics = {}, {}
+        targets: dict[str, Tensor] = {}
+        metrics: Metrics = {}
         if judged.scored is not None:
             targets, metrics = self.targets(batch, judged)
         train = TrainBatch.of(batch, targets)

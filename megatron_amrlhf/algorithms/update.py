@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,7 @@ def update(
         targets = {key: x[block.row_index] for key, x in batch.targets.items()}
         out = terms(values, targets)
         total = out.terms.sum()
+        assert count is not None, "this is a last stage"
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
         logged = count_metric(total.detach(), targets["denominator"].sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
@@ -88,11 +90,14 @@ def response_plan(part: TrainBatch) -> OutputPlan:
 
 
 # (rows of an optimizer step, callback of a micro-batch) -> what update() returns
+Batch = TypeVar("Batch", bound=TrainBatch)
 UpdateFunction = Callable[[TrainBatch, OnBlock], tuple[StepResult, Metrics]]
 
 
 def run_updates(
-    context: Context, parts: list[TrainBatch], roles: dict[str, UpdateFunction]
+    context: Context,
+    parts: Sequence[Batch],
+    roles: Mapping[str, Callable[[Batch, OnBlock], tuple[StepResult, Metrics]]],
 ) -> tuple[Metrics, dict[str, float]]:
     """One optimizer step of each role on each part, in order. Entered by every rank.
 
@@ -140,7 +145,7 @@ def split_units(count: int, parts: int, seed: int | None, mesh: Mesh) -> list[Te
     else:
         generator = torch.Generator().manual_seed(seed % 2**63)  # what it takes
         shuffled = torch.randperm(total, generator=generator)
-        split = shuffled.tensor_split(min(parts, total)) if total else []
+        split = list(shuffled.tensor_split(min(parts, total))) if total else []
     return [part[(part >= start) & (part < start + count)] - start for part in split]
 
 

@@ -10,7 +10,9 @@ from typing import Any
 from megatron_amrlhf.config.algorithm_rules import algorithm_problems
 from megatron_amrlhf.config.algorithms import (
     GrpoAlgorithm,
+    OrmAlgorithm,
     PpoAlgorithm,
+    PrmAlgorithm,
 )
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
@@ -193,7 +195,7 @@ def _layout_problems(config: Config, world_size: int) -> Iterator[str]:
         return
     replicas = world_size // model_parallel
     algorithm, rollout = config.algorithm, config.rollout
-    if algorithm.trains_reward_model:
+    if isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
         if algorithm.batch_size % replicas:
             yield _not_divided("algorithm.batch_size", algorithm.batch_size, replicas)
         return
@@ -301,7 +303,7 @@ def _implicit_problems(config: Config) -> Iterator[str]:
 def _optimizer_steps(config: Config, steps: int) -> int:
     """Optimizer steps of a run of so many steps."""
     algorithm = config.algorithm
-    if algorithm.trains_reward_model:
+    if isinstance(algorithm, PrmAlgorithm | OrmAlgorithm):
         return steps
     epochs = algorithm.epochs if isinstance(algorithm, PpoAlgorithm | GrpoAlgorithm) else 1
     return steps * epochs * algorithm.minibatches

@@ -36,7 +36,8 @@ def checkpoint_room(config: Config, run_folder: Path) -> CheckpointRoom:
 
 def _num_trained(config: Config) -> int:
     """Parameters of all trained roles."""
-    heads = {"prm": [1], "orm": [1], "ppo": [None, 1]}.get(config.algorithm.kind, [None])
+    of_kind: dict[str, list[int | None]] = {"prm": [1], "orm": [1], "ppo": [None, 1]}
+    heads = of_kind.get(config.algorithm.kind, [None])
     path = config.model.path
     if path.startswith("pip:") or path.endswith(".gguf"):
         file = expanded(path)
