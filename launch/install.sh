@@ -20,7 +20,7 @@ Needs Python 3.11 or 3.12 and pip, no compiler. Run again, it returns at once un
 requirements have changed. An environment belongs to one checkout.
 
   --venv DIR   the virtual environment (default: .venv, or the variable VENV)
-  --test       also what the tests need (pytest, pytest-xdist, hypothesis, ruff, TRL, allpairspy)
+  --test       also what the tests need (pytest, pytest-xdist, hypothesis, ruff, mypy, TRL, allpairspy)
   --help       this text
 
 torch: one that is already in the environment is kept. With a working nvidia-smi pip's default

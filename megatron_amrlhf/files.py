@@ -110,7 +110,9 @@ def _allow(path: Path, mode: int) -> None:
 def umask() -> int:
     """The process's mask of permissions; asked for without changing it."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-    return int(re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE)[1], 8)
+    found = re.search(r"^Umask:\s*([0-7]+)$", status, re.MULTILINE)
+    assert found is not None, "a kernel before 4.7"
+    return int(found[1], 8)
 
 
 def fsync(path: Path) -> None:

@@ -13,14 +13,14 @@ import shutil
 import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import free_name, fsync, sha256_of, started_at, write_atomic
 from megatron_amrlhf.reading import Record, Unreadable, read_record
 
 NOTE_NAME = ".amrlhf.json"
-MADE_BY = "megatron_amrlhf"
+MADE_BY: Final = "megatron_amrlhf"
 SMALL_FILE = 1 << 20  # bytes; up to here a file's content is compared, not only its size
 # What killed writers leave inside: the safetensors library and `files.replacing`.
 LEFTOVER = re.compile(r"\.tmp\w{6}|\..+\.\d+\.tmp", re.ASCII)
@@ -210,8 +210,8 @@ def _beside(target: Path, end: str) -> Path:
 
 
 def _write_note(folder: Path, kind: Kind, files: dict[str, Mark] | None) -> None:
-    who = {"host": socket.gethostname(), "pid": os.getpid()}
-    note = Note(made_by=MADE_BY, kind=kind, files=files, **who)
+    host, pid = socket.gethostname(), os.getpid()
+    note = Note(made_by=MADE_BY, kind=kind, files=files, host=host, pid=pid)
     write_atomic(folder / NOTE_NAME, note.model_dump_json(indent=1) + "\n")
 
 

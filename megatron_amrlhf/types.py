@@ -12,7 +12,7 @@ Alignment of per-response-token tensors ``[B, R]``: index ``j`` is the response 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -222,7 +222,7 @@ class TrainBatch(Generic[T]):
             prompt_lengths=torch.where(keeps, self.prompt_lengths, 0),
         )
 
-    def select(self, index: Tensor) -> TrainBatch[T]:
+    def select(self, index: Tensor) -> Self:
         """The rows at ``index`` (1-D int64), in that order."""
         return replace(
             self,

@@ -67,7 +67,7 @@ class Kto(PolicyAlgorithm):
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
         targets = None
-        if judged.scored is not None:
+        if judged.scored is not None and has_label is not None and reference is not None:
             targets = KtoTargets(
                 denominator=has_label[:, None],  # one an answer
                 mask=batch.mask,
@@ -159,9 +159,9 @@ def mismatched_pairs(
     firsts = gather_objects((answers[:samples], kept[:samples], counted[:samples]), mesh.dp_group)
     next_answers, next_kept, next_counted = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
     answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept
-    counted = torch.tensor(counted[samples:] + next_counted)
+    has_reward = torch.tensor(counted[samples:] + next_counted)
     parts = zip(rollout.rows, lengths, answers, strict=True)
     rows = tuple(torch.cat([row[:length], answer]) for row, length, answer in parts)
     mismatched = replace(rollout, rows=rows)
     valid = mismatched.response_mask
-    return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept)), counted
+    return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept)), has_reward

@@ -32,10 +32,11 @@ from megatron_amrlhf.experience.rewarding import Rewarder
 from megatron_amrlhf.experience.sample_log import log_samples
 from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.losses.reduce import Metrics, kl_scale
-from megatron_amrlhf.losses.targets import AnswerTargets
+from megatron_amrlhf.losses.targets import AnswerTargets, KlTargets
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 A = TypeVar("A", bound=AnswerTargets)
+K = TypeVar("K", bound=KlTargets)
 
 
 class PolicyAlgorithm(ABC):
@@ -191,7 +192,7 @@ class PolicyAlgorithm(ABC):
         tokens, all_tokens = (sum(row.numel() for row in x.rows) for x in (cut, part))
         return result, metrics | {"mask/updated_fraction": count_metric(tokens, all_tokens)}
 
-    def with_kl_scale(self, part: TrainBatch[A], by_row: bool = False) -> TrainBatch[A]:
+    def with_kl_scale(self, part: TrainBatch[K], by_row: bool = False) -> TrainBatch[K]:
         """An optimizer step's rows with the ``kl_scale`` of a KL in the loss.
 
         Entered by every last-stage rank; elsewhere nothing changes.

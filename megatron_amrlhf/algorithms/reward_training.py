@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +19,16 @@ from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.types import TrainBatch
 
-Example = TypeVar("Example")
+
+class HasRows(Protocol):
+    """What every example has."""
+
+    @property
+    def rows(self) -> Iterable[Tensor]:
+        """Token ids, 1-D int64."""
+
+
+Example = TypeVar("Example", bound=HasRows)
 
 
 class RewardTraining(ABC, Generic[Example]):
@@ -40,7 +49,8 @@ class RewardTraining(ABC, Generic[Example]):
             UserError: the data are wrong.
         """
         self.examples, selection = self.load(config.data.train, config, tokenizer)
-        self.selections, self.heldout = [selection], []
+        self.selections = [selection]
+        self.heldout: list[Example] = []
         if config.data.heldout is not None:
             self.heldout, selection = self.load(config.data.heldout, config, tokenizer)
             self.selections.append(selection)

@@ -37,7 +37,8 @@ class SurrogateAlgorithm(PolicyAlgorithm):
     def learn(
         self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
     ) -> tuple[Metrics, dict]:
-        targets, metrics = None, {}
+        targets: AnswerTargets | None = None
+        metrics: Metrics = {}
         if judged.scored is not None:
             targets, metrics = self.targets(batch, judged)
         train = TrainBatch.of(batch, targets)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -69,6 +70,7 @@ def update(
         targets = batch.targets.select(block.row_index)
         out = loss(values, targets)
         total = out.terms.sum()
+        assert count is not None, "this is a last stage"
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
         logged = count_metric(total.detach(), targets.denominator.sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
@@ -86,12 +88,16 @@ def response_plan(part: TrainBatch[AnswerTargets]) -> OutputPlan:
     return plan.widened(part.targets.valid.shape[1]) if part.targets else plan
 
 
+Batch = TypeVar("Batch", bound=TrainBatch)
 # rows of an optimizer step -> what update() returns
-UpdateFunction = Callable[[TrainBatch], tuple[StepResult, Metrics]]
+UpdateFunction = Callable[[Batch], tuple[StepResult, Metrics]]
 
 
 def run_updates(
-    context: Context, parts: list[TrainBatch], roles: dict[str, UpdateFunction], passes: int = 1
+    context: Context,
+    parts: Sequence[Batch],
+    roles: Mapping[str, UpdateFunction[Batch]],
+    passes: int = 1,
 ) -> tuple[Metrics, dict[str, float]]:
     """One optimizer step of each role on each part, in order. Entered by every rank.
 
@@ -145,7 +151,7 @@ def split_units(count: int, parts: int, seed: int | None, mesh: Mesh) -> list[Te
     else:
         generator = torch.Generator().manual_seed(seed % 2**63)  # what it takes
         shuffled = torch.randperm(total, generator=generator)
-        split = shuffled.tensor_split(min(parts, total)) if total else []
+        split = list(shuffled.tensor_split(min(parts, total))) if total else []
     return [part[(part >= start) & (part < start + count)] - start for part in split]
 
 

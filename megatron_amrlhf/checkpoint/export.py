@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.checkpoint.files import (
     deleted_on_failure,
     on_all_ranks,
+    on_main_rank,
     write_tensors,
     write_text,
 )
@@ -61,7 +62,7 @@ def export_role(
     hf_config = with_meaning(read_hf_config(role.spec.folder), role.spec.name, engine.config)
     form = None if role.spec.head_outputs is None else head_form(hf_config)
     doing = f"cannot write the export {folder}"
-    temporary = on_all_ranks(lambda: mesh.is_main and begin_beside(folder, "export"), doing)[0]
+    temporary = on_main_rank(lambda: begin_beside(folder, "export"), doing, mesh.is_main)
 
     def finish() -> None:
         if mesh.is_main:

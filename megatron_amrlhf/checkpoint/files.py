@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -56,6 +56,12 @@ def on_all_ranks(work: Callable[[], Result], doing: str) -> list[Result]:
         more = f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""
         raise UserError(problems[0] + more)
     return [result for result, _ in outcomes]
+
+
+def on_main_rank(work: Callable[[], Result], doing: str, is_main: bool) -> Result:
+    """As ``on_all_ranks``, but rank 0 alone does ``work``; all ranks get its result."""
+    results: list[Any] = on_all_ranks(lambda: work() if is_main else None, doing)
+    return results[0]
 
 
 @contextmanager

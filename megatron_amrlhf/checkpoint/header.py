@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from megatron_amrlhf.checkpoint.folders import FORMAT, STATE_FILE, STEP_FOLDER, step_of
 from megatron_amrlhf.checkpoint.parts import SavedLayout
-from megatron_amrlhf.engine.partitioned import DEEPSPEED_COUNTERS
+from megatron_amrlhf.engine.partitioned import DeepspeedCounter
 from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.reading import (
@@ -64,7 +64,7 @@ class RoleRecord(Record):
     model: dict[str, Any]
     optimizer_step: Annotated[float, Field(ge=0, le=LARGEST_COUNT)] | None
     schedule: ScheduleRecord
-    deepspeed: dict[Literal[DEEPSPEED_COUNTERS], Count] = {}
+    deepspeed: dict[DeepspeedCounter, Count] = {}
 
     @field_validator("dtype")
     @classmethod

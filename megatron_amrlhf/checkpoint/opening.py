@@ -84,7 +84,7 @@ def _header(folder: Path) -> Header:
 
 
 def _check_files(folder: Path, names: list[str]) -> None:
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder) or {}
     for name in names:
         if problem := file_problem(folder, name, manifest):
             raise UserError(f"{folder / name} {problem}")

@@ -7,6 +7,7 @@ where the tensor-parallel size is the same, only the elements that are wanted ar
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -127,7 +128,7 @@ class RoleParts:
     def shard(self, stage: int, tp: int, local: str, kind: str) -> Tensor:
         """A whole saved shard of a state, put together from all data-parallel ranks' parts."""
         shape = self._part(tp, stage, 0).slice_of(local).shape
-        return self._read_range(tp, stage, f"{local}.{kind}", 0, shape.numel()).view(shape)
+        return self._read_range(tp, stage, f"{local}.{kind}", 0, math.prod(shape)).view(shape)
 
     @cached_property
     def _stages(self) -> dict[tuple[str, ...], tuple[int, Entry]]:

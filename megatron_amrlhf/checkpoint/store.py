@@ -23,6 +23,7 @@ from megatron_amrlhf.checkpoint.files import (
     FileRecord,
     deleted_on_failure,
     on_all_ranks,
+    on_main_rank,
     write_tensors,
     write_text,
 )
@@ -116,11 +117,10 @@ class CheckpointWriter:
         doing = f"cannot write the checkpoint {folder}"
         sizes = on_all_ranks(lambda: _part_bytes(engine), doing)
 
-        made = on_all_ranks(lambda: mesh.is_main and begin(self._checkpoints, step), doing)
-        temporary = made[0]
+        temporary = on_main_rank(lambda: begin(self._checkpoints, step), doing, mesh.is_main)
         with deleted_on_failure(temporary, "checkpoint", mesh.is_main):
             room = partial(check_free_space, self._checkpoints, sum(sizes))
-            on_all_ranks(lambda: mesh.is_main and room(), doing)
+            on_main_rank(room, doing, mesh.is_main)
         work = self._writing(temporary)
 
         def timed() -> list[FileRecord]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_amrlhf.algorithms.contract import Algorithm
 from megatron_amrlhf.checkpoint.export import export_role
-from megatron_amrlhf.checkpoint.files import on_all_ranks
+from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank
 from megatron_amrlhf.checkpoint.folders import (
     Retention,
     clear_leftovers,
@@ -35,6 +35,7 @@ from megatron_amrlhf.parallel import compat
 from megatron_amrlhf.parallel.collectives import max_over
 from megatron_amrlhf.report.files import truncate_jsonl
 from megatron_amrlhf.report.metrics import MetricsWriter
+from megatron_amrlhf.run.status_file import State
 from megatron_amrlhf.run.stop_request import EXIT_AGAIN, Reason, process_age
 from megatron_amrlhf.slurm import job_id
 
@@ -98,19 +99,19 @@ class Loop:
             UserError: it is damaged, does not fit, or has more steps than the run.
         """
         self._check_copies()
-        context, section, latest = self.context, self.context.config.checkpoint, None
+        context, section = self.context, self.context.config.checkpoint
+        latest: Path | None = None
         checkpoints = context.folder.checkpoints
         doing = f"cannot use {checkpoints}"
-        left = on_all_ranks(lambda: context.mesh.is_main and clear_leftovers(checkpoints), doing)
-        for line in left[0]:
+        is_main = context.mesh.is_main
+        for line in on_main_rank(lambda: clear_leftovers(checkpoints), doing, is_main):
             context.console.line(f"note: {line}")
-        if on_all_ranks(lambda: context.mesh.is_main and goes_on(context.config), doing)[0]:
+        if on_main_rank(lambda: goes_on(context.config), doing, is_main):
             # As rank 0 sees it: a shared file system may show other nodes less.
-            found = on_all_ranks(lambda: context.mesh.is_main and find_latest(checkpoints), doing)
-            latest = found[0]
-            on_all_ranks(lambda: latest and wait_until_seen(latest), doing)
+            latest = found = on_main_rank(lambda: find_latest(checkpoints), doing, is_main)
+            on_all_ranks(lambda: wait_until_seen(found) if found else None, doing)
         else:
-            on_all_ranks(lambda: context.mesh.is_main and self._set_aside(checkpoints), doing)
+            on_main_rank(lambda: self._set_aside(checkpoints), doing, is_main)
         if latest is not None:
             context.console.progress.enter("load")
             loaded = load_checkpoint(context.engine, latest)
@@ -184,14 +185,14 @@ class Loop:
             context.stop.note_step(time.monotonic() - start)
             self._show_whole()
             self._note_status(f"{step} of {self.total} steps")
-            if self.saver.poll():
+            if self.saver.poll() and self.saver.seconds is not None:
                 context.stop.note_save(self.saver.seconds)
             every = context.config.checkpoint.every
             if every and step % every == 0:
                 self._save()
 
     def _show_whole(self) -> None:
-        left, seconds = self.total - self.done, self.context.stop.mean_step_seconds
+        left, seconds = self.total - self.done, self.context.stop.mean_step_seconds or 0.0
         final = self.evaluation_seconds if left else 0.0
         self.context.console.whole(self.done, self.total, left * seconds + final)
 
@@ -237,13 +238,14 @@ class Loop:
 
     def _close_step(self) -> None:
         """Evaluates where it is time to, and writes the step's line."""
-        context, step = self.context, self.done
+        context, step, pending = self.context, self.done, self.pending
+        assert pending is not None, "no step to close"
         every = context.config.evaluation.every
         if step == self.total or (every and step % every == 0):
             check_stop(context)
             self.after = self.algorithm.evaluate()
-            self.pending |= self.after
-        metrics = self.pending | {"memory/peak_gib": _peak_gib(context)}
+            pending |= self.after
+        metrics = pending | {"memory/peak_gib": _peak_gib(context)}
         self.writer.write(step, metrics)
         self.pending = None
         context.console.step_table(step, self.total, metrics)
@@ -280,7 +282,7 @@ class Loop:
     def _log_memory(self) -> None:
         self.context.console.line(memory_line(self.context, _peak_gib(self.context)))
 
-    def _note_status(self, message: str, state: str = "running") -> None:
+    def _note_status(self, message: str, state: State = "running") -> None:
         seconds = self.context.stop.mean_step_seconds
         self.context.folder.status(state, self.done, message, self.total, seconds)
 

@@ -41,7 +41,8 @@ def decide(config: Config, kept: Mapping[str, str]) -> tuple[Config, list[str]]:
         A configuration without ``auto``, the same on every rank, and lines that say why.
     """
     asked = {MODEL_KEY: config.model.dtype, REWARD_KEY: config.reward_model.dtype}
-    decided, lines = dict(asked), []
+    decided: dict[str, str | None] = {**asked}
+    lines = []
     auto = [key for key, dtype in asked.items() if dtype == "auto"]
     if open_keys := [key for key in auto if key not in kept]:
         choice = slowest(gather_objects(own_choice(), dist.group.WORLD))
@@ -57,7 +58,9 @@ def decide(config: Config, kept: Mapping[str, str]) -> tuple[Config, list[str]]:
         if factor > SLOW_FACTOR:
             key = next(key for key, dtype in asked.items() if dtype == "bfloat16")
             lines.append(slow_line(key, factor))
-    return config.with_dtypes(*decided.values()), lines
+    model = decided[MODEL_KEY]
+    assert model is not None
+    return config.with_dtypes(model, decided[REWARD_KEY]), lines
 
 
 def goes_on(config: Config) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ def prepare(
         )
     check_same_rows(models, tokenizer, [answer.row for answer in answers], None)
     weights = config.reward_model.attribute_weights
-    key = {
+    identity = {
         "data": fingerprint(path),
         "models": {model.role: model.fingerprint for model in models},
         "attribute_weights": None if weights is None else list(weights),
@@ -153,8 +154,8 @@ def prepare(
         "dtype": config.dtype_of("prm"),
     }
     target = expanded(folder)
-    _check_key(target / KEY_NAME, {name: x for name, x in key.items() if x != "auto"})
-    return Job(config, answers, selection, models, target, part_size, key)
+    _check_key(target / KEY_NAME, {name: x for name, x in identity.items() if x != "auto"})
+    return Job(config, answers, selection, models, target, part_size, identity)
 
 
 def _read_key(file: Path) -> dict | None:
@@ -224,7 +225,7 @@ def score_answers(context: Context, job: Job) -> None:
     with context.console.track("score", total * len(job.models)):
         for number in missing:
             tensors = _score_part(context, job, number)
-            on_all_ranks(lambda t=tensors, n=number: _save(job, n, t) if writer else None, doing)
+            on_all_ranks(partial(_save, job, number, tensors if writer else None), doing)
     on_all_ranks(lambda: _finish(job) if context.mesh.is_main else None, doing)
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():
@@ -272,6 +273,7 @@ def _score_part(context: Context, job: Job, number: int) -> dict[str, Tensor] | 
     local = {
         role: [row[:length].cpu() for row, length in zip(scores, lengths, strict=True)][:count]
         for role, scores in found.items()
+        if scores is not None
     }
     everyone = gather_objects(local, mesh.dp_group)  # shares are consecutive, in rank order
     if not mesh.is_writer:
@@ -314,7 +316,9 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
     return rollout, prompts
 
 
-def _save(job: Job, number: int, tensors: dict[str, Tensor]) -> None:
+def _save(job: Job, number: int, tensors: dict[str, Tensor] | None) -> None:
+    if tensors is None:
+        return
     for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):
         whole = tensors["orm"][place] if "orm" in tensors else row
         if not (row.isfinite().all() and whole.isfinite().all()):

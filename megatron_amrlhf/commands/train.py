@@ -17,7 +17,7 @@ from megatron_amrlhf.algorithms.orm import Orm
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
-from megatron_amrlhf.checkpoint.files import on_all_ranks
+from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank
 from megatron_amrlhf.commands.loop import train
 from megatron_amrlhf.commands.precision import decide, kept_dtypes
 from megatron_amrlhf.commands.watch import watch
@@ -143,7 +143,7 @@ def _context(config: Config, prepared: Prepared) -> Context:
     doing = "cannot compare the ranks' prompts"
     check_same_prompts(on_all_ranks(lambda: known_prompt(prepared.tokenizer), doing))
     doing, given = f"cannot use {config.run.path}", config
-    kept = on_all_ranks(lambda: kept_dtypes(given) if mesh.rank == 0 else None, doing)[0]
+    kept = on_main_rank(lambda: kept_dtypes(given), doing, mesh.rank == 0)
     config, notes = decide(given, kept)
     doing = f"cannot make {config.run.path}"
     folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]

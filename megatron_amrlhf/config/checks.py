@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_amrlhf.config.algorithm_section import PolicySection
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.deepspeed import resolve_deepspeed
 from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
@@ -219,6 +220,7 @@ def _rollout_problems(config: Config) -> Iterator[str]:
 def _label_problems(config: Config) -> Iterator[str]:
     """What makes an answer chosen, where the mask or the loss reads it."""
     algorithm = config.algorithm
+    assert isinstance(algorithm, PolicySection)
     is_masked = config.mask.kind == "adaptive"
     if algorithm.loss_reads_label or (algorithm.labels_answers and is_masked):
         yield from algorithm.label_problems(config)

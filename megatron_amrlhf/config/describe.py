@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -44,6 +44,7 @@ def list_keys() -> tuple[Key, ...]:
             for kind, model in algorithm_models().items():
                 keys += _section_keys(section, kind, model)
         else:
+            assert _is_section(field.annotation)
             keys += _section_keys(section, "", field.annotation)
     return tuple(keys)
 
@@ -58,9 +59,9 @@ def section_fields(section: str, kind: str | None) -> tuple[str, ...]:
     if not section:
         return tuple(Config.model_fields)
     if section == "algorithm":
-        model = algorithm_models().get(kind or "")
-        return tuple(model.model_fields) if model else ()
-    model = Config
+        chosen = algorithm_models().get(kind or "")
+        return tuple(chosen.model_fields) if chosen else ()
+    model: type[BaseModel] = Config
     for name in section.split("."):
         field = model.model_fields.get(name)
         if field is None or not _is_section(field.annotation):
@@ -80,7 +81,7 @@ def format_value(value: Any) -> str:
     return repr(value)
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 

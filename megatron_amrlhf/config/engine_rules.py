@@ -36,7 +36,7 @@ def engine_problems(config: Config) -> Iterator[str]:
         section = engine.of_role(name)
         for key in ("offload_parameters", "offload_optimizer"):
             device = getattr(section, key)
-            if device != "none" and section.zero_stage < 3:
+            if device != "none" and section.stage < 3:
                 yield (
                     f"engine.roles.{name}.{key}: {device} needs zero_stage 3, this role has "
                     f"{section.zero_stage}"

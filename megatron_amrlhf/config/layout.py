@@ -53,6 +53,12 @@ class RoleSection(Section):
         description="where this role's masters and moments live (stage 3): none, cpu or nvme",
     )
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage of a section that ``EngineSection.of_role`` gave."""
+        assert self.zero_stage is not None, "not filled in: see of_role"
+        return self.zero_stage
+
 
 class RolesSection(Section):
     actor: RoleSection = RoleSection()

@@ -6,6 +6,7 @@ import difflib
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from megatron_amrlhf.config.algorithms import algorithm_models
 from megatron_amrlhf.config.describe import (
@@ -57,7 +58,7 @@ def describe_problems(
     return list(dict.fromkeys(problems))
 
 
-def _describe(item: dict[str, Any], path: str, kind: str | None) -> str:
+def _describe(item: ErrorDetails, path: str, kind: str | None) -> str:
     match item["type"]:
         case "extra_forbidden":
             return _unknown_key(path, kind)

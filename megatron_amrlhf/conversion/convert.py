@@ -103,8 +103,9 @@ class Conversion:
 
     @property
     def _layout(self) -> MegatronTarget:
-        is_dist = isinstance(self.target, TorchDistTarget)
-        return self.target.layout if is_dist else self.target
+        layout = self.target.layout if isinstance(self.target, TorchDistTarget) else self.target
+        assert isinstance(layout, MegatronTarget), "a Hugging Face folder has no layout"
+        return layout
 
     def warnings(self) -> list[str]:
         """What the target's own software would compute otherwise, a line for each."""

@@ -122,5 +122,5 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of eight bytes
     stream.write(len(text).to_bytes(8, "little") + text)
     for _, ours in file.tensors:
-        stream.write(weights.get(ours).contiguous().reshape(-1).view(torch.uint8).numpy())
+        stream.write(weights.get(ours).contiguous().reshape(-1).view(torch.uint8).numpy().data)
         advance()

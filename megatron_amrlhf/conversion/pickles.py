@@ -27,7 +27,7 @@ def load_plain(path: Path, allowed: Sequence[type] = ()) -> dict[str, Any]:
         raise UserError(f"{path}: no such file")
     mapped = zipfile.is_zipfile(path)
     # The context would take back what others (megatron-core) have allowed for good.
-    new = [kind for kind in allowed if kind not in torch.serialization.get_safe_globals()]
+    new: list = [kind for kind in allowed if kind not in torch.serialization.get_safe_globals()]
     try:
         with torch.serialization.safe_globals(new):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -135,7 +135,7 @@ def _model_of_run(file: Path, cache: str) -> Path:
     """The model folder that a run's resolved configuration names."""
     section = read_yaml(file).get("model")
     path = section.get("path") if isinstance(section, dict) else None
-    found = section.get("cache_folder", cache) if path else None
+    found = section.get("cache_folder", cache) if section and path else None
     if not isinstance(path, str) or not isinstance(found, str):
         raise UserError(f"{file}: names no model.path: give the model by --model")
     return resolve_model_folder(path, found)

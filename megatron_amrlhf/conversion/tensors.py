@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class CheckedWeights:
     casts: bool
 
     @property
-    def folder(self):
+    def folder(self) -> Path:
         """Where the weights are."""
         return self.weights.folder
 
@@ -64,6 +65,7 @@ class CheckedWeights:
             UserError: it has another shape, or another dtype and none was asked for.
         """
         if name == HEAD_NAMES[1] and name not in self.weights:
+            assert self.head_outputs is not None, "only a linear head has a bias"
             return bias_beside(self.folder, self.head_outputs).to(self.dtype)
         tensor = self.weights.get(name)
         if tuple(tensor.shape) != self.shapes[name]:
@@ -109,5 +111,6 @@ def checked(
             )
     if not has_head:
         check_tied(weights, hf_config)
-    one = weights.get("model.norm.weight").dtype
-    return CheckedWeights(weights, shapes, DTYPES.get(dtype, one), head_outputs, dtype is not None)
+    own = weights.get("model.norm.weight").dtype
+    chosen = DTYPES.get(dtype or "", own)
+    return CheckedWeights(weights, shapes, chosen, head_outputs, dtype is not None)

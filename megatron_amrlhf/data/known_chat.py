@@ -53,10 +53,11 @@ def render(
     Raises:
         TEMPLATE_ERRORS: as the template does.
     """
+    turns: list[dict] = list(messages)
     if as_parts:
-        messages = [x | {"content": [{"type": "text", "text": x["content"]}]} for x in messages]
+        turns = [x | {"content": [{"type": "text", "text": x["content"]}]} for x in turns]
     return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=generate, tokenize=False, **variables
+        turns, add_generation_prompt=generate, tokenize=False, **variables
     )
 
 

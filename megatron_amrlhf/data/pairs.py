@@ -12,6 +12,7 @@ A row's ``system`` and ``history`` are read too (`turns.conversation`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,18 +83,18 @@ def encode_pair(
         UserError: as ``load_pairs``; ``where`` is its ``path:line``.
     """
     if "conversations" in record:
-        turns = _turns(record["conversations"], where)
+        said: Sequence[Message] = _turns(record["conversations"], where)
     else:
-        turns = user_turn(need_text(record, "prompt", where))
-    turns = conversation(record, turns, section, where)
+        said = user_turn(need_text(record, "prompt", where))
+    turns = conversation(record, said, section, where)
     prompt_ids = encode_limited(turns, tokenizer, section, where)
     chosen, rejected = (_answer(record, key, where) for key in ("chosen", "rejected"))
     if chosen == rejected:
         raise UserError(f"{where}: 'chosen' and 'rejected' are equal; drop this line")
-    rows = [
+    better, worse = (
         _encode_row(tokenizer, prompt_ids, answer, section, where) for answer in (chosen, rejected)
-    ]
-    return EncodedPair(*rows, prompt_length=len(prompt_ids), text=turns[-1]["content"])
+    )
+    return EncodedPair(better, worse, prompt_length=len(prompt_ids), text=turns[-1]["content"])
 
 
 def _answer(record: dict, key: str, where: str) -> str:

@@ -147,7 +147,7 @@ def step_reader(
             needed = f"num_attributes = {num_attributes} needs 'prompt', 'steps' and {names}"
             raise UserError(f"{path}:{number}: keys {found} are no known format; {needed}")
         return partial(read_step_list, keys=keys, num_attributes=num_attributes)
-    return {
+    readers: dict[str, Callable[[dict, str], list[StepRecord]]] = {
         "prm800k": partial(
             read_prm800k,
             keep_screening=section.screening_rows == "keep",
@@ -156,7 +156,8 @@ def step_reader(
         "math_shepherd": partial(read_math_shepherd, mark=section.input_mark),
         "helpsteer": read_whole_answer,
         "helpsteer_sentences": read_sentences,
-    }[kind]
+    }
+    return readers[kind]
 
 
 def _detect(record: dict) -> str | None:

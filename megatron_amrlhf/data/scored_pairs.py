@@ -89,10 +89,11 @@ def load_scored_pairs(
         rewards = None
         if has_scores:
             answers = (pair.chosen[pair.prompt_length :], pair.rejected[pair.prompt_length :])
-            rewards = tuple(
+            chosen, rejected = (
                 _token_rewards(record, key, answer, tokenizer, attribute_weights, where)
                 for key, answer in zip(SCORE_KEYS, answers, strict=True)
             )
+            rewards = (chosen, rejected)
         seen.append(has_scores)
         return [ScoredPair(pair, rewards)]
 

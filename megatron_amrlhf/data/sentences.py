@@ -57,7 +57,9 @@ def split_sentences(text: str) -> list[str]:
 
 def _is_no_stop(text: str, dot: int) -> bool:
     """Whether the dot at ``dot`` belongs to an abbreviation or an initial."""
-    word = _WORD.search(text[max(dot - LONGEST_WORD, 0) : dot]).group()
+    found = _WORD.search(text[max(dot - LONGEST_WORD, 0) : dot])
+    assert found is not None, "it matches nothing as well"
+    word = found.group()
     is_initial = _INITIALS.fullmatch(word) and word != "I"
     is_numbered = word == "No" and _NUMBER.match(text, dot + 1)
     return bool(is_initial or is_numbered) or word.lower() in ABBREVIATIONS

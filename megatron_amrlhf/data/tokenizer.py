@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
@@ -68,7 +69,7 @@ def _from_other_files(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load(loader: type, folder: Path) -> PreTrainedTokenizerBase:
+def _load(loader: Any, folder: Path) -> PreTrainedTokenizerBase:
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # the library raises nothing narrower for a malformed file

@@ -155,6 +155,7 @@ def _write_problem(
     story: Story, style_rng: Random, error_rng: Random, after_error: str, error_rate: float
 ) -> dict:
     equations, first_wrong = solve(story), None
+    assert equations is not None, "the story has been solved before"
     if error_rng.random() < error_rate:
         first_wrong, equations = plant_error(story, error_rng)
     steps = _write_steps(story, equations, style_rng)

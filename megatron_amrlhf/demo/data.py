@@ -11,7 +11,7 @@ from typing import Literal
 from megatron_amrlhf.data.jsonl import dump_jsonl, fingerprint
 from megatron_amrlhf.demo.arithmetic import generate_problems
 from megatron_amrlhf.demo.general_prompts import general_prompts
-from megatron_amrlhf.demo.sums import generate_sums
+from megatron_amrlhf.demo.sums import Split, generate_sums
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.reading import Record, Unreadable, read_record
@@ -100,7 +100,8 @@ def _make_contents(
 ) -> dict[str, bytes]:
     generate = generate_sums if problems == "sums" else generate_problems
     mixed, pairs, prompts = [], [], []
-    for split, count in (("train", num_problems), ("heldout", num_heldout)):
+    splits: dict[Split, int] = {"train": num_problems, "heldout": num_heldout}
+    for split, count in splits.items():
         mixed.append(generate(count, seed, split))
         right, wrong = (generate(count, seed, split, error_rate=rate) for rate in (0.0, 1.0))
         pairs.append(_make_pairs(right, wrong))

@@ -62,8 +62,10 @@ class Story:
     answer: Fraction
 
 
-_NAMES = ("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas")
-_NAMES += ("Kira", "Liam", "Mei", "Nora", "Omar", "Paula", "Rosa", "Sam", "Tara", "Wei")
+_NAMES = (
+    *("Ann", "Ben", "Carla", "David", "Emma", "Farid", "Grace", "Hugo", "Ines", "Jonas"),
+    *("Kira", "Liam", "Mei", "Nora", "Omar", "Paula", "Rosa", "Sam", "Tara", "Wei"),
+)
 _GOODS = ("pens", "eggs", "cookies", "stickers", "marbles", "candles", "tea bags", "batteries")
 
 

@@ -37,7 +37,7 @@ def judge_absent(
         hosts: host of each rank; None: it has not said.
         expected: hosts of the job, as far as the launcher tells.
     """
-    known = [(hosts[rank], rank) for rank in absent.ranks if hosts[rank] is not None]
+    known = [(host, rank) for rank in absent.ranks if (host := hosts[rank]) is not None]
     unknown = [rank for rank in absent.ranks if hosts[rank] is None]
     parts = [places_text(known)] if known else []
     if unknown:
@@ -97,7 +97,7 @@ def judge_shared_files(sights: Sequence[Sight]) -> list[Finding]:
             findings.append(Finding("shared files", "error", message, fix))
     if findings:
         return findings
-    longest = max(x.seconds for x in sights)
+    longest = max(x.seconds for x in sights if x.seconds is not None)
     many = f"seen by all {len(sights)} ranks within {longest:.1f} s, and the reverse"
     text = many if len(sights) > 1 else "can be written; one rank alone, so nobody else looked"
     return [Finding("shared files", "ok", f"{first.path}: {text}")]

@@ -71,7 +71,7 @@ def _version_problem(wanted: Requirement, version: str | None) -> str:
 
 
 def _mixed_versions(facts: Sequence[RankFacts]) -> Iterator[Finding]:
-    columns = {"Python": [each.python for each in facts]}
+    columns: dict[str, list[str | None]] = {"Python": [each.python for each in facts]}
     columns |= {name: [each.versions[name] for each in facts] for name in facts[0].versions}
     for name, versions in columns.items():
         if len(set(versions)) == 1:

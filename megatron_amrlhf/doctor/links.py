@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class Measurement:
         for number, size in enumerate(sizes, start=1):
             self._enter(number, f"the all-reduce of {size} bytes")
             data = torch.zeros(size, dtype=torch.uint8, device=self._device)
-            self._all_reduce[size] = self._fastest(lambda data=data: dist.all_reduce(data))
+            self._all_reduce[size] = self._fastest(partial(dist.all_reduce, data))
         ready = torch.zeros(1, device=self._device)
         out = torch.zeros(LINK_BYTES[kind], dtype=torch.uint8, device=self._device)
         into = torch.empty_like(out)
@@ -101,7 +102,7 @@ class Measurement:
             partner = partner_of(rank, pairs)
             if partner is not None:
                 self._enter(last + 2, f"the exchange with rank {partner}")
-                seconds = self._fastest(lambda p=partner: _exchange(out, into, p))
+                seconds = self._fastest(partial(_exchange, out, into, partner))
                 self._exchanges[partner] = seconds
             last += 2
         self._enter(last + 1, "the barrier at the end")

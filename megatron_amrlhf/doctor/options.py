@@ -78,7 +78,7 @@ def read_config(config: str | None, overrides: Sequence[str]) -> Config | None:
         UserError: the configuration is wrong.
     """
     if config is not None:
-        return load_config(config, overrides)
+        return load_config(config, tuple(overrides))
     if overrides:
         raise UserError("--set changes keys of a CONFIG.yaml: give one (see amrlhf doctor --help)")
     return None

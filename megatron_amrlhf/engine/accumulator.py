@@ -90,6 +90,7 @@ class GradientAccumulator:
     def _take(self, name: str, parameter: nn.Parameter) -> None:
         assert self._sum is not None, f"a gradient of {name} outside of a step"
         ranks = self._mesh.dp_size
+        assert parameter.grad is not None, "autograd has just left it"
         rows = self.spans[name].rows(parameter.grad, ranks)
         parameter.grad = None
         columns = self.spans[name].columns
@@ -105,17 +106,22 @@ class GradientAccumulator:
         dist.reduce_scatter_tensor(own, rows.reshape(-1), group=self._mesh.dp_group)
         self._sum[0, columns] += own
 
+    @property
+    def _open(self) -> Tensor:
+        assert self._sum is not None, "no step has begun"
+        return self._sum
+
     def finish(self) -> None:
         """Ends the sum: from here on it is the mean over data-parallel ranks."""
-        ranks = self._mesh.dp_size
+        ranks, total = self._mesh.dp_size, self._open
         if ranks > 1 and self._reduce == "step":
             if self._whole:
-                dist.all_reduce(self._sum, group=self._mesh.dp_group)
+                dist.all_reduce(total, group=self._mesh.dp_group)
             else:
-                own = self._sum.new_empty(self._width)
-                dist.reduce_scatter_tensor(own, self._sum.view(-1), group=self._mesh.dp_group)
-                self._sum = own[None]
-        self._sum /= ranks
+                own = total.new_empty(self._width)
+                dist.reduce_scatter_tensor(own, total.view(-1), group=self._mesh.dp_group)
+                total = self._sum = own[None]
+        total /= ranks
 
     def drop(self) -> None:
         """Frees the sum."""
@@ -123,7 +129,7 @@ class GradientAccumulator:
 
     def held(self, name: str) -> Tensor:
         """``[rows, size]`` view of what this rank holds of a gradient: its partition, or all."""
-        return self._sum[:, self.spans[name].columns]
+        return self._open[:, self.spans[name].columns]
 
     def own(self, name: str) -> Tensor:
         """``[size]`` view of this rank's partition of a gradient; padding is 0."""
@@ -131,13 +137,13 @@ class GradientAccumulator:
 
     def own_flat(self) -> Tensor:
         """This rank's partitions of all gradients, in order."""
-        return self._sum[self._mesh.dp_rank if self._sum.shape[0] > 1 else 0]
+        return self._open[self._mesh.dp_rank if self._open.shape[0] > 1 else 0]
 
     def whole_flat(self) -> Tensor:
         """The whole gradient, one partition after the other (``whole`` only)."""
         assert self._whole
-        return self._sum.view(-1)
+        return self._open.view(-1)
 
     def scale(self, factor: float) -> None:
         """Multiplies the sum in place."""
-        self._sum *= factor
+        self._open.mul_(factor)

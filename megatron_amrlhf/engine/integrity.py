@@ -30,7 +30,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     """Hex digest of the tensors' bits, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

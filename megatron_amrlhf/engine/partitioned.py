@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, Literal, get_args
 
 import deepspeed
 import torch
@@ -36,7 +37,8 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import Mesh
 
-DEEPSPEED_COUNTERS = ("global_steps", "global_samples", "micro_steps", "skipped_steps")
+DeepspeedCounter = Literal["global_steps", "global_samples", "micro_steps", "skipped_steps"]
+DEEPSPEED_COUNTERS = get_args(DeepspeedCounter)
 
 
 class PartitionedWeights(Weights):
@@ -109,7 +111,7 @@ class PartitionedWeights(Weights):
         """
         trained = self.gradients is not None
         if parameters and not trained:
-            for parameter in self.module.parameters():
+            for _, parameter in self._partitions():
                 parameter.ds_tensor.data = disk.copy_of(parameter.ds_tensor)
         elif parameters:
             zero = self.engine.optimizer
@@ -120,6 +122,7 @@ class PartitionedWeights(Weights):
         if optimizer and trained:
             self._disk = disk
             for flat in self._flat_masters:
+                assert flat.grad is not None, "DeepSpeed offloads it with the master"
                 flat.data, flat.grad.data = disk.copy_of(flat), disk.copy_of(flat.grad)
             self._make_moments(0.0)  # so that a full disk is known at the start
 
@@ -132,7 +135,7 @@ class PartitionedWeights(Weights):
 
     @contextmanager
     def training(self):
-        self.gradients.begin()
+        self.trained_gradients.begin()
         # Inside, DeepSpeed reduces nothing: the accumulator takes every gradient before.
         with self.engine.coalesce_grad_reduction():
             if self._trainer is None:
@@ -142,7 +145,7 @@ class PartitionedWeights(Weights):
                 sources = list(self.module.parameters())
                 with deepspeed.zero.GatheredParameters(sources), lent(sources, self._trainer):
                     yield self._trainer.train()
-        self.gradients.finish()
+        self.trained_gradients.finish()
 
     def _free_gradient_buffer(self) -> None:
         """DeepSpeed's partitions of the gradients in the model's dtype: the sum is ours."""
@@ -152,7 +155,7 @@ class PartitionedWeights(Weights):
         partitions.update(dict.fromkeys(partitions, nothing))
 
     def update(self) -> None:
-        zero, own = self.engine.optimizer, self.gradients.own
+        zero, own = self.engine.optimizer, self.trained_gradients.own
         if zero.offload_optimizer:
             for name, parameter in self.module.named_parameters():
                 safe_set_local_grad(parameter, own(name))
@@ -160,7 +163,7 @@ class PartitionedWeights(Weights):
             names = {parameter: name for name, parameter in self.module.named_parameters()}
             for index, group in enumerate(zero.fp16_groups):
                 zero.averaged_gradients[index] = [own(names[parameter]) for parameter in group]
-        self.gradients.drop()
+        self.trained_gradients.drop()
         if self._disk is not None and not self._has_moments:
             self._make_moments(0.0)
         self.engine.step()
@@ -170,11 +173,15 @@ class PartitionedWeights(Weights):
         self.engine.optimizer.zero_grad()
         self.engine.optimizer.averaged_gradients = {}
 
+    def _partitions(self) -> Iterator[tuple[str, Any]]:
+        """The parameters by name, with what DeepSpeed has added to them."""
+        return self.module.named_parameters()
+
     def slices(self) -> dict[str, Slice]:
         rank = self._mesh.dp_rank
         return {
             name: Slice.of(parameter.ds_shape, parameter.partition_numel(), rank)
-            for name, parameter in self.module.named_parameters()
+            for name, parameter in self._partitions()
         }
 
     def counters(self) -> dict:
@@ -211,7 +218,7 @@ class PartitionedWeights(Weights):
             setattr(self.engine, name, value)
 
     def local_bits(self) -> dict[str, Tensor]:
-        return {name: x.ds_tensor.data for name, x in self.module.named_parameters()}
+        return {name: x.ds_tensor.data for name, x in self._partitions()}
 
     def close(self) -> None:
         self.engine.destroy()

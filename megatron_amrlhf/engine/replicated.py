@@ -6,7 +6,7 @@ At stage 1 masters and moments are partitioned, at stage 0 each rank has them al
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -58,7 +58,7 @@ class ReplicatedWeights(Weights):
         own = flat[mesh.dp_rank].clone() if shard_optimizer else flat.flatten()
         self._master = nn.Parameter(own)
         self.optimizer, self.schedule = make_optimizer([self._master])
-        gradients.watch(module.named_parameters())
+        self.trained_gradients.watch(module.named_parameters())
 
     @torch.no_grad()
     def _flatten(self) -> Tensor:
@@ -71,7 +71,7 @@ class ReplicatedWeights(Weights):
 
     @contextmanager
     def window(self):
-        lend = nullcontext(self.module)
+        lend: AbstractContextManager[StageModel] = nullcontext(self.module)
         if self._plain is not None:
             lend = lent(self.module.parameters(), self._plain)
         with torch.no_grad(), lend as stage:
@@ -79,13 +79,13 @@ class ReplicatedWeights(Weights):
 
     @contextmanager
     def training(self):
-        self.gradients.begin()
+        self.trained_gradients.begin()
         yield self.module.train()
-        self.gradients.finish()
+        self.trained_gradients.finish()
 
     @torch.no_grad()
     def update(self) -> None:
-        gradients = self.gradients
+        gradients = self.trained_gradients
         self._master.grad = gradients.own_flat() if self._sharded else gradients.whole_flat()
         self.optimizer.step()
         self.schedule.scheduler.step()
@@ -137,7 +137,7 @@ class ReplicatedWeights(Weights):
     def write_states(self, tensors: dict[str, Tensor], counters: dict) -> None:
         step = counters["optimizer_step"]
         self.optimizer.state.clear()
-        flats = {MASTER: self._master}
+        flats: dict[str, Tensor] = {MASTER: self._master}
         if step is not None:
             state = {moment: torch.zeros_like(self._master) for moment in MOMENTS}
             flats |= state

@@ -121,7 +121,7 @@ class Role:
                 steps_at_once=spec.steps_at_once,
                 section=config.optimizer,
             )
-        if section.zero_stage < 3:
+        if section.stage < 3:
             plain = self._plain(options) if options.sequence_parallel else None
             shard = section.zero_stage == 1
             return ReplicatedWeights(module, plain, optimizer, gradients, shard, mesh)
@@ -134,6 +134,7 @@ class Role:
         weights = PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
         to_disk = [x == "nvme" for x in (section.offload_parameters, section.offload_optimizer)]
         if any(to_disk):
+            assert config.engine.nvme_folder is not None, "checked with the configuration"
             weights.move_to_disk(Disk(config.engine.nvme_folder), *to_disk)
         return weights
 

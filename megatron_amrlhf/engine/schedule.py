@@ -125,7 +125,8 @@ def _run(
     forward_step: Callable,
     forward_only: bool,
 ) -> list:
-    handles = [ChunkHandle(stage, index, call) for index in range(len(stage.chunks))]
+    count = len(stage.chunks)
+    handles: list[nn.Module] = [ChunkHandle(stage, index, call) for index in range(count)]
     length = blocks[0].tokens.shape[1]
     return run_pipeline(
         handles, cut, forward_step, lambda: iter(blocks), len(blocks), length, forward_only

@@ -75,9 +75,15 @@ class Weights(ABC):
     def update(self) -> None:
         """One optimizer step and one of the schedule, from ``gradients``, which it frees."""
 
+    @property
+    def trained_gradients(self) -> GradientAccumulator:
+        """The step's gradients of a role that is trained."""
+        assert self.gradients is not None, "the role is frozen"
+        return self.gradients
+
     def skip(self) -> None:
         """Leaves the optimizer step out."""
-        self.gradients.drop()
+        self.trained_gradients.drop()
 
     @abstractmethod
     def slices(self) -> dict[str, Slice]:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -148,7 +149,7 @@ class Zero3Engine:
             NonFiniteGradients: ``engine.max_skipped_steps`` of the role's steps in a row skipped.
         """
         role, mesh = self.roles[name], self.mesh
-        weights, gradients = role.weights, role.weights.gradients
+        weights, gradients = role.weights, role.weights.trained_gradients
         self._assert_embedded(name, rows)
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh, together, equal=True)
         losses = LossLog([], [])
@@ -162,9 +163,9 @@ class Zero3Engine:
             extras = run_forward_backward(
                 weights.stage, call, mesh.cut, blocks, function, logged, self.tick
             )
-        copies = (gradients, role.entries, role.tied, mesh)
-        sum_copies(*copies)
-        norm, rate = global_norm(*copies, losses.is_finite), weights.schedule.rate
+        sum_copies(gradients, role.entries, role.tied, mesh)
+        norm = global_norm(gradients, role.entries, role.tied, mesh, losses.is_finite)
+        rate = weights.schedule.rate
         if not math.isfinite(norm):
             why = describe(losses, ids, gradients)
             self._skip(role, why)
@@ -189,7 +190,7 @@ class Zero3Engine:
         """Counters of skipped steps, JSON-able and equal on every rank."""
         return {"skipped_steps": self.skipped_steps, "in_a_row": dict(self._skipped_in_a_row)}
 
-    def set_counters(self, counters: dict[str, int | dict[str, int]]) -> None:
+    def set_counters(self, counters: dict[str, Any]) -> None:
         """Puts back what ``counters`` gave."""
         self.skipped_steps = counters["skipped_steps"]
         self._skipped_in_a_row = Counter(counters.get("in_a_row", {}))

@@ -67,6 +67,7 @@ def make_dense(
     if config.reward.normalise == "batch":
         rewards = whiten(rewards, valid, group)
     elif config.reward.normalise == "offline":
+        assert offline is not None, "read at the start"
         rewards, offline = _whiten_offline(rewards, valid, offline)
     kind, units, shaped = config.mask.message_reward, None, rewards
     if config.reward.granularity != "message":

@@ -24,7 +24,7 @@ class PairMaker(ExperienceMaker):
     Where there are neither, nothing reads a reward, and rewards are 0 and not among the metrics.
     """
 
-    data: list[ScoredPair]
+    data: list[ScoredPair]  # type: ignore[assignment]  # the base class has prompts
 
     @property
     def has_rewards(self) -> bool:
@@ -118,7 +118,7 @@ def evaluate_pairs(maker: PairMaker, pairs: list[ScoredPair]) -> dict[str, float
         score_tokens(context, role, answers, "before", read) for role in ("actor", "reference")
     )
     metrics = {}
-    if logprobs is not None:
+    if logprobs is not None and reference is not None:
         own = is_own.repeat_interleave(2)
         valid = answers.response_mask[own].to(logprobs.device)
         logprobs, reference = logprobs[own], reference[own]

@@ -128,6 +128,7 @@ def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> Offl
     if "offline" not in (config.mask.threshold, config.reward.normalise):
         return None
     (prm,) = (model for model in models if model.role == "prm")
+    assert config.mask.offline_file is not None, "checked with the configuration"
     return load_offline(
         config.mask.offline_file,
         config.mask.offline_statistic,
@@ -225,9 +226,11 @@ def _step_marker(
     if reward_kind(said) == OUTCOME:
         raise UserError(f"reward_model.step_marker: {folder} is an ORM, which judges no steps")
     separators = (section.step_separator, said.get(SEPARATOR), "\n")
+    token_id = marker_token_id(tokenizer, text, "reward_model.step_marker")
+    assert token_id is not None, "there is a marker"
     return StepMarker(
         text=text,
-        token_id=marker_token_id(tokenizer, text, "reward_model.step_marker"),
+        token_id=token_id,
         separator=next(x for x in separators if x is not None),
     )
 

@@ -152,12 +152,13 @@ class Rewarder:
             prompts: their prompts.
             given: ``[B, R]`` raw rewards that stand for a PRM's; read on last stages.
         """
-        found = {
+        of_models = {
             model.role: model_rewards(self.context, model, rollout, prompts)
             for model in self.models
         }
         if not self.context.mesh.is_last_stage:
             return None
+        found = {role: x for role, x in of_models.items() if x is not None}
         weights, device = self.context.config.reward, self.context.mesh.device
         if given is not None:
             found["prm"] = given.to(device)

@@ -51,8 +51,8 @@ def _record(
     places: Tensor,
 ) -> SampleRecord:
     rollout, tokenizer = judged.rollout, context.tokenizer
-    head, ids = rollout.rows[source].tensor_split([int(rollout.prompt_lengths[source])])
-    ids, ended = ids.tolist(), bool(rollout.ended[source])
+    head, answer = rollout.rows[source].tensor_split([int(rollout.prompt_lengths[source])])
+    ids, ended = answer.tolist(), bool(rollout.ended[source])
     length = len(ids)
     is_left_out = context.config.rollout.truncated == "mask" and not ended
     labels = set(batch.chosen[places].tolist())

@@ -101,6 +101,7 @@ def read_logprobs_and_entropy(context: Context, temperature: float) -> Reader:
     """``[n, 2]``: log-prob of each token, and entropy of the softmax it was drawn from."""
     mesh, vocab_size, usable = context.mesh, context.vocab_size, context.usable
     logprobs = read_logprobs(context, temperature).logits
+    assert logprobs is not None, "it reads logits"
 
     def read(logits: Tensor, targets: Tensor) -> Tensor:
         spread = entropy(logits, vocab_size, mesh.tp_group, usable)

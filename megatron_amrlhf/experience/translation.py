@@ -79,8 +79,8 @@ def translate(
         rows.append(torch.tensor(head + ids, dtype=torch.int64))
         lengths.append(len(head))
         index.append(torch.tensor(places, dtype=torch.int64))
-    lengths = torch.tensor(lengths, dtype=torch.int64)
-    there = replace(rollout, rows=tuple(rows), prompt_lengths=lengths)
+    prompt_lengths = torch.tensor(lengths, dtype=torch.int64)
+    there = replace(rollout, rows=tuple(rows), prompt_lengths=prompt_lengths)
     return Translation(there, tuple(index))
 
 
@@ -92,6 +92,7 @@ def _answer(
 ) -> tuple[list[int], list[int]]:
     """The answer's ids there, and for each id here the place there that it reads."""
     end_id = turn_end_id(other)
+    assert end_id is not None, "checked at the start"
     end = [end_id] if ended else []
     text_ids = ids[:-1] if ended else ids
     there, there_ends = encode_with_ends(other, decode(tokenizer, text_ids))

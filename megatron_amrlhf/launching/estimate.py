@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.commands.train import ALGORITHMS
 from megatron_amrlhf.config.algorithm_section import Pass
 from megatron_amrlhf.config.checks import check_run, check_total_steps
@@ -148,6 +149,7 @@ def amounts_of(config: Config) -> Amounts:
     tokenizer = load_tokenizer(resolve_model_folder(config.model.path, config.model.cache_folder))
     if config.algorithm.trains_reward_model:
         algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)
+        assert isinstance(algorithm, RewardTraining)
         lengths = [row.numel() for row in algorithm.rows()]
         steps, evaluated = algorithm.total_steps, len(algorithm.heldout)
     else:

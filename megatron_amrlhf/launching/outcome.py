@@ -296,8 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     job = judge_job(options.logs, options.code, options.asked, by_srun, status, cause_of)
     if job.code == EXIT_OK:
         (options.folder / FRUITLESS_NAME).unlink(missing_ok=True)
-    told = {"CODE": job.code, "AGAIN": job.again, "ERROR": job.error, "LAST": job.last}
-    print_assignments(told)
+    again = {"AGAIN": job.again, "ERROR": job.error, "LAST": job.last}
+    print_assignments({"CODE": job.code, **again})
     return EXIT_OK
 
 

@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run", nargs="+", help="train, score or doctor with its arguments")
     options = parser.parse_args(argv)
     prepared = prepare(options.run, Hosts({THIS_MACHINE: options.processes}), options.logs)
-    shell = {
+    shell: dict[str, str | int] = {
         "FOLDER": str(prepared.folder),
         "LOGS": str(prepared.logs),
         "LAST_ATTEMPT": prepared.last_attempt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,5 +21,6 @@ def print_assignments(values: Mapping[str, str | int | Sequence[str]]) -> None:
     Names of files that are no text come out as they are.
     """
     lines = [assignment(name, value) for name, value in values.items()]
-    sys.stdout.reconfigure(errors="surrogateescape")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     print("\n".join(lines), flush=True)

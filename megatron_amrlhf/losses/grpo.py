@@ -13,14 +13,14 @@ from torch import Tensor
 from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.ppo import clipped_surrogate
 from megatron_amrlhf.losses.reduce import LossOutput
-from megatron_amrlhf.losses.targets import AnswerTargets
+from megatron_amrlhf.losses.targets import KlTargets
 from megatron_amrlhf.mask.statistics import RELATIVE_TIE, group_means
 
 STD_OFFSET = 1e-4  # added to a group's standard deviation, as TRL does
 
 
 @dataclass(frozen=True)
-class GrpoTargets(AnswerTargets):
+class GrpoTargets(KlTargets):
     """What the policy learns from.
 
     Attributes:
@@ -28,13 +28,11 @@ class GrpoTargets(AnswerTargets):
         advantages: ``[B]``, one an answer, the same for all its tokens.
         weight: ``[B, 1]`` of each answer's terms: 1, or ``reduce.row_weights`` for a mean over
             answers of their tokens' means.
-        kl_scale: ``[B, 1]`` of the KL, see ``reduce.kl_scale``.
     """
 
     behaviour_logprobs: Tensor
     advantages: Tensor
     weight: Tensor
-    kl_scale: Tensor
 
 
 def group_advantages(
@@ -112,7 +110,5 @@ def grpo_loss(
         clip_eps=clip_eps,
         clip_eps_high=clip_eps_high,
     )
-    loss = with_kl(
-        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
-    )
+    loss = with_kl(loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator)
     return LossOutput(loss.terms * targets.weight, loss.metrics)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
-from megatron_amrlhf.losses.targets import AnswerTargets
+from megatron_amrlhf.losses.targets import KlTargets
 
 
 def k1(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
@@ -70,11 +70,10 @@ def reward_penalty(logprobs: Tensor, reference_logprobs: Tensor, estimator: str)
 def with_kl(
     loss: LossOutput,
     logprobs: Tensor,
-    targets: AnswerTargets,
+    targets: KlTargets,
     *,
     kl_coef: float,
     estimator: str,
-    scale: Tensor,
 ) -> LossOutput:
     """Adds ``kl_coef KL(pi, pi_ref)`` of each token to a loss.
 
@@ -91,7 +90,6 @@ def with_kl(
         targets: of the same rows.
         kl_coef: weight of the KL.
         estimator: ``k2`` or ``k3``.
-        scale: ``[B, 1]`` of ``reduce.kl_scale``: 1 but where the loss is divided by kept tokens.
 
     Raises:
         ValueError: an estimator that is not meant for a loss.
@@ -103,5 +101,5 @@ def with_kl(
     valid = targets.valid
     reference_logprobs = masked(targets.reference_logprobs.detach(), valid)
     kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
-    terms = loss.terms + kl_coef * (kl * scale)
+    terms = loss.terms + kl_coef * (kl * targets.kl_scale)
     return LossOutput(terms, loss.metrics | {"loss/kl": metric(kl, valid)})

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
-from megatron_amrlhf.losses.targets import AnswerTargets
+from megatron_amrlhf.losses.targets import KlTargets
 
 
 @dataclass(frozen=True)
-class PpoTargets(AnswerTargets):
+class PpoTargets(KlTargets):
     """What actor and critic learn from.
 
     Attributes:
@@ -21,14 +21,12 @@ class PpoTargets(AnswerTargets):
         advantages: ``[B, R]``.
         returns: ``[B, R]`` targets G of the critic, value units.
         old_values: ``[B, R]`` of the critic at the rollout.
-        kl_scale: ``[B, 1]`` of a KL in the loss, see ``reduce.kl_scale``; 1 without one.
     """
 
     behaviour_logprobs: Tensor
     advantages: Tensor
     returns: Tensor
     old_values: Tensor
-    kl_scale: Tensor
 
 
 def ppo_actor_loss(
@@ -61,9 +59,7 @@ def ppo_actor_loss(
     )
     if not kl_coef:
         return loss
-    return with_kl(
-        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
-    )
+    return with_kl(loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator)
 
 
 def clipped_surrogate(

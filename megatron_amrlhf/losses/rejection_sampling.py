@@ -8,18 +8,12 @@ from torch import Tensor
 
 from megatron_amrlhf.losses.kl import with_kl
 from megatron_amrlhf.losses.reduce import LossOutput, masked, metric
-from megatron_amrlhf.losses.targets import AnswerTargets
+from megatron_amrlhf.losses.targets import KlTargets
 
 
 @dataclass(frozen=True)
-class SelectedTargets(AnswerTargets):
-    """What a policy learns from answers that are worth imitating.
-
-    Attributes:
-        kl_scale: ``[B, 1]`` of the KL, see ``reduce.kl_scale``.
-    """
-
-    kl_scale: Tensor
+class SelectedTargets(KlTargets):
+    """What a policy learns from answers that are worth imitating."""
 
 
 def rejection_sampling_loss(
@@ -45,6 +39,4 @@ def rejection_sampling_loss(
     """
     nll = -masked(logprobs, targets.mask)
     loss = LossOutput(nll, {"loss/nll": metric(nll, targets.mask)})
-    return with_kl(
-        loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator, scale=targets.kl_scale
-    )
+    return with_kl(loss, logprobs, targets, kl_coef=kl_coef, estimator=estimator)

@@ -56,6 +56,17 @@ class AnswerTargets(Targets):
     reference_logprobs: Tensor
 
 
+@dataclass(frozen=True)
+class KlTargets(AnswerTargets):
+    """Of a loss that may have a KL to the reference in it.
+
+    Attributes:
+        kl_scale: ``[B, 1]`` of ``reduce.kl_scale``: 1 but where the loss is divided by kept tokens.
+    """
+
+    kl_scale: Tensor
+
+
 def _stack(tensors: list[Tensor]) -> Tensor:
     """``[B]`` or ``[B, R, ...]`` of several records, padded with 0 to the widest."""
     if tensors[0].dim() == 1:

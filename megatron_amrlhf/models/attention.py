@@ -7,6 +7,7 @@ padding between rows is needed. Decoding keeps each row at its own length in the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-NO_DROPOUT = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here is random
+# Nothing here is random.
+NO_DROPOUT: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 
 
 @dataclass(frozen=True)
@@ -128,5 +130,5 @@ def _attend_within_rows(
         return (query + key + value) * 0  # in the graph, as every parameter must be
     sizes = [*lengths, padding]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    rows = [F.scaled_dot_product_attention(*part, is_causal=True) for part in list(parts)[:-1]]
+    rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in list(parts)[:-1]]
     return F.pad(torch.cat(rows, dim=2), (0, 0, 0, padding))

@@ -114,8 +114,9 @@ def _check_meaning(hf_config: Mapping[str, Any], family: Family) -> None:
             f"config.json: quantization_config ({method or 'unnamed'}): quantized models are not "
             "supported, give the folder of the model with float32, bfloat16 or float16 weights"
         )
-    code = hf_config.get("auto_map")
-    named = [x for x in code if x.startswith("AutoModel")] if isinstance(code, Mapping) else []
+    said = hf_config.get("auto_map")
+    code = said if isinstance(said, Mapping) else {}
+    named = [x for x in code if x.startswith("AutoModel")]
     if named:
         raise UserError(
             f"config.json: auto_map names code of its own for {', '.join(named)} "

@@ -66,7 +66,7 @@ def _split_of(pre: str | None) -> PreTokenizer | None:
         digits = pre_tokenizers.Digits(individual_digits=True)
         rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         return pre_tokenizers.Sequence([digits, rest])
-    regex = (WHOLE_WORDS | COMPOSED).get(pre)
+    regex = (WHOLE_WORDS | COMPOSED).get(pre or "")
     if regex is None:
         return None
     words = pre_tokenizers.Split(Regex(regex), "isolated")

@@ -40,6 +40,7 @@ def with_form(
     config = {key: value for key, value in hf_config.items() if key not in HEAD_KEYS}
     architecture = family_of(hf_config).architecture
     if form is not None:
+        assert outputs is not None, f"a model of the form {form} has a linear head"
         architecture = architecture.replace("ForCausalLM", CLASSES[form])
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(outputs)}

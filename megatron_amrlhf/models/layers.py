@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,8 @@ class Norm:
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float, **_unused):
         norm = nn.RMSNorm(hidden_size, eps, dtype=config.params_dtype)
         # Each tensor rank sees a part of the positions: engine/gradients.py sums over them.
-        norm.weight.sequence_parallel = config.sequence_parallel
+        weight: Any = norm.weight  # megatron-core's mark on it
+        weight.sequence_parallel = config.sequence_parallel
         return norm
 
 
@@ -129,11 +131,13 @@ class LmHead(ColumnParallelLinear):
         def logits(hidden: Tensor) -> Tensor:
             return super(LmHead, self).forward(hidden[:, None], weight=weight)[0][:, 0]
 
+        if function is None:
+            return logits(hidden_NH)
+        assert targets is not None, "the function's second argument"
+
         def read(hidden: Tensor, following: Tensor) -> Tensor:
             return function(logits(hidden), following)
 
-        if function is None:
-            return logits(hidden_NH)
         if hidden_NH.shape[0] <= positions:
             return read(hidden_NH, targets)
         # Nearly equal chunks: products of few rows round otherwise than those of many.

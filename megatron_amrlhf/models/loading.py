@@ -7,14 +7,14 @@ import torch
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.models.heads import bias_beside
 from megatron_amrlhf.models.mapping import stage_entries
-from megatron_amrlhf.models.source import ShardedWeights
+from megatron_amrlhf.models.shards import NamedWeights
 from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import Mesh
 
 
 @torch.no_grad()
 def load_stage(
-    model: StageModel, head_outputs: int | None, weights: ShardedWeights, mesh: Mesh
+    model: StageModel, head_outputs: int | None, weights: NamedWeights, mesh: Mesh
 ) -> None:
     """Copies this rank's shard of every parameter of the stage.
 

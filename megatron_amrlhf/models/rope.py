@@ -71,9 +71,13 @@ def _check_numbers(rope: Mapping[str, Any]) -> None:
             found = rope.get(key)
             if found is None and key != "rope_theta":
                 continue
-            is_number = isinstance(found, int | float) and not isinstance(found, bool)
-            fits = is_number and math.isfinite(found)
-            if not fits or found < lowest or (strictly and found == lowest):
+            if (
+                not isinstance(found, int | float)
+                or isinstance(found, bool)
+                or not math.isfinite(found)
+                or found < lowest
+                or (strictly and found == lowest)
+            ):
                 wanted = "above" if strictly else "of at least"
                 raise UserError(
                     f"config.json: {key} must be a finite number {wanted} {lowest} (got {found!r})"

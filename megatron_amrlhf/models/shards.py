@@ -14,13 +14,11 @@ from megatron_amrlhf.models.shape import ModelShape
 
 
 class NamedWeights(Protocol):
-    """Weights under Hugging Face names, read one at a time, as ``ShardedWeights`` does.
+    """Weights under Hugging Face names, read one at a time, as ``ShardedWeights`` does."""
 
-    Attributes:
-        folder: where they are, for messages.
-    """
-
-    folder: Path
+    @property
+    def folder(self) -> Path:
+        """Where they are, for messages."""
 
     def names(self) -> list[str]:
         """Names of all tensors."""

@@ -127,9 +127,10 @@ class StageChunk(GPTModel):
             vp_stage=index if mesh.cut.virtual > 1 else None,
         )
         self.shape, self.head_outputs, self.options = shape, head_outputs, options
+        self.output_layer: LmHead | ValueHead
         if self.post_process and head_outputs is None:
             self.output_layer = LmHead(self.config, shape, mesh.tp_size, own=not shared)
-        elif self.post_process:
+        elif self.post_process and head_outputs is not None:
             self.output_layer = ValueHead(
                 shape.hidden_size, head_outputs, dtype=dtype, device=mesh.device
             )

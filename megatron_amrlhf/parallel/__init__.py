@@ -29,7 +29,7 @@ def without_compiler() -> Iterator[None]:
 
     compiler = torch.compile
     if not torch.cuda.is_available():
-        torch.compile = keep
+        torch.compile = keep  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +25,7 @@ def broadcast_from_last_stage(tensor: Tensor, mesh: Mesh) -> Tensor:
     return tensor
 
 
-def broadcast_object_from_last_stage(value: object, mesh: Mesh) -> object:
+def broadcast_object_from_last_stage(value: object, mesh: Mesh) -> Any:
     """As ``broadcast_from_last_stage`` for a small picklable object, over the whole world.
 
     The source is the last stage of DP rank 0. Entered by every rank.
@@ -38,22 +40,22 @@ def _writer_rank(mesh: Mesh) -> int:
     return mesh.tp_size * mesh.dp_size * (mesh.pp_size - 1)
 
 
-def max_over(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
+def max_over(value: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
     """The largest ``value`` in the group, on all its ranks."""
     tensor = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX, group=group)
     return int(tensor)
 
 
-def sum_over(value: int, group: dist.ProcessGroup, device: torch.device) -> int:
+def sum_over(value: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
     """The sum of all ranks' ``value`` in the group, on all its ranks."""
     tensor = torch.tensor([value], dtype=torch.int64, device=device)
     dist.all_reduce(tensor, group=group)
     return int(tensor)
 
 
-def gather_objects(value: object, group: dist.ProcessGroup) -> list:
-    """Every rank's picklable ``value`` in group order, on all ranks."""
+def gather_objects(value: object, group: dist.ProcessGroup | None) -> list:
+    """Every rank's picklable ``value`` in group order, on all ranks; group None: of the world."""
     gathered: list = [None] * dist.get_world_size(group)
     dist.all_gather_object(gathered, value, group=group)
     return gathered

@@ -104,11 +104,13 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         _own_variables.append(GLOO_INTERFACE)
     if not dist.is_initialized():
         timeout = timedelta(seconds=timeout_seconds)
-        ranks = {}
-        if store := private_store(timeout):
+        rank = world_size = -1  # as the environment says
+        store = private_store(timeout)
+        if store is not None:
             rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            ranks = {"store": store, "rank": rank, "world_size": world_size}
-        dist.init_process_group(compat.backend(), timeout=timeout, **ranks)
+        dist.init_process_group(
+            compat.backend(), timeout=timeout, store=store, rank=rank, world_size=world_size
+        )
 
 
 def build_mesh(

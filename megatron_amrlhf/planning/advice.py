@@ -57,7 +57,7 @@ def warnings(plan: Plan, machine: Machine) -> Iterator[str]:
         )
     bubble = max(plan.bubbles.values(), default=0.0)
     if bubble > POOR_BUBBLE:
-        name = max(plan.bubbles, key=plan.bubbles.get)
+        name = max(plan.bubbles, key=plan.bubbles.__getitem__)
         blocks = plan.batches[name].num_blocks
         yield (
             f"'{name}' waits {bubble:.0%} of its time: {blocks} micro-batch{'es' * (blocks > 1)} "
@@ -94,7 +94,7 @@ def warnings(plan: Plan, machine: Machine) -> Iterator[str]:
 
 def _largest(stage: StagePlan) -> str:
     parts = {key: value for key, value in vars(stage.fullest[1]).items() if key != "host"}
-    name = max(parts, key=parts.get)
+    name = max(parts, key=parts.__getitem__)
     return f"{name} ({in_units(parts[name])})"
 
 

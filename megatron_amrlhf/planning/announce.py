@@ -40,7 +40,7 @@ def _both(key: str, chosen: str, specs: list[StageSpec]) -> str:
 def _cost(key: str, choice: str, specs: list[StageSpec]) -> str:
     moved = held = 0.0
     for spec in specs:
-        if key == "gather" and spec.role.zero_stage < 3:
+        if key == "gather" and spec.role.stage < 3:
             continue
         asked = replace(spec, engine=spec.engine.model_copy(update={key: choice}))
         moves = gather_bytes if key == "gather" else reduce_bytes

@@ -194,7 +194,7 @@ def _one(kind: str, axis: str, whole_bytes: float, num_ranks: int) -> Volumes:
 
 
 def _gathers(spec: StageSpec, times: int) -> Volumes:
-    if spec.role.zero_stage < 3:
+    if spec.role.stage < 3:
         return Volumes()
     return _one(ALL_GATHER, "data", times * spec.window_bytes, spec.data)
 
@@ -226,8 +226,9 @@ def _sends(spec: StageSpec, whole: float, no_send: bool, no_receive: bool) -> Vo
 
 
 def _pipeline_update(spec: StageSpec, batch: BatchShape) -> Volumes:
-    whole = _activation_bytes(spec, batch.num_positions * batch.num_blocks)
-    whole /= spec.tensor if spec.sequence else 1
+    whole = _activation_bytes(spec, batch.num_positions * batch.num_blocks) / (
+        spec.tensor if spec.sequence else 1
+    )
     forward = _sends(spec, whole, spec.has_head, spec.has_embedding)
     return forward + _sends(spec, whole, spec.has_embedding, spec.has_head)
 

@@ -160,7 +160,8 @@ def _stage(
     lengths: RowLengths,
     on_gpu: bool,
 ) -> StagePlan:
-    memory, moved = {RESTING: resting(specs)}, defaultdict(Volumes)
+    memory = {RESTING: resting(specs)}
+    moved: defaultdict[str, Volumes] = defaultdict(Volumes)
     size, by_role = config.rollout.micro_batch_size, {spec.name: spec for spec in specs}
     decoding = {each.role: each.rows for each in passes if each.phase == "rollout"}
     if decoding:

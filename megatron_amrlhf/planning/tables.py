@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from rich.table import Table
 
@@ -89,6 +90,10 @@ def _layout(plan: Plan) -> Table:
     return table
 
 
+def _total(phase: str, stage: StagePlan) -> int:
+    return stage.memory[phase].total
+
+
 def _memory(plan: Plan) -> Table:
     table = Table(title="memory: GiB of a rank at the fullest moment of each phase")
     for heading in ("phase", "stage"):
@@ -98,7 +103,7 @@ def _memory(plan: Plan) -> Table:
     for heading in (*PARTS.values(), "total", *offloaded):
         table.add_column(heading, justify="right", no_wrap=True)
     for phase in plan.stages[0].memory:
-        stage = max(plan.stages, key=lambda stage, phase=phase: stage.memory[phase].total)
+        stage = max(plan.stages, key=partial(_total, phase))
         memory = stage.memory[phase]
         values = [getattr(memory, part) for part in (*PARTS, "total", *offloaded)]
         is_peak = (phase, stage) == (plan.worst.fullest[0], plan.worst)

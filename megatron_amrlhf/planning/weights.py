@@ -140,6 +140,7 @@ class StageSpec:
         if self.head_outputs is not None and name.endswith("output_layer.weight"):
             return self.head_outputs * hidden
         if name.endswith("output_layer.bias"):
+            assert self.head_outputs is not None, "only a linear head has a bias"
             return self.head_outputs
         split = {
             EMBEDDING: shape.padded_vocab(tensor) * hidden,

@@ -153,7 +153,8 @@ def rgb_of(height: float) -> tuple[int, int, int]:
     """Background of a token: white at the threshold, full colour at the answer's extreme."""
     full = HIGH_RGB if height > 0 else LOW_RGB
     share = min(abs(height), 1.0)
-    return tuple(round(255 + (channel - 255) * share) for channel in full)
+    red, green, blue = (round(255 + (channel - 255) * share) for channel in full)
+    return red, green, blue
 
 
 def print_records(console: Console, records: Sequence[SampleRecord]) -> None:

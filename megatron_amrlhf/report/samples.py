@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ class SampleRecord:
 
     def __post_init__(self):
         count = len(self.tokens)
-        lists = [self.token_rewards, self.mask, self.signal, self.token_ids]
+        lists: list[Sized] = [self.token_rewards, self.mask, self.signal, self.token_ids]
         lengths = [len(entries) for entries in lists]
         assert set(lengths) <= {count}, f"{count} tokens, but lists of {lengths}"
         assert all(bit in (0, 1) for bit in self.mask), "mask holds more than 0 and 1"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -81,9 +82,13 @@ def mark_answer(
         tokenizer: the PRM's.
         marker: the PRM's.
     """
-    end = "whole" if ended else "within step"
+    end: Literal["whole", "within step"] = "whole" if ended else "within step"
     if not steps.texts:
-        ids = [marker.token_id] + [turn_end_id(tokenizer)] * ended
+        ids = [marker.token_id]
+        if ended:
+            end_id = turn_end_id(tokenizer)
+            assert end_id is not None, "checked at the start"
+            ids.append(end_id)
         return ids, [0] * len(steps.numbers)
     ids, places = encode_solution(
         tokenizer, [], steps.texts, marker.separator, marker.token_id, end

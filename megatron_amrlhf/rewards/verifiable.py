@@ -52,9 +52,11 @@ class Verifier:
         """1 if ``text`` gives the answer ``gold``, else 0; neither if it cannot be told."""
         if self._process is None and (problem := self._start()):
             return Verdict(None, "worker", problem)
+        worker = self._process
+        assert worker is not None and worker.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"gold": gold, "text": text}) + "\n")
-            self._process.stdin.flush()
+            worker.stdin.write(json.dumps({"gold": gold, "text": text}) + "\n")
+            worker.stdin.flush()
         except OSError as error:
             self.close()
             return Verdict(None, "worker", f"the worker has ended ({error})")
@@ -72,8 +74,9 @@ class Verifier:
         if process is not None:
             process.kill()
             process.wait()
-            with suppress(OSError):  # of what it has not read
-                process.stdin.close()
+            if process.stdin is not None:
+                with suppress(OSError):  # of what it has not read
+                    process.stdin.close()
 
     def _start(self) -> str | None:
         """Starts the worker; what went wrong, or None. It is tried once."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -59,7 +61,8 @@ class DecodeBlock:
 
     def forward(self, chunk: int, hidden: Tensor | None) -> Tensor:
         """Runs a chunk on the prompts or the last tokens; ``[b, V / TP]`` on the last one."""
-        stage, cache = self.module.chunks[chunk], self.caches[chunk]
+        stage: Any = self.module.chunks[chunk]
+        cache = self.caches[chunk]
         if hidden is not None:
             stage.set_input_tensor([hidden])
         lengths = cache.lengths

@@ -146,7 +146,9 @@ def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.W
             sent.pop(0)
         after = (mesh.pp_rank + 1) % mesh.pp_size
         group = mesh.token_group if mesh.is_last_stage else mesh.pp_group
-        sent.append(dist.isend(output.contiguous(), group=group, group_dst=after))
+        work = dist.isend(output.contiguous(), group=group, group_dst=after)
+        assert work is not None, "this rank is in the group"
+        sent.append(work)
     return output
 
 

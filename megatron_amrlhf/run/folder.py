@@ -251,7 +251,7 @@ def _write_config(path: Path, config: Config, attempt: int) -> tuple[str, ...]:
     earlier = _read(target)
     if earlier == text:
         return ()
-    changed = ()
+    changed: tuple[str, ...] = ()
     if earlier is not None:
         kept = path / f"config.resolved.{attempt - 1}.yaml"
         if kept.exists() and _read(kept) != earlier:

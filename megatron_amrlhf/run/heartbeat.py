@@ -258,7 +258,8 @@ class Heartbeat:
         started = datetime.now(UTC) - timedelta(seconds=process_age())
         self._started = started.isoformat(timespec="seconds")
         self._end, self._lock = threading.Event(), threading.Lock()
-        self._state, self._error, self._beats = "running", "", 0
+        self._state: Literal["running", "finished", "failed"] = "running"
+        self._error, self._beats = "", 0
         self._awake_since = self._last_turn = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 

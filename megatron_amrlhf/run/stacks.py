@@ -14,7 +14,7 @@ WAITING_CALLS = (".wait(", ".item()", ".tolist()", ".cpu()", ".synchronize(")
 
 def main_stack() -> list[str]:
     """Frames of the main thread, the innermost last, as ``FILE:LINE FUNCTION: SOURCE``."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
     if frame is None:
         return []
     return _lines(traceback.extract_stack(frame))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.jsonl import Requirement, read_numbered_jsonl
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.rewards.outcome import OUTCOMES, aggregate_steps
 
@@ -87,17 +87,19 @@ def compare_supervision(
     Returns:
         Name of the choice to its accuracy at each size. ORM is there only if every answer has one.
     """
-    chosen = {"ORM": [[solution.orm for solution in each] for each in problems.values()]}
+    by_orm = [[x.orm for x in each if x.orm is not None] for each in problems.values()]
+    chosen = {}
+    if [len(each) for each in by_orm] == [len(each) for each in problems.values()]:
+        chosen["ORM"] = by_orm
     for name, kind in CHOICES.items():
         chosen[name] = [outcome_scores(each, kind) for each in problems.values()]
     correct = [[solution.correct for solution in each] for each in problems.values()]
     table = {RANDOM: [_mean([sum(c) / len(c) for c in correct])] * len(sizes)}
     for name, scores in chosen.items():
-        if all(score is not None for row in scores for score in row):
-            table[name] = [
-                _mean([best_of_n_accuracy(s, c, n) for s, c in zip(scores, correct, strict=True)])
-                for n in sizes
-            ]
+        table[name] = [
+            _mean([best_of_n_accuracy(s, c, n) for s, c in zip(scores, correct, strict=True)])
+            for n in sizes
+        ]
     return table | {ORACLE: [_mean([pass_at_n(c, n) for c in correct]) for n in sizes]}
 
 
@@ -112,7 +114,7 @@ def read_solutions(path: str | Path, logits: bool) -> dict[str, list[ScoredSolut
     Raises:
         UserError: with file and line.
     """
-    required = {
+    required: dict[str, Requirement] = {
         "problem_id": (str, int),
         "correct": bool,
         "step_scores": _logits if logits else _probabilities,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 from rich.table import Table
 
@@ -43,7 +44,7 @@ def _bytes(layouts: Mapping) -> Table:
         table.add_column(heading, justify="right")
     for name, measured in layouts.items():
         for phase in measured["seconds"]:
-            rank = max(measured["ranks"], key=lambda r, phase=phase: _sent(r["counted"][phase]))
+            rank = max(measured["ranks"], key=partial(_sent_in, phase))
             counted, analytic = rank["counted"][phase], rank["analytic"][phase]
             floor = SMALLEST_SHARE * max(_sent(counted), _sent(analytic))
             for key in sorted(_sending(counted) | _sending(analytic)):
@@ -62,7 +63,7 @@ def _memory(layouts: Mapping) -> Table:
         table.add_column(heading, justify="right")
     for name, measured in layouts.items():
         for phase in measured["seconds"]:
-            rank = max(measured["ranks"], key=lambda r, phase=phase: r["peak_bytes"][phase])
+            rank = max(measured["ranks"], key=partial(_peak_in, phase))
             kinds = ("peak_bytes", "planned_bytes", "analytic_bytes")
             table.add_row(name, phase, *(in_units(rank[kind][phase]) for kind in kinds))
     return table
@@ -71,6 +72,14 @@ def _memory(layouts: Mapping) -> Table:
 def _sending(volumes: Mapping[str, float]) -> set[str]:
     """What is received is another rank's sending."""
     return {key for key in volumes if not key.startswith("receive")}
+
+
+def _sent_in(phase: str, rank: dict) -> float:
+    return _sent(rank["counted"][phase])
+
+
+def _peak_in(phase: str, rank: dict) -> int:
+    return rank["peak_bytes"][phase]
 
 
 def _sent(volumes: Mapping[str, float]) -> float:

@@ -86,9 +86,10 @@ class TrafficCounter(TorchDispatchMode):
 
     def _count(self, name: str, args: tuple) -> None:
         assert name in OPERATORS, f"c10d::{name} is not counted"
-        if OPERATORS[name] is None:
+        counted = OPERATORS[name]
+        if counted is None:
             return
-        kind, place = OPERATORS[name]
+        kind, place = counted
         boxed = next(x for x in args if isinstance(x, torch.ScriptObject))
         group = dist.ProcessGroup.unbox(boxed)
         num_bytes = sum(x.numel() * x.element_size() for x in _tensors(args[place]))
@@ -98,7 +99,8 @@ class TrafficCounter(TorchDispatchMode):
         key = (kind, "pipeline" if kind in (SEND, RECEIVE) else axis)
         self.counts.calls[key] += 1
         self.counts.payload[key] += num_bytes
-        self.counts.sent[key] += sent_bytes(kind, num_bytes, len(ranks))
+        share = sent_bytes(kind, num_bytes, len(ranks))
+        self.counts.sent[key] += share  # type: ignore[assignment]  # a Counter of floats
 
 
 def _axes(mesh: Mesh) -> dict[str, str]:

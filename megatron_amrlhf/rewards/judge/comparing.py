@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_amrlhf.rewards.judge.formulas import (
     compare_formulas,
@@ -61,8 +62,10 @@ def _compare(reference: str, answer: str) -> Outcome:
         return False
     if same_spelling(reference) == same_spelling(answer):
         return True
-    if "=" in answer and "=" not in reference and (outcome := _chain(reference, answer)) != "":
-        return outcome
+    if "=" in answer and "=" not in reference:
+        as_chain = _chain(reference, answer)
+        if as_chain is not None:
+            return as_chain
     names = name_of(reference), name_of(answer)
     outcome = _by_kind(read(reference), read(answer), assigned(reference), assigned(answer))
     if outcome is True and all(names) and names[0] != names[1]:
@@ -70,16 +73,16 @@ def _compare(reference: str, answer: str) -> Outcome:
     return outcome
 
 
-def _chain(reference: str, answer: str) -> Outcome | str:
-    """Of ``3 + 4 = 7`` the last side, if the others are equal to it; "" if it is no chain."""
+def _chain(reference: str, answer: str) -> Outcome | None:
+    """Of ``3 + 4 = 7`` the last side, if the others are equal to it; None if it is no chain."""
     *others, last = (tidy(side) for side in answer.split("="))
     if not last or any(mark in answer for mark in ("<", ">", r"\le", r"\ge", "!=", ",", "==")):
-        return ""
+        return None
     if len(split(answer)) > 1 or any(side.count("{") != side.count("}") for side in others):
-        return ""
+        return None
     values = [side for side in others if re.search(r"\d", side)]
     if name_of(answer) or not values:
-        return ""
+        return None
     outcome = _compare(reference, last)
     if outcome is not True:
         return outcome
@@ -115,10 +118,15 @@ def _ratios(reference: Ratio, answer: Ratio) -> Outcome:
     outcome = all_of(_compare(one, other) for one, other in terms)
     if outcome is not False:
         return outcome
-    ones, others = ([read_number(term) for term in k.terms] for k in (reference, answer))
-    if None in ones or None in others or not all(n.value for n in (*ones, *others)):
+    pairs = [
+        (one, other)
+        for pair in zip(reference.terms, answer.terms, strict=True)
+        for one, other in [map(read_number, pair)]
+        if one is not None and other is not None and one.value and other.value
+    ]
+    if len(pairs) < len(reference.terms):
         return False
-    scales = {one.value / other.value for one, other in zip(ones, others, strict=True)}
+    scales = {one.value / other.value for one, other in pairs}
     return Doubt("form", "a ratio in other terms") if len(scales) == 1 else False
 
 
@@ -178,12 +186,13 @@ def _interval(one: tuple[str, str, str], other: tuple[str, str, str]) -> Outcome
 def _interval_or_group(reference: Kind, answer: Kind) -> Outcome:
     """An open interval by inequality and ``(2, 3)``, or a closed one and ``[2, 3]``."""
     group, union = (reference, answer) if isinstance(reference, Group) else (answer, reference)
+    assert isinstance(group, Group) and isinstance(union, Intervals)
     if len(union.parts) != 1 or group.kind != union.parts[0][0]:
         return False
     return all_of(map(_compare, union.parts[0][1:], group.items))
 
 
-_SAME = {
+_SAME: dict[tuple[type, type], Callable[[Any, Any], Outcome]] = {
     (Number, Number): compare_numbers,
     (Date, Date): compare_dates,
     (Words, Words): compare_words,

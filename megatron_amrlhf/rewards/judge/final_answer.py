@@ -148,8 +148,11 @@ def final_of(text: str, kind: type) -> Final | None:
             return Final(chosen, (*beside, *later), doubt, True)
     if kind is Number:
         return _last_number(text)
-    chosen = _conclusion(text, kind)
-    return chosen and Final(chosen, (), _doubt(text, chosen.start, chosen.end), False)
+    conclusion = _conclusion(text, kind)
+    if conclusion is None:
+        return None
+    doubt = _doubt(text, conclusion.start, conclusion.end)
+    return Final(conclusion, (), doubt, False)
 
 
 def _spoken(text: str) -> str:
@@ -164,7 +167,8 @@ def _spoken(text: str) -> str:
 
 def _boxed(text: str) -> list[Statement]:
     """Boxes in order; those with nothing but commas, "and" or "or" between them are one list."""
-    found, place = [], 0
+    found: list[Statement] = []
+    place = 0
     while box := _BOX.search(text, place):
         end = closing(text, box.end() - 1)
         if end < 0:
@@ -236,7 +240,9 @@ def _last_number(text: str) -> Final | None:
     start = named.start() if named else found.start()
     chosen = Statement(text[start : found.end() + len(tail)], start, found.end() + len(tail))
     doubt = _doubt(text, chosen.start, chosen.end)
-    unsigned = found.start() + re.search(r"[^-+\s]", found[0]).start()
+    digits = re.search(r"[^-+\s]", found[0])
+    assert digits, "a number is more than its sign"
+    unsigned = found.start() + digits.start()
     between = text[numbers[-2].end() : unsigned] if len(numbers) > 1 else "none"
     if _PART_OF.search(before) or _GOES_ON.match(rest[len(tail) :]):
         doubt = "it is a part of something else"
@@ -251,7 +257,7 @@ def _tails(rest: str) -> Iterator[str]:
     """What may belong to the number before it: the rest of the sentence, a clause, a word."""
     yield rest
     yield re.split(r"[,;:(]| because | since | so | which | and | if | when | for | in ", rest)[0]
-    yield re.match(r"\s*\S*", rest)[0]
+    yield re.findall(r"^\s*\S*", rest)[0]
 
 
 def _changed(rest: str) -> str:

@@ -53,6 +53,7 @@ def _bare(kind: Kind, text: str) -> str:
     """LaTeX of an expression or number without its unit."""
     if isinstance(kind, Formula):
         return kind.latex
+    assert isinstance(kind, Number), "neither a number nor a formula"
     value = kind.value
     return str(value) if value.denominator == 1 else rf"({value.numerator})/{value.denominator}"
 

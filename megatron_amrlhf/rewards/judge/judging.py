@@ -62,7 +62,8 @@ def _meets(reference: str, statement: Statement) -> Outcome:
     if said != statement.text:
         outcome = compare(reference, said)
     cut = _CLAUSE.search(said)
-    is_open = cut is None or _OPEN.search(said[cut.start() :])
-    if outcome is True or is_open or not isinstance(read(tidy(said)), Words | Formula | Equation):
+    if outcome is True or cut is None or _OPEN.search(said[cut.start() :]):
+        return outcome
+    if not isinstance(read(tidy(said)), Words | Formula | Equation):
         return outcome
     return compare(reference, said[: cut.start()])

@@ -208,7 +208,7 @@ def _rest(text: str) -> Kind:
         return Equation(tidy(left), tidy(right))
     found = _UNIT.fullmatch(text)
     unit = read_unit(found["unit"]) if found and not _has_words(found["value"]) else None
-    if unit:
+    if found and unit:
         return Formula(tidy(found["value"]), unit)
     if _WORDY.fullmatch(text) and len(text) > 1 or _has_words(text):
         return Words(re.sub(r"\s+", " ", text.lower()))
@@ -228,8 +228,8 @@ def _matrix(body: str) -> Matrix:
 def _intervals(text: str) -> Intervals | None:
     """A union of at least two intervals, a half-open one, or inequalities of one letter."""
     parts = re.split(r"\s*\\cup\s*|\s+or\s+", text)
-    found = [_interval(part.strip()) for part in parts]
-    if None in found:
+    found = [interval for part in parts if (interval := _interval(part.strip())) is not None]
+    if len(found) < len(parts):
         return None
     if len(found) == 1 and found[0][0] in ("()", "[]") and not _RELATION.search(text):
         return None  # two numbers in brackets: a point as well as an interval
@@ -239,20 +239,21 @@ def _intervals(text: str) -> Intervals | None:
 def _interval(text: str) -> tuple[str, str, str] | None:
     if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
         items = split(text[1:-1], True)
-        return (text[0] + text[-1], *map(tidy, items)) if len(items) == 2 else None
+        if len(items) != 2:
+            return None
+        return text[0] + text[-1], tidy(items[0]), tidy(items[1])
     sides, signs = _RELATION.split(text), _RELATION.findall(text)
     signs = [sign.replace("<=", r"\le").replace(">=", r"\ge") for sign in signs]
     if len(signs) == 1:
         signs = ["<" if "\\" not in signs[0] else r"\le", *signs]
-        sides = ["-oo", *sides] if re.fullmatch(r"\s*[A-Za-z]\s*", sides[0]) else None
-        if sides is None:  # 3 < x
-            left, right = _RELATION.split(text)
+        left, right = sides
+        if not re.fullmatch(r"\s*[A-Za-z]\s*", left):  # 3 < x
             if not re.fullmatch(r"\s*[A-Za-z]\s*", right):
                 return None
             flipped = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}[signs[-1]]
             return _interval(f"{right} {flipped} {left}")
         low = signs[1] in ("<", r"\le")
-        end, strict = tidy(sides[2]), "\\" not in signs[1]
+        end, strict = tidy(right), "\\" not in signs[1]
         if low:
             return ("(" + (")" if strict else "]"), r"-\infty", end)
         return (("(" if strict else "[") + ")", end, r"\infty")

@@ -33,9 +33,6 @@ class Doubt:
 Outcome = bool | Doubt
 
 
-Outcome = bool | Doubt
-
-
 def all_of(outcomes: Iterable[Outcome]) -> Outcome:
     """False where one is; else the first doubt; else True."""
     found = list(outcomes)

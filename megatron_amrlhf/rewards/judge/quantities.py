@@ -119,7 +119,7 @@ def read_number(text: str) -> Number | None:
     text = text.strip()
     found = NUMBER.match(text)
     number = found and number_of(found)
-    if number is None:
+    if found is None or number is None:
         return None
     tail = text[found.end() :]
     # ``5m`` is a product, ``5 m`` a length; ``5cm`` has no other meaning.

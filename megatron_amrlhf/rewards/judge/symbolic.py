@@ -87,7 +87,9 @@ class Expression:
 
         Sum or product, the terms of its sums, what stands under roots, and functions.
         """
-        sums, roots, functions = Counter(), set(), Counter()
+        sums: Counter[int] = Counter()
+        functions: Counter[type] = Counter()
+        roots = set()
         for node in sympy.preorder_traversal(self.tree):
             if isinstance(node, sympy.Add):
                 sums[len(node.args)] += 1

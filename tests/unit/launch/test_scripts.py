@@ -1,5 +1,6 @@
 """The shell scripts answer wrong options, and the shipped configurations are valid."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_amrlhf.config.checks import check_run
 from megatron_amrlhf.config.load import load_config
@@ -112,6 +114,55 @@ def test_an_environment_of_another_checkout_is_left_to_it(tmp_path):
 def test_an_environment_of_this_or_of_no_checkout_is_taken(tmp_path, owner):
     (tmp_path / ".amrlhf-installed").write_text(f"{'0' * 64} {owner}\n")
     assert f"could not make {tmp_path}" in _install(tmp_path).stderr
+
+
+def _installed(venv: Path) -> Path:
+    """An environment that install.sh takes for complete; its programs tell how they are called."""
+    (venv / "bin").mkdir()
+    for name in ("pip", "python", "ruff", "mypy"):
+        program = venv / "bin" / name
+        program.write_text(f'#!/bin/bash\n[[ "$1" == -c ]] || echo {name} "$@"\n')
+        program.chmod(0o755)
+    given = ("requirements.txt", "launch/constraints.txt", "pyproject.toml", "launch/install.sh")
+    wanted = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in given)).hexdigest()
+    tests = hashlib.sha256((ROOT / "requirements-test.txt").read_bytes()).hexdigest()
+    (venv / ".amrlhf-installed").write_text(f"{wanted} {ROOT}\n{wanted} {ROOT} {tests}\n")
+    return venv
+
+
+@pytest.mark.parametrize(
+    ("arguments", "checks"),
+    [
+        ((), True),
+        (("-m", "not slow", "-x"), True),
+        (("-n", "0", "tests/unit/launch/test_scripts.py"), False),
+        (("tests/unit/launch/test_scripts.py::test_a_script_is_valid_bash",), False),
+        (("-k", "scripts"), False),
+    ],
+    ids=str,
+)
+def test_the_code_is_checked_where_no_tests_are_chosen(tmp_path, arguments, checks):
+    answer = subprocess.run(
+        ["bash", "launch/test.sh", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"VENV": str(_installed(tmp_path))},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
+    )
+    *before, tests = answer.stdout.splitlines()
+    assert answer.returncode == 0, answer.stderr
+    assert before == (["ruff check", "ruff format --check", "mypy"] if checks else [])
+    assert tests.startswith("python -m pytest -n ")
+    assert tests.endswith(" ".join(("--no-loadscope-reorder", *arguments)))
+
+
+def test_a_commit_is_checked_by_the_programs_of_the_test_script():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    script = (ROOT / "launch" / "test.sh").read_text()
+    for hook in hooks:
+        program, *options = hook["entry"].removeprefix(".venv/bin/").split()
+        assert " ".join((f'"$VENV/bin/{program}"', *options)) + "\n" in script
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.name)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_amrlhf.losses import dpo, grpo, kl, kto, orm, ppo, prm, rejection_sampling
 from megatron_amrlhf.losses.reduce import LossOutput
-from megatron_amrlhf.losses.targets import AnswerTargets, Targets
+from megatron_amrlhf.losses.targets import KlTargets, Targets
 
 
 def ones_like_rows(x: Tensor) -> Tensor:
@@ -46,8 +46,8 @@ def ppo_value_loss(values, old_values, returns, valid, clip_eps) -> LossOutput:
 
 
 def with_kl(loss, x, reference, valid, kl_coef, estimator) -> LossOutput:
-    targets, scale = AnswerTargets(valid, valid, valid, reference), ones_like_rows(valid)
-    return kl.with_kl(loss, x, targets, kl_coef=kl_coef, estimator=estimator, scale=scale)
+    targets = KlTargets(valid, valid, valid, reference, ones_like_rows(valid))
+    return kl.with_kl(loss, x, targets, kl_coef=kl_coef, estimator=estimator)
 
 
 def grpo_loss(

@@ -10,7 +10,16 @@ def record(rows: int, width: int) -> GrpoTargets:
     numbers = torch.arange(rows)[:, None] * 100.0 + torch.arange(width)
     flags = torch.ones(rows, width, dtype=torch.bool)
     one = numbers[:, :1]
-    return GrpoTargets(flags, flags, flags, numbers, numbers, one[:, 0], one, one)
+    return GrpoTargets(
+        denominator=flags,
+        mask=flags,
+        valid=flags,
+        reference_logprobs=numbers,
+        kl_scale=one,
+        behaviour_logprobs=numbers,
+        advantages=one[:, 0],
+        weight=one,
+    )
 
 
 def test_rows_are_selected_in_every_tensor():
