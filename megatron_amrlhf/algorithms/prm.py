@@ -11,7 +11,9 @@ from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.step_metrics import step_metrics
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
+from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.scoring import Reader
@@ -32,9 +34,10 @@ class Prm(RewardTraining[PrmExample]):
     trained_role = "prm"
 
     def load(
-        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[PrmExample], Selection]:
-        return load_prm_examples(path, tokenizer, config.data, config.algorithm.num_attributes)
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers
+    ) -> tuple[Rows[PrmExample], Selection]:
+        count = config.algorithm.num_attributes
+        return load_prm_examples(path, tokenizer, config.data, count, readers)
 
     def num_outputs(self, config: Config) -> int:
         return config.algorithm.num_attributes

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ class PairMaker(ExperienceMaker):
     Where there are neither, nothing reads a reward, and rewards are 0 and not among the metrics.
     """
 
-    data: list[ScoredPair]
+    data: Sequence[ScoredPair]
 
     @property
     def has_rewards(self) -> bool:
@@ -101,7 +103,7 @@ def pair_answers(pairs: list[ScoredPair], places: Tensor, indices: list[int]) ->
     )
 
 
-def evaluate_pairs(maker: PairMaker, pairs: list[ScoredPair]) -> dict[str, float]:
+def evaluate_pairs(maker: PairMaker, pairs: Sequence[ScoredPair]) -> dict[str, float]:
     """How far the policy prefers the chosen answers of held-out pairs. Entered by every rank.
 
     Returns:
