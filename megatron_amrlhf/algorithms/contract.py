@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -15,8 +15,8 @@ from megatron_amrlhf.experience.reward_models import RewardModel
 class Algorithm(Protocol):
     """An algorithm as ``commands/train.py`` and ``commands/loop.py`` see it.
 
-    It is made of the configuration and a tokenizer, without a process group, and reads and checks
-    its data then. ``build``, ``step`` and ``evaluate`` are entered by every rank.
+    It is made of the configuration, a tokenizer and those who check its data with it, then and
+    there. ``build``, ``step`` and ``evaluate`` are entered by every rank.
 
     Attributes:
         total_steps: steps of the whole run.
@@ -32,8 +32,8 @@ class Algorithm(Protocol):
     @property
     def reward_models(self) -> Sequence[RewardModel]: ...
 
-    def rows(self) -> Iterator[Tensor]:
-        """``[n]`` int64 token ids of each row that it has read, held-out ones too."""
+    def highest_rows(self) -> list[Tensor]:
+        """``[n]`` int64 token ids of the rows of its data that have the largest ids."""
 
     def build(self, context: Context) -> None:
         """Adds the roles that its section tells to the engine."""

@@ -9,7 +9,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
+from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.context import count_metric
@@ -26,9 +28,9 @@ class Orm(RewardTraining[EncodedPair]):
     """
 
     def load(
-        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[EncodedPair], Selection]:
-        return load_pairs(path, tokenizer, config.data)
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers
+    ) -> tuple[Rows[EncodedPair], Selection]:
+        return load_pairs(path, tokenizer, config.data, readers)
 
     def batch(self, examples: list[EncodedPair]) -> tuple[TrainBatch, OutputPlan]:
         """Two rows a pair, of which the loss counts the first; an output at each last token."""

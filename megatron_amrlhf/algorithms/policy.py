@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -14,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.update import LossFunction, response_plan, update
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
 from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.prompts import EncodedPrompt, load_prompts
+from megatron_amrlhf.data.readers import ALONE, Readers
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.experience.context import Context, count_metric
@@ -24,7 +25,8 @@ from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
 from megatron_amrlhf.experience.masking import share_index, share_mask
 from megatron_amrlhf.experience.pairs import PairMaker, evaluate_pairs
 from megatron_amrlhf.experience.reward_models import (
-    check_answers,
+    answer_check,
+    lack_ids,
     load_offline_scores,
     load_reward_models,
 )
@@ -49,25 +51,26 @@ class PolicyAlgorithm(ABC):
 
     context: Context  # set by build()
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Reads and checks the data and the PRM's folder; no process group is needed.
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers = ALONE
+    ):
+        """Checks the PRM's folder and the data. Entered by all ``readers``.
 
         Raises:
             UserError: the data or the PRM are wrong.
         """
         self.is_offline = config.is_offline
-        self.train_data, selection = self.load(config.data.train, config, tokenizer)
-        self.selections = [selection]
-        self.heldout_data: list[EncodedPrompt] | list[ScoredPair] = []
-        if config.data.heldout is not None:
-            self.heldout_data, selection = self.load(
-                config.data.heldout, config, tokenizer, reads_scores=False
-            )
-            self.selections.append(selection)
         self.reward_models = load_reward_models(config, tokenizer)
         self.offline = load_offline_scores(config, self.reward_models)
-        if not self.is_offline:
-            check_answers(config, [*self.train_data, *self.heldout_data])
+        readers = replace(readers, exact=readers.exact or lack_ids(self.reward_models, tokenizer))
+        self.train_data, selection = self.load(config.data.train, config, tokenizer, readers)
+        self.selections = [selection]
+        self.heldout_data: Rows[EncodedPrompt] | Rows[ScoredPair] | tuple[()] = ()
+        if config.data.heldout is not None:
+            self.heldout_data, selection = self.load(
+                config.data.heldout, config, tokenizer, readers, reads_scores=False
+            )
+            self.selections.append(selection)
         per_step = config.rollout.prompts_per_step
         self.total_steps = config.run.steps or -(-len(self.train_data) // per_step)
         self.position = DataPosition(
@@ -79,29 +82,29 @@ class PolicyAlgorithm(ABC):
         path: str,
         config: Config,
         tokenizer: PreTrainedTokenizerBase,
+        readers: Readers,
         reads_scores: bool = True,
-    ) -> tuple[list[EncodedPrompt] | list[ScoredPair], Selection]:
+    ) -> tuple[Rows[EncodedPrompt] | Rows[ScoredPair], Selection]:
         """Prompts, or the pairs that are learned from offline, and what became of the rows.
 
-        Held-out pairs may do without scores, which are for the mask.
+        Entered by all ``readers``. Held-out pairs may do without scores, which are for the mask.
 
         Raises:
             UserError: the data are wrong.
         """
         if not self.is_offline:
-            return load_prompts(path, tokenizer, config.data)
+            return load_prompts(path, tokenizer, config.data, readers, answer_check(config))
         reads_rewards = config.mask.kind == "adaptive" and config.mask.signal == "reward"
         has_prm = config.reward_model.path is not None
         needs_scores = (
             reads_scores and reads_rewards and config.reward.prm_weight > 0 and not has_prm
         )
         weights = config.reward_model.attribute_weights
-        return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores)
+        return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores, readers)
 
-    def rows(self) -> Iterator[Tensor]:
-        """Token ids of all prompts or pairs."""
-        for item in (*self.train_data, *self.heldout_data):
-            yield from item.rows
+    def highest_rows(self) -> list[Tensor]:
+        """Rows of prompts or pairs with the largest ids, see `highest_rows`."""
+        return highest_rows(self.train_data, self.heldout_data)
 
     def build(self, context: Context) -> None:
         """Adds the roles. Entered by every rank."""

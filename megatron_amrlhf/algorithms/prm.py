@@ -13,7 +13,9 @@ from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.step_metrics import step_metrics
 from megatron_amrlhf.algorithms.update import update
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
+from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.scoring import Reader
@@ -31,9 +33,10 @@ class Prm(RewardTraining[PrmExample]):
     """A head H -> D, read at the last token of every labelled step."""
 
     def load(
-        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[PrmExample], Selection]:
-        return load_prm_examples(path, tokenizer, config.data, config.algorithm.num_attributes)
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers
+    ) -> tuple[Rows[PrmExample], Selection]:
+        count = config.algorithm.num_attributes
+        return load_prm_examples(path, tokenizer, config.data, count, readers)
 
     def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch[StepTargets], OutputPlan]:
         """Rows with ``[B, S, D]`` labels, and outputs at the labelled positions."""

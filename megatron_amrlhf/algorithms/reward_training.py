@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -13,7 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.algorithms.update import run_updates
 from megatron_amrlhf.config.algorithm_section import AlgorithmRole
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
 from megatron_amrlhf.data.order import PADDING, DataPosition, shard
+from megatron_amrlhf.data.readers import ALONE, Readers
 from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.engine.microbatch import OutputPlan
 from megatron_amrlhf.experience.context import Context
@@ -42,17 +44,19 @@ class RewardTraining(ABC, Generic[Example]):
 
     context: Context  # set by build()
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase):
-        """Reads and checks the data; no process group is needed.
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers = ALONE
+    ):
+        """Checks the data. Entered by all ``readers``.
 
         Raises:
             UserError: the data are wrong.
         """
-        self.examples, selection = self.load(config.data.train, config, tokenizer)
-        self.selections = [selection]
-        self.heldout: list[Example] = []
+        self.examples, selection = self.load(config.data.train, config, tokenizer, readers)
+        self.selections: list[Selection] = [selection]
+        self.heldout: Rows[Example] | tuple[()] = ()
         if config.data.heldout is not None:
-            self.heldout, selection = self.load(config.data.heldout, config, tokenizer)
+            self.heldout, selection = self.load(config.data.heldout, config, tokenizer, readers)
             self.selections.append(selection)
         count, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
         self.position = DataPosition(config.data.train, len(self.examples), config.run.seed, size)
@@ -60,18 +64,17 @@ class RewardTraining(ABC, Generic[Example]):
 
     @abstractmethod
     def load(
-        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[list[Example], Selection]:
-        """The examples of a data file, and what became of its rows.
+        self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers
+    ) -> tuple[Rows[Example], Selection]:
+        """The examples of a data file, and what became of its rows. Entered by all ``readers``.
 
         Raises:
             UserError: the data are wrong.
         """
 
-    def rows(self) -> Iterator[Tensor]:
-        """Token ids of all examples."""
-        for example in (*self.examples, *self.heldout):
-            yield from example.rows
+    def highest_rows(self) -> list[Tensor]:
+        """Rows of examples with the largest ids, see `highest_rows`."""
+        return highest_rows(self.examples, self.heldout)
 
     @abstractmethod
     def batch(self, examples: list[Example]) -> tuple[TrainBatch, OutputPlan]:
@@ -105,7 +108,7 @@ class RewardTraining(ABC, Generic[Example]):
         training = {"learning_rate": rate, "total_steps": self.total_steps}
         context.role(role.name, context.model_folder, role.head_outputs, **training)
 
-    def share(self, examples: list[Example], indices: list[int]) -> list[Example]:
+    def share(self, examples: Sequence[Example], indices: list[int]) -> list[Example]:
         """This replica's part of the examples at ``indices``."""
         mesh = self.context.mesh
         mine = shard(indices, mesh.dp_rank, mesh.dp_size)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch.distributed as dist
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.prm import Prm
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank
+from megatron_amrlhf.commands.agreement import agreed
 from megatron_amrlhf.commands.loop import train
 from megatron_amrlhf.commands.precision import decide, kept_dtypes
 from megatron_amrlhf.commands.watch import watch
@@ -30,8 +32,14 @@ from megatron_amrlhf.data.chat import (
     end_token_ids,
     known_prompt,
 )
+from megatron_amrlhf.data.readers import ALONE, Readers
 from megatron_amrlhf.data.tokenizer import load_tokenizer
-from megatron_amrlhf.data.vocabulary import check_rows, check_vocabulary, usable_ids
+from megatron_amrlhf.data.vocabulary import (
+    check_rows,
+    check_vocabulary,
+    has_more_ids,
+    usable_ids,
+)
 from megatron_amrlhf.engine.partitioned import check_deepspeed
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
@@ -53,7 +61,7 @@ from megatron_amrlhf.report.console import RunConsole, terminal
 from megatron_amrlhf.run.folder import RunFolder
 from megatron_amrlhf.run.stop_request import StopRequest
 
-ALGORITHMS: dict[str, Callable[[Config, PreTrainedTokenizerBase], Algorithm]] = {
+ALGORITHMS: dict[str, Callable[[Config, PreTrainedTokenizerBase, Readers], Algorithm]] = {
     "prm": Prm,
     "orm": Orm,
     "ppo": Ppo,
@@ -67,50 +75,82 @@ TIMEOUT_AFTER_WATCHDOG_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
+class Model:
+    """What of ``model.path`` is right.
+
+    Attributes:
+        folder: a Hugging Face folder.
+        vocab_size: rows of its embedding.
+        tokenizer: the policy's, or that of the reward model that is trained.
+        end_ids: tokens that end an answer.
+    """
+
+    folder: Path
+    vocab_size: int
+    tokenizer: PreTrainedTokenizerBase
+    end_ids: list[int]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A run whose models and data are right.
 
     Attributes:
-        model_folder: Hugging Face folder of ``model.path``.
-        tokenizer: the policy's, or that of the reward model that is trained.
-        end_ids: tokens that end an answer.
-        algorithm: has read the data; ``build`` adds its roles.
+        model: of ``model.path``.
+        algorithm: has its data; ``build`` adds its roles.
         usable: ``[V]`` bool, the model's ids that are a token.
     """
 
-    model_folder: Path
-    tokenizer: PreTrainedTokenizerBase
-    end_ids: list[int]
+    model: Model
     algorithm: Algorithm
     usable: Tensor
 
 
 def prepare(config: Config) -> Prepared:
-    """All that is checked between the configuration and the first process group.
+    """All that is checked between the configuration and the run's folder, by one process alone.
 
-    `amrlhf doctor` calls it too, so what is refused here is an error there.
+    `amrlhf doctor` calls it, so what is refused at a start is an error there.
 
     Raises:
         UserError: the model, the data or the layout is wrong; nothing was written.
     """
-    model_folder = resolve_model_folder(config.model.path, config.model.cache_folder)
-    shape = check_shape(config, model_folder)
-    tokenizer = load_tokenizer(model_folder)
-    end_ids = end_token_ids(tokenizer, model_folder)
-    check_vocabulary(tokenizer, end_ids, shape.vocab_size, model_folder)
-    check_system_prompt(tokenizer, config.data.system_prompt, model_folder)
-    algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)  # reads and checks the data
-    usable = usable_ids(tokenizer, end_ids, shape.vocab_size)
-    check_rows(algorithm.rows(), tokenizer, shape.vocab_size, model_folder)
+    return check_data(config, check_model(config), ALONE)
+
+
+def check_model(config: Config) -> Model:
+    """The part of `prepare` that comes before the process groups.
+
+    Raises:
+        UserError: the model or the layout is wrong.
+    """
+    folder = resolve_model_folder(config.model.path, config.model.cache_folder)
+    shape = check_shape(config, folder)
+    tokenizer = load_tokenizer(folder)
+    end_ids = end_token_ids(tokenizer, folder)
+    check_vocabulary(tokenizer, end_ids, shape.vocab_size, folder)
+    check_system_prompt(tokenizer, config.data.system_prompt, folder)
+    return Model(folder, shape.vocab_size, tokenizer, end_ids)
+
+
+def check_data(config: Config, model: Model, readers: Readers) -> Prepared:
+    """The other part, which the ranks share. Entered by all ``readers``.
+
+    Raises:
+        UserError: the data or the reward models are wrong.
+    """
+    tokenizer, size = model.tokenizer, model.vocab_size
+    readers = replace(readers, exact=has_more_ids(tokenizer, size))
+    algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer, readers)  # checks the data
+    usable = usable_ids(tokenizer, model.end_ids, size)
+    rows = algorithm.highest_rows()
+    check_rows(rows, tokenizer, size, model.folder)
     samples = config.data.format == "prompts"
-    check_same_rows(
-        algorithm.reward_models, tokenizer, algorithm.rows(), usable if samples else None
-    )
+    check_same_rows(algorithm.reward_models, tokenizer, rows, usable if samples else None)
     check_total_steps(config, algorithm.total_steps)
     trained = config.algorithm.roles(config)[0]
-    check_weights(model_folder, trained.head_outputs)
+    check_weights(model.folder, trained.head_outputs)
     check_deepspeed(config)
-    return Prepared(model_folder, tokenizer, end_ids, algorithm, usable)
+    return Prepared(model, algorithm, usable)
 
 
 def run(config: Config) -> bool:
@@ -123,11 +163,14 @@ def run(config: Config) -> bool:
     Raises:
         UserError: the model, the data or the layout is wrong; nothing was written.
     """
-    prepared = prepare(config)
-    algorithm = prepared.algorithm
+    model = check_model(config)
     start_processes(_timeout_seconds(config))
     try:
-        context = _context(config, prepared)
+        rank = dist.get_rank()
+        console = RunConsole(rank, err=terminal() if rank == 0 else None)
+        prepared = agreed(lambda readers: check_data(config, model, readers), console)
+        algorithm = prepared.algorithm
+        context = _context(config, prepared, console)
         with context.stop.catch_signals(), watch(context):
             algorithm.build(context)
             return train(algorithm, context, _banner(context, algorithm))
@@ -135,13 +178,13 @@ def run(config: Config) -> bool:
         stop_processes()
 
 
-def _context(config: Config, prepared: Prepared) -> Context:
+def _context(config: Config, prepared: Prepared, console: RunConsole) -> Context:
     """Mesh, engine and the run's folder, now that all that can be wrong has been checked."""
     parallel = config.parallel
     cut, timeout = pipeline_cut(parallel), _timeout_seconds(config)
     mesh = build_mesh(parallel.tensor, cut, parallel.sequence, timeout)
     doing = "cannot compare the ranks' prompts"
-    check_same_prompts(on_all_ranks(lambda: known_prompt(prepared.tokenizer), doing))
+    check_same_prompts(on_all_ranks(lambda: known_prompt(prepared.model.tokenizer), doing))
     doing, given = f"cannot use {config.run.path}", config
     kept = on_main_rank(lambda: kept_dtypes(given), doing, mesh.rank == 0)
     config, notes = decide(given, kept)
@@ -153,9 +196,9 @@ def _context(config: Config, prepared: Prepared) -> Context:
         config=config,
         mesh=mesh,
         engine=Zero3Engine(config, mesh, console.tick),
-        tokenizer=prepared.tokenizer,
-        end_ids=tuple(prepared.end_ids),
-        model_folder=prepared.model_folder,
+        tokenizer=prepared.model.tokenizer,
+        end_ids=tuple(prepared.model.end_ids),
+        model_folder=prepared.model.folder,
         console=console,
         folder=folder,
         stop=StopRequest(folder.stop, limit * 60 if limit else None),

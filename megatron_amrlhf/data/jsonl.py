@@ -1,7 +1,7 @@
 """JSON-lines files: strict reading with one-line errors, atomic writing, fingerprints.
 
 What is read may also be a JSON list of objects, or several such lists one after the other, which
-is what ``cat a.json b.json`` makes.
+is what ``cat a.json b.json`` makes. Lines are read one by one, lists as a whole.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, sha256_of, write_atomic
@@ -24,6 +26,17 @@ A check gets the value and returns None if it is right, else what is wrong ("mus
 
 _JSON_NAMES = {str: "a string", int: "an integer", float: "a number", bool: "true or false"}
 _JSON_NAMES |= {list: "a list", dict: "an object", type(None): "null"}
+_MARK = b"\xef\xbb\xbf"  # of byte order, which some editors begin UTF-8 with
+_BLOCK = 1 << 20  # bytes
+
+
+class Place(NamedTuple):
+    """Where an object stands in its file: its first byte, its bytes, their CRC-32, its line."""
+
+    start: int
+    size: int
+    checksum: int
+    line: int
 
 
 def read_jsonl(path: str | Path, required: dict[str, Requirement]) -> list[dict]:
@@ -49,10 +62,9 @@ def read_numbered_jsonl(
     path: str | Path, required: dict[str, Requirement]
 ) -> list[tuple[int, dict]]:
     """As `read_jsonl`, each record with its line number (from 1), for later error messages."""
-    text, records = _read_text(path), []
-    items = _list_items if text.lstrip()[:1] == "[" else _lines
-    for number, record in items(text, path):
-        where = f"{path}:{number}"
+    records = []
+    for place, record in iterate_jsonl(path):
+        where = f"{path}:{place.line}"
         for key, requirement in required.items():
             if key not in record:
                 found = ", ".join(map(repr, record)) or "none"
@@ -60,11 +72,58 @@ def read_numbered_jsonl(
             problem = _violation(record[key], requirement)
             if problem:
                 raise UserError(f"{where}: '{key}' {problem}; correct this line")
-        records.append((number, record))
-    if not records:
-        what = "list" if items is _list_items else "file"
-        raise UserError(f"{path}:1: the {what} is empty; put one JSON object on each line")
-    return records
+        records.append((place.line, record))
+    return records or [first_record(path)]
+
+
+def iterate_jsonl(path: str | Path, part: int = 0, parts: int = 1) -> Iterator[tuple[Place, dict]]:
+    """The objects of a file in its order, read while they are asked for.
+
+    Args:
+        path: as `read_jsonl` takes it.
+        part: number of the part that is wanted. The parts have about the same number of bytes, a
+            line is in the part that it starts in; a list is in the first.
+        parts: one after the other they are the file.
+
+    Raises:
+        UserError: missing file, malformed line; the message starts with ``path:line:``.
+    """
+    with _opened(path) as file:
+        begin = len(_MARK) if file.read(len(_MARK)) == _MARK else 0
+        if _is_list(file, begin):
+            if part == 0:
+                file.seek(begin)
+                yield from _list_items(_decoded(file.read(), path, 1), begin, path)
+        else:
+            size = os.fstat(file.fileno()).st_size
+            stop = size if part == parts - 1 else size * (part + 1) // parts
+            yield from _lines(file, max(begin, size * part // parts), stop, begin, path)
+
+
+def first_record(path: str | Path) -> tuple[int, dict]:
+    """The first object of a file and its line.
+
+    Raises:
+        UserError: as `iterate_jsonl`, or there is none.
+    """
+    for place, record in iterate_jsonl(path):
+        return place.line, record
+    with _opened(path) as file:
+        what = "list" if _is_list(file, 0) else "file"
+    raise UserError(f"{path}:1: the {what} is empty; put one JSON object on each line")
+
+
+def read_again(file: BinaryIO, place: Place, where: str) -> dict:
+    """The object that stands at a place of an open file; the file's position stays.
+
+    Raises:
+        UserError: another one stands there.
+    """
+    content = os.pread(file.fileno(), place.size, place.start)
+    if zlib.crc32(content) != place.checksum:
+        raise UserError(f"{where}: the line has changed since the run began; start the run again")
+    text = content.decode()
+    return _object(_decode(text, len(text) - len(text.lstrip()), where)[0], text, where)
 
 
 def write_jsonl(path: str | Path, records: Iterable[dict]) -> None:
@@ -89,37 +148,78 @@ def fingerprint(path: str | Path) -> str:
         raise UserError(f"{path}: cannot read the data file: {error.strerror}") from error
 
 
-def _read_text(path: str | Path) -> str:
+@contextmanager
+def _opened(path: str | Path) -> Iterator[BinaryIO]:
     try:
-        content = expanded(path).read_bytes()
+        with expanded(path).open("rb") as file:
+            yield file
     except FileNotFoundError as error:
         message = f"{path}: no such file; check the path (relative to {os.getcwd()})"
         raise UserError(message) from error
     except OSError as error:
         raise UserError(f"{path}: cannot read the file: {error.strerror}") from error
+
+
+def _decoded(content: bytes, path: str | Path, line: int) -> str:
+    """Text that starts on a line."""
     try:
-        return content.decode("utf-8-sig")
+        return content.decode()
     except UnicodeDecodeError as error:
-        number = content[: error.start].count(b"\n") + 1
-        raise UserError(f"{path}:{number}: not UTF-8 text; convert the file to UTF-8") from error
+        line += content[: error.start].count(b"\n")
+        raise UserError(f"{path}:{line}: not UTF-8 text; convert the file to UTF-8") from error
 
 
-def _lines(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The object of each line that is not blank, with the line's number."""
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        record, end = _decode(line, len(line) - len(line.lstrip()), where)
-        if (rest := _skip_blanks(line, end)) < len(line):
-            advice = "write one JSON object a line"
-            problem = f"Extra data at column {rest + 1}"
-            raise UserError(f"{where}: not valid JSON ({problem}); {advice}")
-        yield number, _object(record, line, where)
+def _is_list(file: BinaryIO, begin: int) -> bool:
+    """Whether the first character from a byte on that is no blank opens a list."""
+    file.seek(begin)
+    texts = (line.decode("utf-8-sig", "replace").strip() for line in file)
+    return next(filter(None, texts), "")[:1] == "["
 
 
-def _list_items(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The objects of one JSON list after the other, each with the line that it starts on."""
+def _lines(
+    file: BinaryIO, start: int, stop: int, begin: int, path: str | Path
+) -> Iterator[tuple[Place, dict]]:
+    """The object of each line that is not blank and starts in ``[start, stop)``.
+
+    Args:
+        file: open.
+        start: byte of the file.
+        stop: as this.
+        begin: byte that the file's first line starts at.
+        path: of the file, for messages.
+    """
+    file.seek(begin)
+    number = _line_from(file, start) if start > begin else 1
+    start = file.tell()
+    for content in file:
+        if start >= stop:
+            return
+        line = _decoded(content, path, number).removesuffix("\n")
+        if line.strip():
+            where = f"{path}:{number}"
+            record, end = _decode(line, len(line) - len(line.lstrip()), where)
+            if (rest := _skip_blanks(line, end)) < len(line):
+                advice = "write one JSON object a line"
+                problem = f"Extra data at column {rest + 1}"
+                raise UserError(f"{where}: not valid JSON ({problem}); {advice}")
+            yield _place(start, content, number), _object(record, line, where)
+        start, number = start + len(content), number + 1
+
+
+def _line_from(file: BinaryIO, start: int) -> int:
+    """Goes to the first line that starts at a byte (not 0) or behind it; its number."""
+    file.seek(0)
+    number, left, block = 1, start, b""
+    while left and (block := file.read(min(left, _BLOCK))):
+        number, left = number + block.count(b"\n"), left - len(block)
+    if not block.endswith(b"\n"):
+        file.readline()
+        number += 1
+    return number
+
+
+def _list_items(text: str, begin: int, path: str | Path) -> Iterator[tuple[Place, dict]]:
+    """The objects of one JSON list after the other; the text starts at the byte ``begin``."""
     place, line, counted = _skip_blanks(text, 0), 1, 0
     while place < len(text):
         if text[place] != "[":
@@ -129,10 +229,12 @@ def _list_items(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
         place = _skip_blanks(text, place + 1)
         is_open = text[place : place + 1] != "]"
         while is_open:
-            line, counted = line + text.count("\n", counted, place), place
+            line += text.count("\n", counted, place)
+            begin, counted = begin + len(text[counted:place].encode()), place
             where = f"{path}:{line}"
             record, end = _decode(text, place, where)
-            yield line, _object(record, text[place:end], where)
+            own = text[place:end]
+            yield _place(begin, own.encode(), line), _object(record, own, where)
             place = _skip_blanks(text, end)
             is_open = text[place : place + 1] == ","
             if not is_open and text[place : place + 1] != "]":
@@ -140,6 +242,10 @@ def _list_items(text: str, path: str | Path) -> Iterator[tuple[int, dict]]:
                 raise UserError(f"{where}: not valid JSON ({problem}); correct this object")
             place = _skip_blanks(text, place + 1) if is_open else place
         place = _skip_blanks(text, place + 1)
+
+
+def _place(start: int, content: bytes, line: int) -> Place:
+    return Place(start, len(content), zlib.crc32(content), line)
 
 
 def _skip_blanks(text: str, place: int) -> int:

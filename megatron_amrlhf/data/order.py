@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from functools import lru_cache
 
+import numpy as np
+
 from megatron_amrlhf.data.jsonl import fingerprint
 from megatron_amrlhf.errors import UserError
 
@@ -20,7 +22,7 @@ PADDING = -1
 
 def epoch_permutation(n: int, seed: int, epoch: int) -> list[int]:
     """The order of the ``n`` samples in one epoch; depends on (n, seed, epoch) only."""
-    return list(_permutation(n, seed, epoch))
+    return _permutation(n, seed, epoch).tolist()
 
 
 def take(n: int, seed: int, consumed: int, count: int) -> list[int]:
@@ -40,7 +42,7 @@ def take(n: int, seed: int, consumed: int, count: int) -> list[int]:
     while len(indices) < count:
         epoch, offset = divmod(consumed + len(indices), n)
         missing = count - len(indices)
-        indices.extend(_permutation(n, seed, epoch)[offset : offset + missing])
+        indices.extend(_permutation(n, seed, epoch)[offset : offset + missing].tolist())
     return indices
 
 
@@ -133,9 +135,10 @@ class DataPosition:
 
 
 @lru_cache(maxsize=4)
-def _permutation(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """``[n]`` int64."""
     # Sorting by random() keys: Python promises the same random() for a seed in all versions, and
     # promises nothing for shuffle().
     generator = random.Random(f"order/{seed}/{epoch}")
-    keys = [generator.random() for _ in range(n)]
-    return tuple(sorted(range(n), key=keys.__getitem__))
+    keys = np.fromiter((generator.random() for _ in range(n)), np.float64, n)
+    return np.argsort(keys, kind="stable")

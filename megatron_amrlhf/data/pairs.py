@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import turn_end_id, user_turn
-from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.checking import load_rows
 from megatron_amrlhf.data.keys import need_text
 from megatron_amrlhf.data.known_chat import Message
+from megatron_amrlhf.data.lazy_rows import Rows, id_row
 from megatron_amrlhf.data.limits import check_row, encode_limited
-from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.readers import ALONE, Readers
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.turns import conversation, read_turn
 from megatron_amrlhf.errors import UserError
 
@@ -58,9 +59,12 @@ class EncodedPair:
 
 
 def load_pairs(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection
-) -> tuple[list[EncodedPair], Selection]:
-    """Read and encode a file of preference pairs (formats: see the module).
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    readers: Readers = ALONE,
+) -> tuple[Rows[EncodedPair], Selection]:
+    """Checks a file of preference pairs (formats: see the module), as `load_rows` does.
 
     Raises:
         UserError: a file that cannot be read, wrong or missing keys, answers that are equal, rows
@@ -68,10 +72,10 @@ def load_pairs(
             starts on).
     """
 
-    def encode(record: dict, where: str) -> list[EncodedPair]:
+    def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
         return [encode_pair(record, tokenizer, section, where)]
 
-    return select_rows(path, read_numbered_jsonl(path, {}), encode, section)
+    return load_rows(path, read, tokenizer, section, readers)
 
 
 def encode_pair(
@@ -124,4 +128,4 @@ def _encode_row(
     answer = tokenizer.encode(text, add_special_tokens=False)
     ids = [*prompt_ids, *answer, turn_end_id(tokenizer)]
     check_row(len(ids), section, where)
-    return torch.tensor(ids, dtype=torch.int64)
+    return id_row(ids)

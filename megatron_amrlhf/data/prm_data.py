@@ -28,12 +28,15 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import encode_solution, marker_token_id
+from megatron_amrlhf.data.checking import load_rows
 from megatron_amrlhf.data.helpsteer import read_sentences, read_whole_answer
-from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.jsonl import first_record
+from megatron_amrlhf.data.lazy_rows import Rows, id_row
 from megatron_amrlhf.data.limits import check_row, encode_limited
 from megatron_amrlhf.data.math_shepherd import read_math_shepherd
 from megatron_amrlhf.data.prm800k import read_prm800k
-from megatron_amrlhf.data.rows import RowLeftOut, Selection, select_rows
+from megatron_amrlhf.data.readers import ALONE, Readers
+from megatron_amrlhf.data.rows import RowLeftOut, Selection
 from megatron_amrlhf.data.step_lists import LABEL_KEYS, detect_keys, read_step_list
 from megatron_amrlhf.data.step_record import ATTRIBUTES, StepRecord
 from megatron_amrlhf.data.turns import conversation
@@ -88,28 +91,29 @@ def load_prm_examples(
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
     num_attributes: int,
-) -> tuple[list[PrmExample], Selection]:
-    """Read and encode a file of step-labelled solutions (formats: see the module).
+    readers: Readers = ALONE,
+) -> tuple[Rows[PrmExample], Selection]:
+    """Checks a file of step-labelled solutions (formats: see the module), as `load_rows` does.
 
     Args:
         path: JSONL file.
         tokenizer: the PRM's, with an EOS.
         section: format, limits, system prompt, separators, what to do with wrong rows.
         num_attributes: D, 1 or 5.
+        readers: who checks it.
 
     Raises:
         UserError: `read_jsonl`'s errors, keys of no known format, wrong counts or ranges, rows or
             prompts over the limits; with ``path:line:``.
     """
     marker_id = marker_token_id(tokenizer, section.step_marker)
-    records = read_numbered_jsonl(path, {})
-    read = step_reader(path, records[0], section, num_attributes)
+    solutions = step_reader(path, first_record(path), section, num_attributes)
 
-    def encode(record: dict, where: str) -> list[PrmExample]:
-        found = read(record, where)
+    def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[PrmExample]:
+        found = solutions(record, where)
         return [_encode(x, record, tokenizer, section, marker_id, where) for x in found]
 
-    return select_rows(path, records, encode, section)
+    return load_rows(path, read, tokenizer, section, readers)
 
 
 def step_reader(
@@ -186,7 +190,7 @@ def _encode(
     )
     check_row(len(ids), section, where)
     return PrmExample(
-        row=torch.tensor(ids, dtype=torch.int64),
+        row=id_row(ids),
         prompt_length=len(prompt_ids),
         label_positions=torch.tensor([positions[place] for place in judged]),
         labels=torch.tensor([solution.labels[place] for place in judged], dtype=torch.float32),

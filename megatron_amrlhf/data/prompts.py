@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
 from megatron_amrlhf.data.chat import user_turn
-from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.checking import Accept, load_rows
 from megatron_amrlhf.data.keys import need_text
 from megatron_amrlhf.data.known_chat import Message
+from megatron_amrlhf.data.lazy_rows import Rows, id_row
 from megatron_amrlhf.data.limits import encode_limited
-from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.readers import ALONE, Readers
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.turns import conversation
 from megatron_amrlhf.errors import UserError
 
@@ -49,19 +50,25 @@ class EncodedPrompt:
 
 
 def load_prompts(
-    path: str | Path, tokenizer: PreTrainedTokenizerBase, section: DataSection
-) -> tuple[list[EncodedPrompt], Selection]:
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    section: DataSection,
+    readers: Readers = ALONE,
+    accept: Accept | None = None,
+) -> tuple[Rows[EncodedPrompt], Selection]:
     """Reads ``{"prompt": str, "answer"?: str or number}`` lines, and what `conversation` reads.
+
+    ``readers`` and ``accept`` are those of `load_rows`.
 
     Raises:
         UserError: `read_jsonl`'s errors, a wrong ``answer``, a prompt over the limits; with
             ``path:line:``.
     """
 
-    def encode(record: dict, where: str) -> list[EncodedPrompt]:
+    def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
         return [_encode(record, where, tokenizer, section)]
 
-    return select_rows(path, read_numbered_jsonl(path, {}), encode, section)
+    return load_rows(path, read, tokenizer, section, readers, accept)
 
 
 def _encode(
@@ -72,5 +79,4 @@ def _encode(
         raise UserError(f"{where}: 'answer' must be a string or a number; correct this line")
     turns = conversation(record, user_turn(text), section, where)
     ids = encode_limited(turns, tokenizer, section, where)
-    row = torch.tensor(ids, dtype=torch.int64)
-    return EncodedPrompt(row, turns, None if answer is None else str(answer), where)
+    return EncodedPrompt(id_row(ids), turns, None if answer is None else str(answer), where)

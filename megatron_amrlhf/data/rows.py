@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -47,6 +48,15 @@ class Selection:
         rest = f"not read {_counted(self.unread)}" if self.unread else "nothing is left unread"
         return f"{self.path}: keys of {num_used} rows: read {_counted(self.read)}; {rest}"
 
+    def need_items(self, count: int) -> None:
+        """Refuses a file of which nothing is used.
+
+        Raises:
+            UserError: ``count`` is 0.
+        """
+        if not count:
+            raise UserError(f"{self.summary()}; no row is left to use")
+
     def summary(self) -> str | None:
         """One line for a person, or None if every row is used."""
         if not self.left_out:
@@ -64,6 +74,60 @@ def _counted(counts: dict[str, int]) -> str:
     return ", ".join([*names[:SHOWN_KEYS], *more]) or "none"
 
 
+class Tally:
+    """Counts what becomes of rows.
+
+    Args:
+        path: their file.
+        section: whether wrong rows are left out, counted, instead of stopping at the first one,
+            and which keys may be unread whatever they mean.
+    """
+
+    def __init__(self, path: str | Path, section: DataSection):
+        self.path, self.section = str(path), section
+        self.num_rows = 0
+        self.left_out: Counter[str] = Counter()
+        self.first_wrong: str | None = None
+        self.keys: Counter[tuple[frozenset[str], frozenset[str]]] = Counter()
+
+    def take(self, row: Row, where: str, read: Callable[[], Iterable[Item]]) -> list[Item]:
+        """What is read of a row; nothing where it is left out.
+
+        Args:
+            row: the record that is read.
+            where: ``path:line``.
+            read: reads it. A key that it does not read is counted, or makes the row a wrong one
+                where it can change what the row means.
+
+        Raises:
+            UserError: a wrong row, unless it may be left out.
+        """
+        self.num_rows += 1
+        try:
+            found = list(read())
+            unread = unread_paths(row, self.section.ignored_keys, where)
+        except RowLeftOut as reason:
+            self.left_out[str(reason)] += 1
+        except UserError as error:
+            if not self.section.skips_wrong_rows:
+                raise
+            self.left_out[WRONG] += 1
+            self.first_wrong = self.first_wrong or str(error)
+        else:
+            self.keys[frozenset(row.read), frozenset(unread)] += 1
+            return found
+        return []
+
+    def selection(self) -> Selection:
+        """The counts so far."""
+        counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        for both, number in self.keys.items():
+            for count, names in zip(counts, both, strict=True):
+                count.update(dict.fromkeys(names, number))
+        left_out, (read, unread) = dict(self.left_out), map(dict, counts)
+        return Selection(self.path, self.num_rows, left_out, self.first_wrong, read, unread)
+
+
 def select_rows(
     path: str | Path,
     records: Iterable[tuple[int, dict]],
@@ -75,36 +139,28 @@ def select_rows(
     Args:
         path: the file, for messages.
         records: line numbers and records.
-        read: (record, ``path:line``) to items. A key that it does not read is counted, or makes
-            the row a wrong one where it can change what the row means.
-        section: whether wrong rows are left out, counted, instead of stopping at the first one,
-            and which keys may be unread whatever they mean.
+        read: (record, ``path:line``) to items, as `Tally.take` wants it.
+        section: as of `Tally`.
 
     Raises:
         UserError: a wrong row (unless it may be left out), or no row is left.
     """
     items: list[Item] = []
-    left_out: Counter[str] = Counter()
-    paths: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
-    first_wrong, num_rows = None, 0
+    tally = Tally(path, section)
     for number, record in records:
-        num_rows += 1
-        try:
-            row, where = Row(record), f"{path}:{number}"
-            found = list(read(row, where))
-            unread = unread_paths(row, section.ignored_keys, where)
-        except RowLeftOut as reason:
-            left_out[str(reason)] += 1
-        except UserError as error:
-            if not section.skips_wrong_rows:
-                raise
-            left_out[WRONG] += 1
-            first_wrong = first_wrong or str(error)
-        else:
-            items.extend(found)
-            paths[0].update(row.read)
-            paths[1].update(unread)
-    selection = Selection(str(path), num_rows, dict(left_out), first_wrong, *map(dict, paths))
-    if not items:
-        raise UserError(f"{selection.summary()}; no row is left to use")
+        row, where = Row(record), f"{path}:{number}"
+        items.extend(tally.take(row, where, partial(read, row, where)))
+    selection = tally.selection()
+    selection.need_items(len(items))
     return items, selection
+
+
+def joined(parts: Sequence[Selection]) -> Selection:
+    """The counts of all parts of a file."""
+    first = (part.first_wrong for part in parts if part.first_wrong)
+    counts = [
+        dict(sum((Counter(getattr(part, name)) for part in parts), Counter()))
+        for name in ("left_out", "read", "unread")
+    ]
+    num_rows = sum(part.num_rows for part in parts)
+    return Selection(parts[0].path, num_rows, counts[0], next(first, None), *counts[1:])

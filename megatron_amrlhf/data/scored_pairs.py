@@ -17,11 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.config.schema import DataSection
-from megatron_amrlhf.data.jsonl import read_numbered_jsonl
+from megatron_amrlhf.data.checking import load_rows
+from megatron_amrlhf.data.jsonl import first_record
 from megatron_amrlhf.data.keys import number
+from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.pairs import EncodedPair, encode_pair
-from megatron_amrlhf.data.rows import Selection, select_rows
+from megatron_amrlhf.data.readers import ALONE, Readers
+from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.sentences import token_sentences
+from megatron_amrlhf.data.stand_in import reads_ids
 from megatron_amrlhf.data.step_record import MAX_SCORE
 from megatron_amrlhf.errors import UserError
 
@@ -54,8 +58,9 @@ def load_scored_pairs(
     section: DataSection,
     attribute_weights: Sequence[float] | None,
     needs_scores: bool,
-) -> tuple[list[ScoredPair], Selection]:
-    """Reads a file of pairs, all of them with scores or none.
+    readers: Readers = ALONE,
+) -> tuple[Rows[ScoredPair], Selection]:
+    """Checks a file of pairs, all of them with scores or none, as `load_rows` does.
 
     Each token gets the score of its sentence divided by 4, the weighted sum (or the mean) over the
     dimensions; the end token gets the last sentence's.
@@ -66,22 +71,23 @@ def load_scored_pairs(
         section: limits and system prompt.
         attribute_weights: weight of each dimension; None: their mean.
         needs_scores: refuse pairs without scores.
+        readers: who checks it.
 
     Raises:
         UserError: ``load_pairs``'s errors; scores that are missing in some pairs, are not numbers
             in 0..4, or are not one for each sentence; with ``path:line:``.
     """
-    seen: list[bool] = []  # whether each pair has scores: all or none
+    has_first = _has_scores(first_record(path)[1])
 
-    def encode(record: dict, where: str) -> list[ScoredPair]:
+    def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[ScoredPair]:
         pair = encode_pair(record, tokenizer, section, where)
-        has_scores = any(key in record for key in SCORE_KEYS)
+        has_scores = _has_scores(record)
         if needs_scores and not has_scores:
             raise UserError(
                 f"{where}: no 'chosen_scores' and 'rejected_scores': add them, or give a PRM in "
                 "reward_model.path, or set mask.kind to none"
             )
-        if seen and has_scores != seen[0]:
+        if has_scores != (needs_scores or has_first):
             raise UserError(
                 f"{where}: {'has' if has_scores else 'lacks'} scores, unlike the pairs before it: "
                 "give all pairs scores or none"
@@ -94,10 +100,13 @@ def load_scored_pairs(
                 for key, answer in zip(SCORE_KEYS, answers, strict=True)
             )
             rewards = (chosen, rejected)
-        seen.append(has_scores)
         return [ScoredPair(pair, rewards)]
 
-    return select_rows(path, read_numbered_jsonl(path, {}), encode, section)
+    return load_rows(path, read, tokenizer, section, readers)
+
+
+def _has_scores(record: dict) -> bool:
+    return any(key in record for key in SCORE_KEYS)
 
 
 def _token_rewards(
@@ -110,7 +119,7 @@ def _token_rewards(
 ) -> Tensor:
     """``[n]`` reward of each token of an answer."""
     scores = _read_scores(record, key, where)
-    numbers, num_sentences = token_sentences(tokenizer, answer.tolist())
+    numbers, num_sentences = token_sentences(reads_ids(tokenizer), answer.tolist())
     if scores.shape[1] != num_sentences:
         raise UserError(
             f"{where}: '{key}' has {scores.shape[1]} scores, but the answer has {num_sentences} "

@@ -18,6 +18,7 @@ from megatron_amrlhf.data.known_chat import (
     first_look,
     short,
 )
+from megatron_amrlhf.data.stand_in import StandIn, itself
 from megatron_amrlhf.errors import UserError
 
 CLOCK_NOTE = (
@@ -53,13 +54,17 @@ class Template:
     preamble: str
 
 
-@lru_cache(maxsize=8)
-def read_template(tokenizer: PreTrainedTokenizerBase) -> Template:
+def read_template(tokenizer: PreTrainedTokenizerBase | StandIn) -> Template:
     """Renders the known conversation and looks: header, question, end of turn, what else is there.
 
     Raises:
         UserError: no prompt can be made with this template.
     """
+    return _look_at(itself(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _look_at(tokenizer: PreTrainedTokenizerBase) -> Template:
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         raise UserError(

@@ -76,6 +76,11 @@ def check_whole_vocabulary(
     refuse_beyond(max(tokenizer.get_vocab().values()), tokenizer, vocab_size, folder, advice)
 
 
+def has_more_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> bool:
+    """Whether a tokenizer has ids that a vocabulary of this size has not."""
+    return max(tokenizer.get_vocab().values()) >= vocab_size
+
+
 def check_rows(
     rows: Iterable[Tensor],
     tokenizer: PreTrainedTokenizerBase,
@@ -85,7 +90,7 @@ def check_rows(
     """Checks that a model has an embedding for every token of the data.
 
     Args:
-        rows: 1-D int64 token ids.
+        rows: 1-D int64 token ids, or of many rows those of `highest_rows`.
         tokenizer: that made them.
         vocab_size: of the model.
         folder: the model's, named in the message.
@@ -93,7 +98,7 @@ def check_rows(
     Raises:
         UserError: an id is too large.
     """
-    if max(tokenizer.get_vocab().values()) < vocab_size:
+    if not has_more_ids(tokenizer, vocab_size):
         return
     for row in rows:
         advice = f"take it out of the data's row {tokenizer.decode(row[:12])[:60]!r}..."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from megatron_amrlhf.types import PromptBatch
 EVALUATION_STEP = 0  # training steps count from 1, so these random numbers are never reused
 
 
-def evaluate_policy(maker: ExperienceMaker, prompts: list[EncodedPrompt]) -> dict[str, float]:
+def evaluate_policy(maker: ExperienceMaker, prompts: Sequence[EncodedPrompt]) -> dict[str, float]:
     """Samples one answer of the policy to each held-out prompt. Entered by every rank.
 
     Returns:

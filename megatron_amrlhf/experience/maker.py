@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class ExperienceMaker:
     def __init__(
         self,
         context: Context,
-        data: list[EncodedPrompt],
+        data: Sequence[EncodedPrompt],
         position: DataPosition,
         temperature: float,
         rewarder: Rewarder,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ class PairMaker(ExperienceMaker):
     Where there are neither, nothing reads a reward, and rewards are 0 and not among the metrics.
     """
 
-    data: list[ScoredPair]  # type: ignore[assignment]  # the base class has prompts
+    data: Sequence[ScoredPair]  # type: ignore[assignment]  # the base class has prompts
 
     @property
     def has_rewards(self) -> bool:
@@ -98,7 +100,7 @@ def pair_answers(pairs: list[ScoredPair], places: Tensor, indices: list[int]) ->
     )
 
 
-def evaluate_pairs(maker: PairMaker, pairs: list[ScoredPair]) -> dict[str, float]:
+def evaluate_pairs(maker: PairMaker, pairs: Sequence[ScoredPair]) -> dict[str, float]:
     """How far the policy prefers the chosen answers of held-out pairs. Entered by every rank.
 
     Returns:

@@ -15,12 +15,14 @@ from megatron_amrlhf.data.chat import (
     end_token_ids,
     marker_token_id,
 )
+from megatron_amrlhf.data.checking import Accept
 from megatron_amrlhf.data.prompts import EncodedPrompt
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.data.vocabulary import (
     check_rows,
     check_vocabulary,
     check_whole_vocabulary,
+    has_more_ids,
     refuse_beyond,
 )
 from megatron_amrlhf.errors import UserError
@@ -91,6 +93,12 @@ def load_reward_models(
     return tuple(models)
 
 
+def lack_ids(models: Sequence[RewardModel], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a model with the policy's tokenizer has no embedding for some of its ids."""
+    sizes = [_vocab_size(model) for model in models if model.tokenizer is None]
+    return has_more_ids(tokenizer, min(sizes)) if sizes else False
+
+
 def check_same_rows(
     models: Sequence[RewardModel],
     tokenizer: PreTrainedTokenizerBase,
@@ -102,7 +110,7 @@ def check_same_rows(
     Args:
         models: of the run.
         tokenizer: the policy's.
-        rows: 1-D int64 ids of the data.
+        rows: 1-D int64 ids of the data, or those of `highest_rows`.
         usable: ``[V]`` bool, what the policy may sample; None: nothing is sampled.
 
     Raises:
@@ -112,11 +120,15 @@ def check_same_rows(
     for model in models:
         if model.tokenizer is not None:
             continue
-        size = read_shape(read_hf_config(model.folder)).vocab_size
+        size = _vocab_size(model)
         check_rows(rows, tokenizer, size, model.folder)
         if usable is not None:
             largest, advice = int(usable.nonzero()[-1]), "the policy has one and can sample it"
             refuse_beyond(largest, tokenizer, size, model.folder, advice)
+
+
+def _vocab_size(model: RewardModel) -> int:
+    return read_shape(read_hf_config(model.folder)).vocab_size
 
 
 def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> OfflineScores | None:
@@ -138,21 +150,29 @@ def load_offline_scores(config: Config, models: tuple[RewardModel, ...]) -> Offl
     )
 
 
-def check_answers(config: Config, prompts: Sequence[EncodedPrompt]) -> None:
-    """Whether every prompt has what the verifiable reward compares with.
+def answer_check(config: Config) -> Accept | None:
+    """What refuses a prompt without what the verifiable reward compares with; None without that.
 
     Raises:
-        UserError: a prompt has no answer, or math-verify is not installed.
+        UserError: math-verify is not installed.
     """
     if not config.reward.verifiable_weight:
-        return
+        return None
     check_library()
-    for prompt in prompts:
-        if prompt.answer is None or not prompt.answer.strip():
-            raise UserError(
-                f"{prompt.where}: 'answer' is missing, which reward.verifiable_weight compares "
-                "with: add it or drop this line"
-            )
+    return check_answer
+
+
+def check_answer(prompt: EncodedPrompt) -> None:
+    """Whether a prompt has a reference answer.
+
+    Raises:
+        UserError: it has none.
+    """
+    if prompt.answer is None or not prompt.answer.strip():
+        raise UserError(
+            f"{prompt.where}: 'answer' is missing, which reward.verifiable_weight compares "
+            "with: add it or drop this line"
+        )
 
 
 def _load(

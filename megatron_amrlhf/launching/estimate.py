@@ -28,6 +28,7 @@ from megatron_amrlhf.config.checks import check_run, check_total_steps
 from megatron_amrlhf.config.load import load_config
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.prompts import load_prompts
+from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.errors import tells_user_errors
@@ -147,18 +148,20 @@ def amounts_of(config: Config) -> Amounts:
         UserError: what is wrong with them, or with the number of steps.
     """
     tokenizer = load_tokenizer(resolve_model_folder(config.model.path, config.model.cache_folder))
+    exact = Readers(exact=True)
     if config.algorithm.trains_reward_model:
-        algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer)
+        algorithm = ALGORITHMS[config.algorithm.kind](config, tokenizer, exact)
         assert isinstance(algorithm, RewardTraining)
-        lengths = [row.numel() for row in algorithm.rows()]
+        files = [algorithm.examples.contents, *(x.contents for x in [algorithm.heldout] if x)]
         steps, evaluated = algorithm.total_steps, len(algorithm.heldout)
     else:
-        prompts, _ = load_prompts(config.data.train, tokenizer, config.data)
-        lengths = [prompt.row.numel() for prompt in prompts]
+        prompts, _ = load_prompts(config.data.train, tokenizer, config.data, exact)
+        files = [prompts.contents]
         steps = config.run.steps or len(prompts) // config.rollout.prompts_per_step
         evaluated = 2 * config.evaluation.prompts if config.data.heldout else 0
     check_total_steps(config, steps)
-    return Amounts(steps, round(sum(lengths) / len(lengths)), evaluated)
+    tokens, rows = sum(x.num_tokens for x in files), sum(x.num_rows for x in files)
+    return Amounts(steps, round(tokens / rows), evaluated)
 
 
 def run_seconds(config: Config, amounts: Amounts, processes: int, speeds: Speeds) -> float:

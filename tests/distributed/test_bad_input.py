@@ -148,6 +148,14 @@ def test_broken_data_names_file_and_line(folder, text, words):
     assert_refused(done, folder, *words)
 
 
+def test_a_mistake_in_a_last_row_ends_both_ranks(folder):
+    """The second rank finds it."""
+    lines = [json.dumps({"prompt": f"What is {n}?"}) for n in range(300)]
+    (folder / "last.jsonl").write_text("\n".join([*lines, '{"prompt": ["What?"]}']))
+    done = launch(write_config(folder, "ppo"), f"data.train={folder / 'last.jsonl'}")
+    assert_refused(done, folder, "last.jsonl:301: 'prompt' must be a string")
+
+
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """A model whose heads and layers no two ranks can share."""

@@ -72,7 +72,8 @@ def load(tmp_path, tokenizer, records, num_attributes=1, **keys):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     section = DataSection(train="unused", **({"format": "auto"} | keys))
-    return load_prm_examples(path, tokenizer, section, num_attributes)
+    examples, selection = load_prm_examples(path, tokenizer, section, num_attributes)
+    return list(examples), selection  # before another file takes this one's place
 
 
 def texts(tokenizer, example) -> list[str]:
