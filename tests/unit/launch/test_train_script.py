@@ -166,6 +166,15 @@ def test_a_judge_that_fails_hides_no_exit_code(launch, code, deed):
     assert f"train.sh: the run ended (exit code {code}), see {launch.run}/logs/" in answer.stderr
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "HUP"])
+def test_a_signal_to_all_while_it_is_judged_hides_no_exit_code(launch, name):
+    find = "read -r _ _ _ _ group _ </proc/self/stat"
+    launch.judge(f'{{ {find}; kill -{name} -- "-$group"; sleep 1; }}')
+    answer = launch("exit 3")
+    assert answer.returncode == 3 and "the run saves and stops" in answer.stderr
+    assert "the run ended (exit code 3), see " in answer.stderr.splitlines()[-1]
+
+
 def test_the_script_does_as_it_is_judged(launch):
     log = launch.folder / "a log"
     log.write_text("".join(f"{number}\n" for number in range(99)))
