@@ -56,13 +56,19 @@ def launch(config: Path, *overrides: str) -> subprocess.CompletedProcess:
     )
 
 
-def assert_refused(done: subprocess.CompletedProcess, folder: Path, *words: str) -> None:
+def assert_refused(
+    done: subprocess.CompletedProcess, folder: Path, *words: str, at_most: int = 1
+) -> None:
     lines = [line for line in done.stderr.splitlines() if line.startswith("error")]
     assert done.returncode == 2, done.stderr
-    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
-    for word in words:
-        assert word in lines[0], lines[0]
+    assert 1 <= len(lines) <= at_most and "Traceback" not in done.stderr, done.stderr
+    assert all(word in line for word in words for line in lines), lines
     assert not (folder / "runs").exists()
+
+
+# The second rank waits ten seconds for the first one to speak and the launcher to end it, which a
+# busy machine may take longer for: then it says the same.
+BUSY = 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +159,8 @@ def test_a_mistake_in_a_last_row_ends_both_ranks(folder):
     lines = [json.dumps({"prompt": f"What is {n}?"}) for n in range(300)]
     (folder / "last.jsonl").write_text("\n".join([*lines, '{"prompt": ["What?"]}']))
     done = launch(write_config(folder, "ppo"), f"data.train={folder / 'last.jsonl'}")
-    assert_refused(done, folder, "last.jsonl:301: 'prompt' must be a string")
+    words = "last.jsonl:301: 'prompt' must be a string"
+    assert_refused(done, folder, words, at_most=BUSY)
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +191,7 @@ def test_a_wrong_layout_is_refused_on_every_rank(folder, odd, overrides, words):
 
 def test_a_wrong_layout_ends_the_launcher_and_all_ranks(folder, odd):
     done = launch(write_config(folder, "ppo"), "parallel.tensor=2", f"model.path={odd}")
-    assert_refused(done, folder, "parallel.tensor", "heads")
+    assert_refused(done, folder, "parallel.tensor", "heads", at_most=BUSY)
 
 
 def test_a_run_that_is_going_on_is_refused_on_every_rank(folder, tmp_path):
