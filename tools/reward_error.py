@@ -172,7 +172,7 @@ def _of_synthetic(options: argparse.Namespace) -> tuple[dict, ErrorPicture]:
         for name in (FOUND, SCHWARZ, DECODER)[: len(errors) - len(CUTS)]:
             ratios.setdefault(name, []).append((snr, errors[name].total / best))
     title = f"{options.judge} rewards, {recipe.levels} levels, SNR {options.show_snr:g}"
-    picture = _picture(draw(options.show_snr), price, cut, kind, title, ratios)
+    picture = _picture(draw(options.show_snr), price, cut, kind, title=title, ratios=ratios)
     _print_by_snr(by_snr, options.samples, noise)
     _print_grid(grid, list(by_snr), options.judge)
     return {
@@ -195,7 +195,9 @@ def _of_run(options: argparse.Namespace) -> tuple[dict, ErrorPicture]:
     length = np.mean([len(answer.observed) for answer in answers])
     price = PRICES[options.price](length) * noise**2
     errors = compare_cuts(answers, price, cut, kind)
-    picture = _picture(answers, price, cut, kind, f"{len(answers)} answers, c = {noise:.3g}", {})
+    picture = _picture(
+        answers, price, cut, kind, title=f"{len(answers)} answers, c = {noise:.3g}", ratios={}
+    )
     _print_cuts(errors, len(answers), f"{options.source}: {len(answers)} answers, c = {noise:.4g}")
     return {
         "source": str(options.source),
@@ -223,7 +225,7 @@ def _logged_answers(records: list[SampleRecord], source: str) -> list[DenseAnswe
     return answers
 
 
-def _picture(answers, price, cut, kind, title, ratios) -> ErrorPicture:
+def _picture(answers, price, cut, kind, *, title, ratios) -> ErrorPicture:
     """Everything as means an answer."""
 
     def point(error: CutError) -> tuple[float, float]:

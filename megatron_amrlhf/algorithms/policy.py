@@ -100,7 +100,14 @@ class PolicyAlgorithm(ABC):
             reads_scores and reads_rewards and config.reward.prm_weight > 0 and not has_prm
         )
         weights = config.reward_model.attribute_weights
-        return load_scored_pairs(path, tokenizer, config.data, weights, needs_scores, readers)
+        return load_scored_pairs(
+            path,
+            tokenizer,
+            config.data,
+            attribute_weights=weights,
+            needs_scores=needs_scores,
+            readers=readers,
+        )
 
     def highest_rows(self) -> list[Tensor]:
         """Rows of prompts or pairs with the largest ids, see `highest_rows`."""
@@ -120,10 +127,13 @@ class PolicyAlgorithm(ABC):
         for model in self.reward_models:
             context.role(model.role, model.folder, model.num_attributes)
         maker = PairMaker if self.is_offline else ExperienceMaker
-        rewarder = Rewarder(context, self.reward_models)
-        temperature = self.logprob_temperature()
         self.maker = maker(
-            context, self.train_data, self.position, temperature, rewarder, self.offline
+            context,
+            self.train_data,
+            self.position,
+            temperature=self.logprob_temperature(),
+            rewarder=Rewarder(context, self.reward_models),
+            offline=self.offline,
         )
 
     def logprob_temperature(self) -> float:
@@ -163,7 +173,7 @@ class PolicyAlgorithm(ABC):
         answers = judged.rollout.select(rows)
         batch = share_mask(self.context, answers, mask, labels, has_reward)
         maker.seconds["mask"] += time.perf_counter() - start
-        log_samples(self.context, step, prompts, judged, rows, batch)
+        log_samples(self.context, step, prompts=prompts, judged=judged, rows=rows, batch=batch)
         start = time.perf_counter()
         loss_metrics, engine_metrics = self.learn(batch, rows, judged, step)
         seconds = time.perf_counter() - start

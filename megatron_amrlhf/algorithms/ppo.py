@@ -35,9 +35,9 @@ class Ppo(SurrogateAlgorithm):
             rewards,
             kind,
             rollout.group_ids.to(scored.values.device),
-            scored.values[:, 0],
-            self.context.mesh.dp_group,
-            scored.judged,
+            values=scored.values[:, 0],
+            group=self.context.mesh.dp_group,
+            judged=scored.judged,
         )
         return all_rows(judged), labels
 
@@ -54,7 +54,7 @@ class Ppo(SurrogateAlgorithm):
             scored.response_mask,
             algorithm.gamma,
             algorithm.gae_lambda,
-            scored.bootstrap_values,
+            bootstrap_values=scored.bootstrap_values,
         )
 
     def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[PpoTargets, Metrics]:

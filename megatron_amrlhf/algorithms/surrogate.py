@@ -49,7 +49,14 @@ class SurrogateAlgorithm(PolicyAlgorithm):
         """All optimizer steps on one rollout. Entered by every rank."""
         config, mesh = self.context.config, self.context.mesh
         epochs, minibatches = config.algorithm.epochs, config.algorithm.minibatches
-        parts = epoch_parts(train, epochs, minibatches, config.run.seed, step, mesh)
+        parts = epoch_parts(
+            train,
+            epochs=epochs,
+            minibatches=minibatches,
+            seed=config.run.seed,
+            step=step,
+            mesh=mesh,
+        )
         return run_updates(self.context, parts, self.updates())
 
 

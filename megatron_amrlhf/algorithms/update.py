@@ -76,7 +76,7 @@ def update(
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
     result = context.engine.train_step(
-        role, batch.rows, batch.ids, plan, read.logits, scaled_loss, together
+        role, batch.rows, batch.ids, plan, read.logits, loss=scaled_loss, together=together
     )
     return result, merge_metrics([*result.extras, uncounted])
 
@@ -156,7 +156,7 @@ def split_units(count: int, parts: int, seed: int | None, mesh: Mesh) -> list[Te
 
 
 def epoch_parts(
-    train: TrainBatch, epochs: int, minibatches: int, seed: int, step: int, mesh: Mesh
+    train: TrainBatch, *, epochs: int, minibatches: int, seed: int, step: int, mesh: Mesh
 ) -> list[TrainBatch]:
     """The rows of each optimizer step on one rollout: ``minibatches`` parts in each epoch.
 

@@ -74,7 +74,9 @@ def open_role(folder: Path, role: str, hf_config: Mapping[str, Any]) -> MergedSh
     outputs = then.head_outputs
     parts = RoleParts(folder, role, layout, shape, outputs)
     read = partial(parts.shard, kind=MASTER)
-    return MergedShards(folder, shape, layout.cut, layout.tensor, outputs, read)
+    return MergedShards(
+        folder, shape, layout.cut, tensor=layout.tensor, head_outputs=outputs, shard=read
+    )
 
 
 def _header(folder: Path) -> Header:

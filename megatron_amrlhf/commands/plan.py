@@ -49,8 +49,10 @@ def run(config: Config, options: argparse.Namespace) -> bool:
     machine = Machine(int(options.memory * GIB), options.gpus_a_node)
     usable = int(options.share * machine.memory)
     plan = make_plan(config, world_size // replica, roles)
-    found = suggest(config, roles, hf_configs, world_size, machine, options.share)
-    _print(plan, found, notes, machine, usable, options.layouts)
+    found = suggest(
+        config, roles, hf_configs, world_size=world_size, machine=machine, share=options.share
+    )
+    _print(plan, found, notes=notes, machine=machine, usable=usable, most=options.layouts)
     if options.json:
         _write(expanded(options.json), plan, found)
     return plan.worst.peak <= usable
@@ -59,6 +61,7 @@ def run(config: Config, options: argparse.Namespace) -> bool:
 def _print(
     plan: Plan,
     found: list[Suggestion],
+    *,
     notes: list[str],
     machine: Machine,
     usable: int,

@@ -237,7 +237,13 @@ def _banner(context: Context, algorithm: Algorithm) -> str:
     )
     trained = [
         stage_spec(
-            config, role.shape, mesh.pp_rank, mesh.dp_size, name, True, role.spec.head_outputs
+            config,
+            role.shape,
+            mesh.pp_rank,
+            mesh.dp_size,
+            name,
+            trainable=True,
+            head_outputs=role.spec.head_outputs,
         )
         for name, role in context.engine.roles.items()
         if role.spec.trainable

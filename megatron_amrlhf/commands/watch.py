@@ -53,7 +53,7 @@ def watch(context: Context) -> Heartbeat:
         folder.path,
         mesh.rank,
         context.console.progress,
-        interval_seconds(limit),
+        every_seconds=interval_seconds(limit),
         on_beat=on_beat,
         on_error=on_error,
     )

@@ -188,12 +188,34 @@ class Conversion:
         source, config = self.source, self.source.hf_config
         if isinstance(self.target, HfTarget):
             plan = plan_hf(self.weights, self.target.shard_bytes, self._form)
-            write_hf(self.weights, plan, config, self._form, source.model_folder, folder, advance)
+            write_hf(
+                self.weights,
+                plan,
+                config,
+                form=self._form,
+                files_from=source.model_folder,
+                folder=folder,
+                advance=advance,
+            )
             return
         if isinstance(self.target, TorchDistTarget):
-            write_torch_dist(self.weights, self.shape, config, self._layout, folder, advance)
+            write_torch_dist(
+                self.weights,
+                self.shape,
+                config,
+                target=self._layout,
+                folder=folder,
+                advance=advance,
+            )
         else:
-            write_megatron(self.weights, self.shape, config, self._layout, folder, advance)
+            write_megatron(
+                self.weights,
+                self.shape,
+                config,
+                target=self._layout,
+                folder=folder,
+                advance=advance,
+            )
         write_config(folder, config)
         copy_travelling(source.model_folder, folder)
 

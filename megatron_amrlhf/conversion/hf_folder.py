@@ -57,6 +57,7 @@ def write_hf(
     weights: CheckedWeights,
     plan: list[PlannedFile],
     hf_config: Mapping[str, Any],
+    *,
     form: Form | None,
     files_from: Path,
     folder: Path,

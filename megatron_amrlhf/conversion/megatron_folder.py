@@ -85,7 +85,9 @@ def open_megatron(folder: Path, shape: ModelShape) -> MergedShards:
             return tensor
         return reader.get(stage, rank, section, name)
 
-    return MergedShards(folder, shape, cut, tensor, head_outputs(folder), shard)
+    return MergedShards(
+        folder, shape, cut, tensor=tensor, head_outputs=head_outputs(folder), shard=shard
+    )
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
@@ -170,6 +172,7 @@ def write_megatron(
     weights: CheckedWeights,
     shape: ModelShape,
     hf_config: Mapping[str, Any],
+    *,
     target: MegatronTarget,
     folder: Path,
     advance: Callable[[], None],

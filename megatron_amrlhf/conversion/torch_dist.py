@@ -139,13 +139,16 @@ def open_torch_dist(folder: Path, shape: ModelShape) -> MergedShards:
                 return tensors[stacked][int(layer[1])]
         raise UserError(f"{place} has no parameter {name!r}")
 
-    return MergedShards(folder, shape, PipelineCut(), 1, head_outputs(folder), shard)
+    return MergedShards(
+        folder, shape, PipelineCut(), tensor=1, head_outputs=head_outputs(folder), shard=shard
+    )
 
 
 def write_torch_dist(
     weights: CheckedWeights,
     shape: ModelShape,
     hf_config: Mapping[str, Any],
+    *,
     target: MegatronTarget,
     folder: Path,
     advance: Callable[[], None],

@@ -88,7 +88,9 @@ def _encode(
     turns = conversation(record, user_turn(prompt), section, where)
     head = encode_limited(turns, tokenizer, section, where)
     separator = section.step_separator if is_steps else ""
-    ids, ends = encode_solution(tokenizer, head, pieces, separator, None, end)
+    ids, ends = encode_solution(
+        tokenizer, head, pieces, separator=separator, marker_id=None, end=end
+    )
     check_row(len(ids), section, where)
     return GivenAnswer(
         row=torch.tensor(ids, dtype=torch.int64),

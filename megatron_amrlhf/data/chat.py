@@ -193,6 +193,7 @@ def encode_solution(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     steps: Sequence[str],
+    *,
     separator: str = "\n",
     marker_id: int | None = None,
     end: End = "whole",

@@ -54,6 +54,7 @@ def load_rows(
     read: Read,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
+    *,
     readers: Readers = ALONE,
     accept: Accept | None = None,
 ) -> tuple[Rows[Item], Selection]:
@@ -70,7 +71,9 @@ def load_rows(
     Raises:
         UserError: on all ranks the first mistake in the file, or that no row is left.
     """
-    parts = readers.gather(_check_part(path, read, tokenizer, section, readers, accept))
+    parts = readers.gather(
+        _check_part(path, read, tokenizer, section, readers=readers, accept=accept)
+    )
     for part in parts:
         if part.problem is not None:
             raise UserError(part.problem)
@@ -98,10 +101,13 @@ def _check_part(
     read: Read,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
+    *,
     readers: Readers,
     accept: Accept | None,
 ) -> Part:
-    checker: _Checker[Any] = _Checker(path, read, tokenizer, section, readers.exact, accept)
+    checker: _Checker[Any] = _Checker(
+        path, read, tokenizer, section, exact=readers.exact, accept=accept
+    )
     problem, size = None, 0
     try:
         records = iterate_jsonl(path, readers.rank, readers.count)
@@ -130,6 +136,7 @@ class _Checker(Generic[Item]):
         read: Read,
         tokenizer: PreTrainedTokenizerBase,
         section: DataSection,
+        *,
         exact: bool,
         accept: Accept | None,
     ):

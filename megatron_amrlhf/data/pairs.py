@@ -75,7 +75,7 @@ def load_pairs(
     def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPair]:
         return [encode_pair(record, tokenizer, section, where)]
 
-    return load_rows(path, read, tokenizer, section, readers)
+    return load_rows(path, read, tokenizer, section, readers=readers)
 
 
 def encode_pair(

@@ -111,9 +111,11 @@ def load_prm_examples(
 
     def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[PrmExample]:
         found = solutions(record, where)
-        return [_encode(x, record, tokenizer, section, marker_id, where) for x in found]
+        return [
+            _encode(x, record, tokenizer, section, marker_id=marker_id, where=where) for x in found
+        ]
 
-    return load_rows(path, read, tokenizer, section, readers)
+    return load_rows(path, read, tokenizer, section, readers=readers)
 
 
 def step_reader(
@@ -175,6 +177,7 @@ def _encode(
     record: dict,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
+    *,
     marker_id: int | None,
     where: str,
 ) -> PrmExample:
@@ -186,7 +189,12 @@ def _encode(
     prompt_ids = encode_limited(turns, tokenizer, section, where)
     separator = "" if solution.joined else section.step_separator
     ids, positions = encode_solution(
-        tokenizer, prompt_ids, solution.steps, separator, marker_id, solution.end
+        tokenizer,
+        prompt_ids,
+        solution.steps,
+        separator=separator,
+        marker_id=marker_id,
+        end=solution.end,
     )
     check_row(len(ids), section, where)
     return PrmExample(

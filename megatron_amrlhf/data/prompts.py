@@ -68,7 +68,7 @@ def load_prompts(
     def read(record: dict, where: str, tokenizer: PreTrainedTokenizerBase) -> list[EncodedPrompt]:
         return [_encode(record, where, tokenizer, section)]
 
-    return load_rows(path, read, tokenizer, section, readers, accept)
+    return load_rows(path, read, tokenizer, section, readers=readers, accept=accept)
 
 
 def _encode(

@@ -56,6 +56,7 @@ def load_scored_pairs(
     path: str | Path,
     tokenizer: PreTrainedTokenizerBase,
     section: DataSection,
+    *,
     attribute_weights: Sequence[float] | None,
     needs_scores: bool,
     readers: Readers = ALONE,
@@ -96,13 +97,15 @@ def load_scored_pairs(
         if has_scores:
             answers = (pair.chosen[pair.prompt_length :], pair.rejected[pair.prompt_length :])
             chosen, rejected = (
-                _token_rewards(record, key, answer, tokenizer, attribute_weights, where)
+                _token_rewards(
+                    record, key, answer, tokenizer=tokenizer, weights=attribute_weights, where=where
+                )
                 for key, answer in zip(SCORE_KEYS, answers, strict=True)
             )
             rewards = (chosen, rejected)
         return [ScoredPair(pair, rewards)]
 
-    return load_rows(path, read, tokenizer, section, readers)
+    return load_rows(path, read, tokenizer, section, readers=readers)
 
 
 def _has_scores(record: dict) -> bool:
@@ -113,6 +116,7 @@ def _token_rewards(
     record: dict,
     key: str,
     answer: Tensor,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     weights: Sequence[float] | None,
     where: str,

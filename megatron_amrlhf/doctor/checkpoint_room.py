@@ -47,7 +47,10 @@ def _num_trained(config: Config) -> int:
         return len(heads) * sum(int(tensor.n_elements) for tensor in open_gguf(file).tensors)
     shape = read_shape(read_hf_config(_folder_of(path)))
     whole = config.model_copy(update={"parallel": ParallelSection()})
-    return sum(stage_spec(whole, shape, 0, 1, "actor", True, x).num_parameters for x in heads)
+    return sum(
+        stage_spec(whole, shape, 0, 1, "actor", trainable=True, head_outputs=x).num_parameters
+        for x in heads
+    )
 
 
 def _folder_of(path: str) -> Path:

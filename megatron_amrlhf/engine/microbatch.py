@@ -95,6 +95,7 @@ def cut_micro_batches(
     plan: OutputPlan,
     section: EngineSection,
     mesh: Mesh,
+    *,
     together: int = 1,
     equal: bool = False,
 ) -> list[MicroBatch]:

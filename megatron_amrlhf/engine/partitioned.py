@@ -62,6 +62,7 @@ class PartitionedWeights(Weights):
         self,
         module: StageModel,
         plain: StageModel,
+        *,
         trainer: StageModel | None,
         make_optimizer: Callable | None,
         gradients: GradientAccumulator | None,

@@ -41,6 +41,7 @@ class ReplicatedWeights(Weights):
         self,
         module: StageModel,
         plain: StageModel | None,
+        *,
         make_optimizer: Callable | None,
         gradients: GradientAccumulator | None,
         shard_optimizer: bool,

@@ -100,7 +100,7 @@ class Role:
     def _build(self, options: StageOptions) -> StageModel:
         spec, mesh = self.spec, self.mesh
         build = (self.shape, self.hf_config, mesh, spec.dtype, spec.head_outputs)
-        return StageModel(*build, options).to(mesh.device)
+        return StageModel(*build, options=options).to(mesh.device)
 
     def _plain(self, options: StageOptions) -> StageModel:
         """A stage for forwards of any length: sequence parallelism needs a multiple of TP."""
@@ -124,14 +124,29 @@ class Role:
         if section.stage < 3:
             plain = self._plain(options) if options.sequence_parallel else None
             shard = section.zero_stage == 1
-            return ReplicatedWeights(module, plain, optimizer, gradients, shard, mesh)
+            return ReplicatedWeights(
+                module,
+                plain,
+                make_optimizer=optimizer,
+                gradients=gradients,
+                shard_optimizer=shard,
+                mesh=mesh,
+            )
         trainer = plain = None
         if spec.trainable and config.engine.gather == "step":
             trainer = self._build(options)
         plain = self._plain(options) if options.sequence_parallel else trainer
         plain = plain or self._plain(options)
         ds_config = resolve_deepspeed(config, mesh.dp_size, spec.name, spec.trainable)
-        weights = PartitionedWeights(module, plain, trainer, optimizer, gradients, ds_config, mesh)
+        weights = PartitionedWeights(
+            module,
+            plain,
+            trainer=trainer,
+            make_optimizer=optimizer,
+            gradients=gradients,
+            ds_config=ds_config,
+            mesh=mesh,
+        )
         to_disk = [x == "nvme" for x in (section.offload_parameters, section.offload_optimizer)]
         if any(to_disk):
             assert config.engine.nvme_folder is not None, "checked with the configuration"

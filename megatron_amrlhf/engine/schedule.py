@@ -50,6 +50,7 @@ def run_forward(
     cut: PipelineCut,
     blocks: list[MicroBatch],
     function: LogitsFunction | None,
+    *,
     collect: CollectFunction,
     tick: Callable[[int], None],
 ) -> list:
@@ -75,7 +76,7 @@ def run_forward(
 
         return output, keep
 
-    return _run(stage, stage, cut, blocks, forward_step, forward_only=True)
+    return _run(stage, stage, cut, blocks, forward_step=forward_step, forward_only=True)
 
 
 def run_forward_backward(
@@ -83,6 +84,7 @@ def run_forward_backward(
     call: Callable,
     cut: PipelineCut,
     blocks: list[MicroBatch],
+    *,
     function: LogitsFunction | None,
     loss: LossFunction,
     tick: Callable[[int], None],
@@ -114,7 +116,7 @@ def run_forward_backward(
 
         return output, scaled
 
-    return _run(stage, call, cut, blocks, forward_step, forward_only=False)
+    return _run(stage, call, cut, blocks, forward_step=forward_step, forward_only=False)
 
 
 def _run(
@@ -122,6 +124,7 @@ def _run(
     call: Callable,
     cut: PipelineCut,
     blocks: list[MicroBatch],
+    *,
     forward_step: Callable,
     forward_only: bool,
 ) -> list:
@@ -129,5 +132,11 @@ def _run(
     handles: list[nn.Module] = [ChunkHandle(stage, index, call) for index in range(count)]
     length = blocks[0].tokens.shape[1]
     return run_pipeline(
-        handles, cut, forward_step, lambda: iter(blocks), len(blocks), length, forward_only
+        handles,
+        cut,
+        forward_step,
+        lambda: iter(blocks),
+        num_blocks=len(blocks),
+        num_positions=length,
+        forward_only=forward_only,
     )

@@ -111,7 +111,7 @@ class Zero3Engine:
         self._assert_embedded(name, rows)
         blocks = cut_micro_batches(rows, plan, self.config.engine, mesh)
         with self.roles[name].window() as stage:
-            pieces = run_forward(stage, mesh.cut, blocks, function, collect, self.tick)
+            pieces = run_forward(stage, mesh.cut, blocks, function, collect=collect, tick=self.tick)
         return in_row_order(pieces, blocks) if mesh.is_last_stage else None
 
     def _assert_embedded(self, name: str, rows: tuple[Tensor, ...]) -> None:
@@ -127,6 +127,7 @@ class Zero3Engine:
         ids: Tensor,
         plan: OutputPlan,
         function: LogitsFunction | None,
+        *,
         loss: LossFunction,
         together: int = 1,
     ) -> StepResult:
@@ -151,7 +152,9 @@ class Zero3Engine:
         role, mesh = self.roles[name], self.mesh
         weights, gradients = role.weights, role.weights.trained_gradients
         self._assert_embedded(name, rows)
-        blocks = cut_micro_batches(rows, plan, self.config.engine, mesh, together, equal=True)
+        blocks = cut_micro_batches(
+            rows, plan, self.config.engine, mesh, together=together, equal=True
+        )
         losses = LossLog([], [])
 
         def logged(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, object]:
@@ -161,7 +164,13 @@ class Zero3Engine:
 
         with weights.training() as call:
             extras = run_forward_backward(
-                weights.stage, call, mesh.cut, blocks, function, logged, self.tick
+                weights.stage,
+                call,
+                mesh.cut,
+                blocks,
+                function=function,
+                loss=logged,
+                tick=self.tick,
             )
         sum_copies(gradients, role.entries, role.tied, mesh)
         norm = global_norm(gradients, role.entries, role.tied, mesh, losses.is_finite)

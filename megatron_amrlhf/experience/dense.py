@@ -53,6 +53,7 @@ def make_dense(
     context: Context,
     scored: ScoredBatch,
     rollout: RolloutBatch,
+    *,
     running: RunningBaseline,
     cut_steps: StepCutter | None,
     offline: OfflineScores | None,
@@ -80,10 +81,12 @@ def make_dense(
         signal,
         valid,
         config.mask.threshold,
-        offline.baseline if config.mask.threshold == "offline" else config.mask.fixed_value,
-        running,
-        rollout.group_ids.to(valid.device),
-        group,
+        fixed_value=offline.baseline
+        if config.mask.threshold == "offline"
+        else config.mask.fixed_value,
+        running=running,
+        group_ids=rollout.group_ids.to(valid.device),
+        group=group,
     )
     if config.mask.threshold == "offline":
         std = torch.full_like(std, offline.std)
@@ -138,7 +141,9 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tens
     after = scored.bootstrap_values
     if kind == "td_error":
         return td_errors(shaped, scored.values, valid, algorithm.gamma, after)
-    return gae(shaped, scored.values, valid, algorithm.gamma, algorithm.gae_lambda, after)[0]
+    return gae(
+        shaped, scored.values, valid, algorithm.gamma, algorithm.gae_lambda, bootstrap_values=after
+    )[0]
 
 
 def _units(

@@ -50,13 +50,13 @@ def evaluate_policy(maker: ExperienceMaker, prompts: Sequence[EncodedPrompt]) ->
             lambda: generate(
                 context.engine,
                 batch,
-                1,
-                0,
-                maker.settings(),
-                seed,
-                EVALUATION_STEP,
-                size,
-                context.stop.seen,
+                samples_per_prompt=1,
+                reference_samples=0,
+                settings=maker.settings(),
+                seed=seed,
+                step=EVALUATION_STEP,
+                micro_batch_size=size,
+                wants_stop=context.stop.seen,
             ),
         )
     rewards = maker.rewarder.score(rollout, batch)

@@ -60,6 +60,7 @@ class ExperienceMaker:
         context: Context,
         data: Sequence[EncodedPrompt],
         position: DataPosition,
+        *,
         temperature: float,
         rewarder: Rewarder,
         offline: OfflineScores | None,
@@ -112,13 +113,13 @@ class ExperienceMaker:
                 lambda: generate(
                     self.context.engine,
                     prompts,
-                    samples,
-                    config.rollout.reference_samples_per_prompt,
-                    self.settings(),
-                    config.run.seed,
-                    step,
-                    config.rollout.micro_batch_size,
-                    self.context.stop.seen,
+                    samples_per_prompt=samples,
+                    reference_samples=config.rollout.reference_samples_per_prompt,
+                    settings=self.settings(),
+                    seed=config.run.seed,
+                    step=step,
+                    micro_batch_size=config.rollout.micro_batch_size,
+                    wants_stop=self.context.stop.seen,
                 ),
             )
         self.seconds["rollout"] = time.perf_counter() - start
@@ -192,7 +193,12 @@ class ExperienceMaker:
         start, dense = time.perf_counter(), None
         if scored is not None:
             dense = make_dense(
-                self.context, scored, rollout, self.running, self.rewarder.cut_steps, self.offline
+                self.context,
+                scored,
+                rollout,
+                running=self.running,
+                cut_steps=self.rewarder.cut_steps,
+                offline=self.offline,
             )
         self.seconds["mask"] = time.perf_counter() - start
         return Judged(rollout, scored, dense), metrics

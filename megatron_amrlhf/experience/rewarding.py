@@ -244,7 +244,9 @@ def model_rewards(
     else:
         system = context.config.data.system_prompt
         mine, own = context.tokenizer, model.tokenizer or context.tokenizer
-        texts = translate(rollout, prompts, mine, own, system, model.marker, steps)
+        texts = translate(
+            rollout, prompts, mine, own, system_prompt=system, marker=model.marker, steps=steps
+        )
         scores = score_tokens(context, model.role, texts.rollout, "at", read)
         scores = None if scores is None else read_back(scores, texts, rollout)
     if scores is None or model.role != "prm":

@@ -14,6 +14,7 @@ from megatron_amrlhf.types import MaskedBatch, PromptBatch
 def log_samples(
     context: Context,
     step: int,
+    *,
     prompts: PromptBatch,
     judged: Judged,
     rows: Tensor,
@@ -37,7 +38,9 @@ def log_samples(
     for source in range(count):
         prompt = prompts.texts[int(judged.rollout.group_ids[source]) - first_group]
         places = (rows == source).nonzero()[:, 0].to(batch.mask.device)
-        records.append(_record(context, step, prompt, judged, source, batch, places))
+        records.append(
+            _record(context, step, prompt, judged=judged, source=source, batch=batch, places=places)
+        )
     write_samples(context.folder.samples, records)
 
 
@@ -45,6 +48,7 @@ def _record(
     context: Context,
     step: int,
     prompt: str,
+    *,
     judged: Judged,
     source: int,
     batch: MaskedBatch,

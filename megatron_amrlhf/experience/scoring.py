@@ -92,7 +92,9 @@ def read_logprobs(context: Context, temperature: float) -> Reader:
     mesh, vocab_size, usable = context.mesh, context.vocab_size, context.usable
 
     def read(logits: Tensor, targets: Tensor) -> Tensor:
-        return token_logprobs(logits, targets, vocab_size, mesh.tp_group, temperature, usable)
+        return token_logprobs(
+            logits, targets, vocab_size, mesh.tp_group, temperature=temperature, usable=usable
+        )
 
     return Reader(logits=read)
 

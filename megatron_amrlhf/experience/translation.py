@@ -36,6 +36,7 @@ def translate(
     prompts: PromptBatch,
     tokenizer: PreTrainedTokenizerBase,
     other: PreTrainedTokenizerBase,
+    *,
     system_prompt: str | None,
     marker: StepMarker | None = None,
     steps: Sequence[AnswerSteps | None] | None = None,

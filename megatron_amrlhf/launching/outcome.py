@@ -129,7 +129,13 @@ def judge_run(
 
 
 def judge_job(
-    logs: Path, code: int, asked: bool, one_task_a_rank: bool, status: Status, cause_of: FindCause
+    logs: Path,
+    code: int,
+    *,
+    asked: bool,
+    one_task_a_rank: bool,
+    status: Status,
+    cause_of: FindCause,
 ) -> JobOutcome:
     """The end of a run's Slurm job.
 
@@ -293,7 +299,14 @@ def main(argv: list[str] | None = None) -> int:
         print_assignments({"CODE": run.code, "REST": rest, "SHOWN": shown, "LAST": run.last})
         return EXIT_OK
     by_srun = options.ranks_by == "srun"
-    job = judge_job(options.logs, options.code, options.asked, by_srun, status, cause_of)
+    job = judge_job(
+        options.logs,
+        options.code,
+        asked=options.asked,
+        one_task_a_rank=by_srun,
+        status=status,
+        cause_of=cause_of,
+    )
     if job.code == EXIT_OK:
         (options.folder / FRUITLESS_NAME).unlink(missing_ok=True)
     again = {"AGAIN": job.again, "ERROR": job.error, "LAST": job.last}

@@ -50,6 +50,7 @@ def gae(
     valid: Tensor,
     gamma: float,
     lam: float,
+    *,
     bootstrap_values: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Advantages ``A_t = sum_k (gamma lam)^k delta_{t+k}`` and returns ``A_t + V_t``.

@@ -33,6 +33,7 @@ def chosen_labels(
     sequence_reward: Tensor,
     kind: str,
     group_ids: Tensor | None = None,
+    *,
     values: Tensor | None = None,
     group: ProcessGroup | None = None,
     judged: Tensor | None = None,

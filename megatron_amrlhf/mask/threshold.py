@@ -54,6 +54,7 @@ def baseline_and_std(
     signal: Tensor,
     valid: Tensor,
     kind: str,
+    *,
     fixed_value: float = 0.0,
     running: RunningBaseline | None = None,
     group_ids: Tensor | None = None,

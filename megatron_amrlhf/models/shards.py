@@ -47,6 +47,7 @@ class MergedShards:
         folder: Path,
         shape: ModelShape,
         cut: PipelineCut,
+        *,
         tensor: int,
         head_outputs: int | None,
         shard: Callable[[int, int, str], Tensor],

@@ -105,6 +105,7 @@ class StageChunk(GPTModel):
         shape: ModelShape,
         hf_config: AutoConfig,
         mesh: Mesh,
+        *,
         dtype: torch.dtype,
         head_outputs: int | None,
         options: StageOptions,
@@ -150,6 +151,7 @@ class StageChunk(GPTModel):
     def forward(
         self,
         tokens: Tensor,
+        *,
         output_index: Tensor | None = None,
         positions: Tensor | None = None,
         rows: KVCache | Packing | None = None,
@@ -210,12 +212,21 @@ class StageModel(nn.Module):
         mesh: Mesh,
         dtype: torch.dtype,
         head_outputs: int | None = None,
+        *,
         options: StageOptions = PLAIN,
     ):
         super().__init__()
         self.shape = shape
         self.chunks = nn.ModuleList(
-            StageChunk(shape, hf_config, mesh, dtype, head_outputs, options, index)
+            StageChunk(
+                shape,
+                hf_config,
+                mesh,
+                dtype=dtype,
+                head_outputs=head_outputs,
+                options=options,
+                index=index,
+            )
             for index in range(mesh.cut.virtual)
         )
 

@@ -19,6 +19,7 @@ def run_pipeline(
     cut: PipelineCut,
     forward_step: Callable,
     blocks: Callable[[], Iterator],
+    *,
     num_blocks: int,
     num_positions: int,
     forward_only: bool,

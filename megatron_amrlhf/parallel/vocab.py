@@ -45,7 +45,7 @@ class _TokenLogProbs(torch.autograd.Function):
     """log softmax(logits)[target] with the softmax recomputed chunk by chunk in the backward."""
 
     @staticmethod
-    def forward(ctx, logits, targets, vocab_size, temperature, group, usable):
+    def forward(ctx, logits, targets, vocab_size, temperature, group, usable):  # noqa: PLR0917
         columns = logits.shape[-1]
         first_column = dist.get_rank(group) * columns
         local = targets - first_column
@@ -84,6 +84,7 @@ def token_logprobs(
     targets: Tensor,
     vocab_size: int,
     group: dist.ProcessGroup,
+    *,
     temperature: float = 1.0,
     usable: Tensor | None = None,
 ) -> Tensor:

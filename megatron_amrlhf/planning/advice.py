@@ -166,6 +166,7 @@ def suggest(
     config: Config,
     roles: list[PlannedRole],
     hf_configs: list[dict],
+    *,
     world_size: int,
     machine: Machine,
     share: float,

@@ -133,7 +133,18 @@ def make_plan(config: Config, data: int, roles: list[PlannedRole], on_gpu: bool 
         for each in passes
         if each.phase == "update"
     }
-    plans = [_stage(config, i, specs[i], passes, batches, lengths, on_gpu) for i in stages]
+    plans = [
+        _stage(
+            config,
+            i,
+            specs=specs[i],
+            passes=passes,
+            batches=batches,
+            lengths=lengths,
+            on_gpu=on_gpu,
+        )
+        for i in stages
+    ]
     return Plan(config, data, roles, lengths, passes, batches, bubbles, plans)
 
 
@@ -143,7 +154,15 @@ def phase_of(each: Pass) -> str:
 
 
 def _spec(config: Config, role: PlannedRole, stage: int, data: int) -> StageSpec:
-    return stage_spec(config, role.shape, stage, data, role.name, role.trainable, role.head_outputs)
+    return stage_spec(
+        config,
+        role.shape,
+        stage,
+        data,
+        role.name,
+        trainable=role.trainable,
+        head_outputs=role.head_outputs,
+    )
 
 
 def _batch(each: Pass, lengths: RowLengths, spec: StageSpec) -> BatchShape:
@@ -154,6 +173,7 @@ def _batch(each: Pass, lengths: RowLengths, spec: StageSpec) -> BatchShape:
 def _stage(
     config: Config,
     stage: int,
+    *,
     specs: list[StageSpec],
     passes: list[Pass],
     batches: dict[str, BatchShape],

@@ -160,6 +160,7 @@ def stage_spec(
     stage: int,
     data: int,
     name: str,
+    *,
     trainable: bool,
     head_outputs: int | None = None,
 ) -> StageSpec:

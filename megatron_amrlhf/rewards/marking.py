@@ -91,6 +91,6 @@ def mark_answer(
             ids.append(end_id)
         return ids, [0] * len(steps.numbers)
     ids, places = encode_solution(
-        tokenizer, [], steps.texts, marker.separator, marker.token_id, end
+        tokenizer, [], steps.texts, separator=marker.separator, marker_id=marker.token_id, end=end
     )
     return ids, [places[number] for number in steps.numbers]

@@ -30,6 +30,7 @@ class DecodeBlock:
         module: StageModel,
         places: list[int],
         prompts: list[Tensor],
+        *,
         uniform: Tensor,
         settings: SamplingSettings,
         device: torch.device,

@@ -37,6 +37,7 @@ class DecodingStopped(Exception):
 def generate(
     engine: Zero3Engine,
     prompts: PromptBatch,
+    *,
     samples_per_prompt: int,
     reference_samples: int,
     settings: SamplingSettings,
@@ -85,7 +86,11 @@ def generate(
                 part = places[start : start + micro_batch_size]
                 rows = [repeated[place] for place in part]
                 device = engine.mesh.device
-                blocks.append(DecodeBlock(module, part, rows, random[part], settings, device))
+                blocks.append(
+                    DecodeBlock(
+                        module, part, rows, uniform=random[part], settings=settings, device=device
+                    )
+                )
         decode(blocks, engine.mesh, settings, engine.tick, wants_stop)
     return _collect(blocks, repeated, groups, sample_ids, from_reference)
 

@@ -238,6 +238,7 @@ class Heartbeat:
         folder: Path,
         rank: int,
         progress: RankProgress,
+        *,
         every_seconds: float,
         on_beat: Callable[[Beat], None],
         on_error: Callable[[Beat], None],

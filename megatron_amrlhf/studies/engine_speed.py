@@ -121,7 +121,8 @@ class Bench:
     def specs(self) -> tuple[StageSpec, StageSpec]:
         """Actor's and reference's stage on this rank."""
         place = (self.config, self.shape, self.mesh.pp_rank, self.mesh.dp_size)
-        return stage_spec(*place, "actor", True), stage_spec(*place, "reference", False)
+        actor = stage_spec(*place, "actor", trainable=True)
+        return actor, stage_spec(*place, "reference", trainable=False)
 
     def batch(self) -> BatchShape:
         """The micro-batches of a score or an update."""
@@ -174,7 +175,16 @@ class Bench:
         )
         size, step = rollout.micro_batch_size, self._repetition
         self._repetition += 1
-        self._rows = generate(self.engine, self._prompts(), 1, 0, settings, 0, step, size).rows
+        self._rows = generate(
+            self.engine,
+            self._prompts(),
+            samples_per_prompt=1,
+            reference_samples=0,
+            settings=settings,
+            seed=0,
+            step=step,
+            micro_batch_size=size,
+        ).rows
 
     def _prompts(self) -> PromptBatch:
         count = self.work.answers // self.mesh.dp_size
@@ -209,7 +219,7 @@ class Bench:
             return -outputs[: block.num_outputs].sum() * (self.mesh.dp_size / total), None
 
         ids = torch.arange(len(self._rows))
-        self.engine.train_step("actor", self._rows, ids, self._plan(), self._logprobs, loss)
+        self.engine.train_step("actor", self._rows, ids, self._plan(), self._logprobs, loss=loss)
 
 
 class Memory:

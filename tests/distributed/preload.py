@@ -3,10 +3,10 @@
 import gc
 
 import transformers.models.llama.modeling_llama
-import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+import transformers.models.qwen2.modeling_qwen2
 
 import megatron_amrlhf.commands.train
-import megatron_amrlhf.report.plots  # noqa: F401
+import megatron_amrlhf.report.plots
 
 gc.collect()
 gc.freeze()  # DeepSpeed collects at each start, and would go through all of this

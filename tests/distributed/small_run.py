@@ -100,7 +100,7 @@ def take_steps(engine: Zero3Engine, steps: range) -> list[tuple]:
 
         for name, function, loss in (("actor", read, actor_loss), ("critic", None, critic_loss)):
             rate = engine.roles[name].weights.counters()["schedule"]["lr"][0]
-            done = engine.train_step(name, rows, torch.arange(len(rows)), plan, function, loss)
+            done = engine.train_step(name, rows, torch.arange(len(rows)), plan, function, loss=loss)
             assert not done.skipped
             results.append((name, step, done.extras, done.grad_norm, rate))
     return results

@@ -198,7 +198,14 @@ def test_a_run_that_is_going_on_is_refused_on_every_rank(folder, tmp_path):
     config, run = write_config(folder, "ppo"), tmp_path / "living"
     run.mkdir()
     arguments = ["train", str(config), "--set", f"run.folder={tmp_path}", "run.name=living"]
-    with Heartbeat(run, 1, RankProgress(), 0.5, lambda beat: None, lambda beat: None):
+    with Heartbeat(
+        run,
+        1,
+        RankProgress(),
+        every_seconds=0.5,
+        on_beat=lambda beat: None,
+        on_error=lambda beat: None,
+    ):
         for code, error in run_on(2, call_main, arguments):
             assert code == 2 and "a run that is going on: rank 1 (host " in error, error
     assert [path.name for path in run.iterdir()] == ["heartbeat"]

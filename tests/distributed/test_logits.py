@@ -178,7 +178,9 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
     sizes = []
     with torch.no_grad(), context.engine.roles["actor"].window() as module:
         uniform = torch.zeros(len(places), settings.max_new_tokens).double()
-        block = DecodeBlock(module, places, prompts, uniform, settings, mesh.device)
+        block = DecodeBlock(
+            module, places, prompts, uniform=uniform, settings=settings, device=mesh.device
+        )
         while not block.done:
             output = gather_logits(block.forward(0, None), VOCAB_SIZE, mesh.tp_group)
             live = block.places.tolist()

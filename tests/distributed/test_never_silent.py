@@ -60,8 +60,8 @@ def step(
             value = value + (output * 0).sum().sqrt() if gradient_only else value * float("nan")
         return value, None
 
-    args = (rollout.rows, rollout.sample_ids, plan, read, loss)
-    return context.engine.train_step(role, *args)
+    args = (rollout.rows, rollout.sample_ids, plan, read)
+    return context.engine.train_step(role, *args, loss=loss)
 
 
 def weights_of(context) -> dict[str, torch.Tensor]:

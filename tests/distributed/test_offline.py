@@ -180,7 +180,9 @@ def test_held_out_margin_equals_hugging_faces(world, name):
     path = world.data[RUNS[name][1]]
     tokenizer = load_tokenizer(world.folder / "policy")
     margins = []
-    pairs, _ = load_scored_pairs(path, tokenizer, section, None, False)
+    pairs, _ = load_scored_pairs(
+        path, tokenizer, section, attribute_weights=None, needs_scores=False
+    )
     for scored in pairs[:PAIRS_PER_STEP]:
         pair, sums = scored.pair, []
         for row in (pair.chosen, pair.rejected):

@@ -87,7 +87,7 @@ def states(model: str, folder: Path, layout: tuple) -> dict[str, torch.Tensor]:
     for (role, outputs), kind in product(HEADS.items(), (MASTER, *MOMENTS)):
         parts = RoleParts(folder, role, saved, shape, outputs)
         read = partial(parts.shard, kind=kind)
-        weights = MergedShards(folder, shape, cut, tensor, outputs, read)
+        weights = MergedShards(folder, shape, cut, tensor=tensor, head_outputs=outputs, shard=read)
         for name in weights.names():
             found[f"{role}.{name}.{kind}"] = weights.get(name)
     return found

@@ -67,16 +67,16 @@ def roll_out(policy: str, reference: str, tensor: int, pipeline: int) -> Rollout
     prompts, ended = my_prompts(mesh), []
 
     def answers(engine, settings, samples, reference_samples, micro_batch_size, on_done):
+        engine.tick = on_done
         return generate(
             engine,
             prompts,
-            samples,
-            reference_samples,
-            settings,
-            SEED,
-            STEP,
-            micro_batch_size,
-            on_done,
+            samples_per_prompt=samples,
+            reference_samples=reference_samples,
+            settings=settings,
+            seed=SEED,
+            step=STEP,
+            micro_batch_size=micro_batch_size,
         )
 
     return Rollouts(

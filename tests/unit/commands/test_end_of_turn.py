@@ -37,7 +37,7 @@ def test_answers_in_a_reward_models_rows_end_with_its_end_of_turn():
     prompts = PromptBatch(
         rows=(torch.tensor(rows[0][:2]),), group_ids=torch.tensor([0]), texts=("Q?",), answers=("",)
     )
-    there = translate(rollout, prompts, policy, other, None)
+    there = translate(rollout, prompts, policy, other, system_prompt=None)
     texts = [other.decode(row) for row in there.rollout.rows]
     assert texts == [f"{BASE.prompt}Yes.<|im_end|>", f"{BASE.prompt}<|im_end|>"]
 

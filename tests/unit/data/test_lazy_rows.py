@@ -81,7 +81,9 @@ def loader(kind, path, tokenizer, section):
     if kind in ("pairs", "conversations"):
         return lambda readers: load_pairs(path, tokenizer, section, readers)
     if kind == "scored":
-        return lambda readers: load_scored_pairs(path, tokenizer, section, None, False, readers)
+        return lambda readers: load_scored_pairs(
+            path, tokenizer, section, attribute_weights=None, needs_scores=False, readers=readers
+        )
     section = section.model_copy(update={"format": "auto", "input_mark": "@"})
     count = 5 if kind.startswith("helpsteer") else 1
     return lambda readers: load_prm_examples(path, tokenizer, section, count, readers)

@@ -56,7 +56,9 @@ def load(tmp_path, tokenizer, kind, *rows, **keys):
         found, selection = load_pairs(path, tokenizer, section)
         return [pair.chosen[: pair.prompt_length].tolist() for pair in found], selection
     if kind == "scored":
-        found, selection = load_scored_pairs(path, tokenizer, section, None, False)
+        found, selection = load_scored_pairs(
+            path, tokenizer, section, attribute_weights=None, needs_scores=False
+        )
         return [x.pair.chosen[: x.pair.prompt_length].tolist() for x in found], selection
     if kind == "answers":
         found, selection = load_answers(path, tokenizer, section)

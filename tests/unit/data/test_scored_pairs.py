@@ -33,7 +33,9 @@ def load(tmp_path, tokenizer, *records, **keys):
 def select(tmp_path, tokenizer, section, *records, weights=None, needs_scores=True):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return load_scored_pairs(path, tokenizer, section, weights, needs_scores)
+    return load_scored_pairs(
+        path, tokenizer, section, attribute_weights=weights, needs_scores=needs_scores
+    )
 
 
 def test_each_token_gets_the_score_of_its_sentence(tmp_path, tokenizer):

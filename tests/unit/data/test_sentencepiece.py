@@ -87,7 +87,7 @@ def test_steps_are_tokenized_as_within_the_whole_answer(folder):
     assert ids[:-1] == tokenizer.encode("\n".join(STEPS), add_special_tokens=False)
     newline = tokenizer.convert_tokens_to_ids("<0x0A>")
     assert [ids[end] for end in ends[:-1]] == [newline, newline]
-    sentences, _ = encode_solution(tokenizer, [], ["Ann buys.", " Ben drives."], "")
+    sentences, _ = encode_solution(tokenizer, [], ["Ann buys.", " Ben drives."], separator="")
     assert sentences[:-1] == tokenizer.encode("Ann buys. Ben drives.", add_special_tokens=False)
 
 

@@ -127,7 +127,7 @@ def dense_of(
     rollout, scored = batches(answers)
     cutter = StepCutter(TOKENIZER, config.reward.step_boundary)
     running = running or RunningBaseline(config.mask.running_decay)
-    dense = make_dense(context, scored, rollout, running, cutter, OFFLINE)
+    dense = make_dense(context, scored, rollout, running=running, cut_steps=cutter, offline=OFFLINE)
     assert torch.equal(dense.sequence_rewards[JUDGED], scored.sequence_rewards[JUDGED])
     return dense
 

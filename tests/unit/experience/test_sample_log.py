@@ -68,7 +68,11 @@ def step_of(tmp_path, kind: str, log: int = 100, **sections: dict):
         rewards.tokens, rewards.sequences, zeros, zeros, zeros, zeros[:, 0], rewards.valid
     )
     running = RunningBaseline(decay=0.9)
-    judged = Judged(rollout, scored, make_dense(context, scored, rollout, running, None, None))
+    judged = Judged(
+        rollout,
+        scored,
+        make_dense(context, scored, rollout, running=running, cut_steps=None, offline=None),
+    )
     maker, algorithm = object.__new__(ExperienceMaker), object.__new__(ALGORITHMS[kind])
     maker.context = algorithm.context = context
     algorithm.is_offline = False
@@ -79,7 +83,7 @@ def step_of(tmp_path, kind: str, log: int = 100, **sections: dict):
     batch = MaskedBatch(answers, mask[:, :width], labels, scored.judged[rows])
     heads = tuple(torch.tensor(TOKENIZER.encode(text)) for text in TEXTS)
     prompts = PromptBatch(heads, torch.arange(PROMPTS), TEXTS, (None,) * PROMPTS)
-    log_samples(context, 1, prompts, judged, rows, batch)
+    log_samples(context, 1, prompts=prompts, judged=judged, rows=rows, batch=batch)
     return load_samples(folder.samples), finish_metrics(metrics), (mask, labels, rows)
 
 

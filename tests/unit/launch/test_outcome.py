@@ -119,9 +119,13 @@ def test_a_mistake_is_told_once_whichever_rank_has_found_it(logs, rank, text, to
     (logs / "x_rank2.log").write_text("error: z\n" if told or rank == 0 else "")
     found = judge_run(Start("train", logs), 2, False, RUNNING, never)
     assert found == Outcome(2, last=told)
-    job = judge_job(logs, 2, False, True, RUNNING, lambda: None)
+    job = judge_job(
+        logs, 2, asked=False, one_task_a_rank=True, status=RUNNING, cause_of=lambda: None
+    )
     assert (job.code, job.error) == (2, told)
-    assert not judge_job(logs, 2, False, False, RUNNING, lambda: None).error
+    assert not judge_job(
+        logs, 2, asked=False, one_task_a_rank=False, status=RUNNING, cause_of=lambda: None
+    ).error
 
 
 STOPPED = "the run was asked to stop: submit it again to go on"
@@ -150,12 +154,15 @@ STOPPED = "the run was asked to stop: submit it again to go on"
 )
 def test_a_job_goes_on_after_slurms_signal_and_the_clock(logs, code, asked, status, expected):
     cause_of = (lambda: CAUSE) if code else never
-    assert judge_job(logs, code, asked, True, status, cause_of) == expected
+    assert (
+        judge_job(logs, code, asked=asked, one_task_a_rank=True, status=status, cause_of=cause_of)
+        == expected
+    )
 
 
 @pytest.mark.parametrize("status", [RUNNING, NOTHING, Status("failed")])
 def test_a_job_without_a_finished_run_is_no_success(logs, status):
-    found = judge_job(logs, 0, True, True, status, never)
+    found = judge_job(logs, 0, asked=True, one_task_a_rank=True, status=status, cause_of=never)
     assert found.code == 1 and not found.again
     assert found.last.startswith("the run has not finished, though") and str(logs) in found.last
 
@@ -167,7 +174,9 @@ def test_a_job_ends_with_the_code_of_the_task_that_failed_first(logs, left, code
     """srun's own may be that of a task which srun has ended."""
     if left is not None:
         (logs / "exit-code").write_text(left)
-    found = judge_job(logs, 143, False, True, RUNNING, lambda: None)
+    found = judge_job(
+        logs, 143, asked=False, one_task_a_rank=True, status=RUNNING, cause_of=lambda: None
+    )
     assert found == JobOutcome(code, last=f"the run failed (exit code {code}), see {logs}")
 
 

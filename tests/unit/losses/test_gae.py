@@ -51,7 +51,7 @@ def test_gae_equals_the_recursion(lengths, padding, gamma, lam, truncated, seed)
     expected = slow_gae(rewards, values, lengths, gamma, lam, bootstrap)
     garbage = [torch.where(valid, x, float("nan")) for x in (rewards, values)]
     after = None if truncated == "none" else bootstrap
-    advantages, returns = gae(*garbage, valid, gamma, lam, after)
+    advantages, returns = gae(*garbage, valid, gamma, lam, bootstrap_values=after)
     torch.testing.assert_close(advantages, expected, rtol=TOLERANCE, atol=TOLERANCE)
     expected_returns = torch.where(valid, expected + values, 0.0)
     torch.testing.assert_close(returns, expected_returns, rtol=TOLERANCE, atol=TOLERANCE)

@@ -37,7 +37,7 @@ GROUP_IDS = torch.tensor([5, 5, 9, 4])
 )
 def test_baseline_of_each_kind_and_global_std(kind, expected):
     baseline, std = baseline_and_std(
-        SIGNAL, VALID, kind, 0.75, running=RunningBaseline(0.9), group_ids=GROUP_IDS
+        SIGNAL, VALID, kind, fixed_value=0.75, running=RunningBaseline(0.9), group_ids=GROUP_IDS
     )
     assert baseline.shape == (4, 1) and baseline.dtype == std.dtype == torch.float32
     assert baseline[:, 0].tolist() == expected

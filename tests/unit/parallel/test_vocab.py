@@ -58,7 +58,7 @@ def plain_entropy(logits):
 def test_logprobs_equal_log_softmax(group, temperature, padding):
     logits, targets = logits_and_targets(padding)
     before = logits.clone()
-    found = token_logprobs(logits, targets, VOCAB_SIZE, group, temperature)
+    found = token_logprobs(logits, targets, VOCAB_SIZE, group, temperature=temperature)
     expected = plain_logprobs(logits, targets, temperature)
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
     assert torch.equal(logits, before), "the logits were changed in place"
@@ -72,7 +72,7 @@ def test_gradient_of_logprobs_passes_gradcheck(group, temperature):
     targets = targets % 9
 
     def logprobs(logits):
-        return token_logprobs(logits, targets, 9, group, temperature)
+        return token_logprobs(logits, targets, 9, group, temperature=temperature)
 
     assert torch.autograd.gradcheck(logprobs, (logits,))
 
@@ -149,7 +149,7 @@ def test_ids_that_are_no_token_have_no_probability_and_no_gradient(group, temper
     logits, _ = logits_and_targets(padding=5)
     usable, targets = usable_and_targets()
     mine, plain = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    found = token_logprobs(mine, targets, VOCAB_SIZE, group, temperature, usable)
+    found = token_logprobs(mine, targets, VOCAB_SIZE, group, temperature=temperature, usable=usable)
     expected = plain_logprobs(only_tokens(plain, usable), targets, temperature)
     torch.testing.assert_close(found, expected, rtol=0, atol=FLOAT64_TOLERANCE)
     found.sum().backward()
@@ -162,8 +162,12 @@ def test_ids_that_are_no_token_have_no_probability_and_no_gradient(group, temper
         entropy(logits, VOCAB_SIZE, group, usable).double(), spread, rtol=0, atol=FLOAT32_TOLERANCE
     )
     everything = torch.ones_like(usable)
-    again = token_logprobs(logits, targets, VOCAB_SIZE, group, temperature, everything)
-    assert torch.equal(again, token_logprobs(logits, targets, VOCAB_SIZE, group, temperature))
+    again = token_logprobs(
+        logits, targets, VOCAB_SIZE, group, temperature=temperature, usable=everything
+    )
+    assert torch.equal(
+        again, token_logprobs(logits, targets, VOCAB_SIZE, group, temperature=temperature)
+    )
 
 
 def _on_two_ranks(logits, targets, temperature, usable=None):
@@ -171,7 +175,9 @@ def _on_two_ranks(logits, targets, temperature, usable=None):
     vocab.CHUNK_POSITIONS = 3
     rank = dist.get_rank()
     mine = logits.chunk(2, dim=-1)[rank].clone().requires_grad_()
-    found = token_logprobs(mine, targets, VOCAB_SIZE, dist.group.WORLD, temperature, usable)
+    found = token_logprobs(
+        mine, targets, VOCAB_SIZE, dist.group.WORLD, temperature=temperature, usable=usable
+    )
     (found * torch.arange(1.0, POSITIONS + 1)).sum().backward()
     whole = gather_logits(mine.detach().float(), VOCAB_SIZE, dist.group.WORLD)
     spread = entropy(mine, VOCAB_SIZE, dist.group.WORLD, usable)

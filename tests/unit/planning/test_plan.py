@@ -159,7 +159,7 @@ def test_poor_layouts_are_named(tmp_path):
 def test_suggestions_fit_and_are_what_they_say(tmp_path):
     config = config_of(tmp_path)
     roles, machine = roles_of(config), Machine(4 * GIB)
-    found = suggest(config, roles, [SIZES], 8, machine, 0.9)
+    found = suggest(config, roles, [SIZES], world_size=8, machine=machine, share=0.9)
     assert len(found) > 3
     assert [x.seconds for x in found] == sorted(x.seconds for x in found)
     for each in found:
@@ -167,7 +167,7 @@ def test_suggestions_fit_and_are_what_they_say(tmp_path):
         keys = [f"{key}={json.dumps(value)}" for key, value in each.changes.items()]
         again = make_plan(config_of(tmp_path, overrides=keys), each.plan.data, roles)
         assert again.worst.peak == each.plan.worst.peak
-    assert suggest(config, roles, [SIZES], 8, Machine(GIB // 4), 0.9) == []
+    assert suggest(config, roles, [SIZES], world_size=8, machine=Machine(GIB // 4), share=0.9) == []
 
 
 @pytest.mark.parametrize(("name", "model", "gpus"), EXAMPLES)

@@ -93,7 +93,9 @@ def test_all_tokens_of_a_step_read_its_marker(request, characters, prm, separato
     text, ended, steps, numbers = CASES[name]
     own = request.getfixturevalue(prm)
     rollout, prompts = rollout_of(characters, (text, ended))
-    there = translate(rollout, prompts, characters, own, SYSTEM, marker_of(own, separator))
+    there = translate(
+        rollout, prompts, characters, own, system_prompt=SYSTEM, marker=marker_of(own, separator)
+    )
     ids, places = row_by_hand(own, steps, ended, separator)
     head = encode_prompt(own, QUESTION, SYSTEM)
     assert there.rollout.rows[0].tolist() == head + ids
@@ -106,7 +108,9 @@ def test_all_tokens_of_a_step_read_its_marker(request, characters, prm, separato
 def test_scores_come_back_from_the_markers(characters, merging):
     answers = [CASES[name][:2] for name in CASES]
     rollout, prompts = rollout_of(characters, *answers)
-    there = translate(rollout, prompts, characters, merging, SYSTEM, marker_of(merging))
+    there = translate(
+        rollout, prompts, characters, merging, system_prompt=SYSTEM, marker=marker_of(merging)
+    )
     scores = torch.zeros(there.rollout.response_mask.shape)
     for row, case in enumerate(CASES.values()):
         _, places = row_by_hand(merging, *case[2:0:-1])
@@ -123,7 +127,9 @@ def test_the_prompt_of_the_same_tokenizer_stays_as_it_is(characters):
     """Offline pairs have no texts to cut anew."""
     rollout, prompts = rollout_of(characters, ("a\nb", True))
     nobody = PromptBatch(prompts.rows, prompts.group_ids, ("",), (None,))
-    there = translate(rollout, nobody, characters, characters, None, marker_of(characters))
+    there = translate(
+        rollout, nobody, characters, characters, system_prompt=None, marker=marker_of(characters)
+    )
     length = int(rollout.prompt_lengths[0])
     assert torch.equal(there.rollout.rows[0][:length], rollout.rows[0][:length])
 

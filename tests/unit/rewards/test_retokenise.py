@@ -225,7 +225,7 @@ def scores_of(rollout) -> torch.Tensor:
 def test_with_the_same_tokenizer_it_is_the_direct_path(request, name):
     tokenizer = every(request, name)
     rollout, prompts = rollout_of(tokenizer, "How many?", ANSWERS)
-    there = translate(rollout, prompts, tokenizer, tokenizer, "Be brief.")
+    there = translate(rollout, prompts, tokenizer, tokenizer, system_prompt="Be brief.")
     for row, same in zip(rollout.rows, there.rollout.rows, strict=True):
         assert torch.equal(row, same)
     assert torch.equal(read_back(scores_of(there.rollout), there, rollout), scores_of(rollout))
@@ -233,7 +233,7 @@ def test_with_the_same_tokenizer_it_is_the_direct_path(request, name):
 
 def test_another_tokenizer_gets_the_same_text_and_its_own_template(policy, fallback):
     rollout, prompts = rollout_of(policy, "How many?", ANSWERS)
-    there = translate(rollout, prompts, policy, fallback, "Be brief.")
+    there = translate(rollout, prompts, policy, fallback, system_prompt="Be brief.")
     found = read_back(scores_of(there.rollout), there, rollout)
     assert found.shape == rollout.response_mask.shape
     for place, (text, whole) in enumerate(ANSWERS):
@@ -256,7 +256,11 @@ def test_another_tokenizer_gets_a_prompts_own_system_message_and_history(policy,
     asked = {"role": "user", "content": "How many?"}
     for before, expected in (((system, *earlier), "Be kind."), (tuple(earlier), "Be brief.")):
         there = translate(
-            rollout, replace(prompts, earlier=(before,)), policy, fallback, "Be brief."
+            rollout,
+            replace(prompts, earlier=(before,)),
+            policy,
+            fallback,
+            system_prompt="Be brief.",
         )
         head = encode_turns(fallback, [*earlier, asked], expected)
         assert there.rollout.rows[0][: len(head)].tolist() == head

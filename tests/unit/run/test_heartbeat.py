@@ -42,7 +42,14 @@ def silent(beat) -> None:
 
 
 def heartbeat(folder, progress=None, on_beat=silent, on_error=silent, rank=0):
-    return Heartbeat(folder, rank, progress or RankProgress(), EVERY_SECONDS, on_beat, on_error)
+    return Heartbeat(
+        folder,
+        rank,
+        progress or RankProgress(),
+        every_seconds=EVERY_SECONDS,
+        on_beat=on_beat,
+        on_error=on_error,
+    )
 
 
 def test_the_file_follows_the_main_thread(tmp_path):
@@ -66,7 +73,9 @@ def test_the_file_follows_the_main_thread(tmp_path):
 def test_a_new_phase_is_written_long_before_the_next_interval(tmp_path):
     """A kill leaves the file as it is: it would name what the rank did seconds before."""
     progress = RankProgress()
-    with Heartbeat(tmp_path, 0, progress, 10 * PATIENCE_SECONDS, silent, silent):
+    with Heartbeat(
+        tmp_path, 0, progress, every_seconds=10 * PATIENCE_SECONDS, on_beat=silent, on_error=silent
+    ):
         progress.enter("update", step=3)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (beat := read_beats(tmp_path)[0]).phase != "update":
