@@ -191,7 +191,6 @@ def _context(config: Config, prepared: Prepared, console: RunConsole) -> Context
     doing = f"cannot make {config.run.path}"
     folder = on_all_ranks(lambda: RunFolder.create(config, mesh.rank), doing)[mesh.rank]
     limit = config.run.max_minutes
-    console = RunConsole(mesh.rank, err=terminal() if mesh.rank == 0 else None)
     context = Context(
         config=config,
         mesh=mesh,

@@ -221,9 +221,8 @@ def test_verify_compares_logits_of_both_ways(models, tmp_path, capsys, family):
 
 
 def test_verify_keeps_a_wrong_conversion_from_its_name(models, tmp_path, capsys, monkeypatch):
-    def swapped(*arguments):
-        convert_right(*arguments)
-        folder = arguments[-2]
+    def swapped(*arguments, folder, **named):
+        convert_right(*arguments, folder=folder, **named)
         weights = load_file(folder / "model.safetensors")
         names = [f"model.layers.3.self_attn.{x}_norm.weight" for x in "qk"]
         weights |= {names[0]: weights[names[1]], names[1]: weights[names[0]]}
