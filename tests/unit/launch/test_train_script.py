@@ -27,6 +27,12 @@ status() {
 WAIT_FOR_STOP = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || break; sleep 0.1; done'
 
 
+def signals_as_usual() -> None:
+    """Bash takes no signal that was ignored when it started, as in a shell's background."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Launch:
     """Runs train.sh in a folder of its own, with a launcher that does what the test says."""
 
@@ -56,6 +62,7 @@ class Launch:
             text=True,
             timeout=PATIENCE_SECONDS,
             start_new_session=True,  # its signals are not the tests'
+            preexec_fn=signals_as_usual,
             check=False,
         )
 
