@@ -32,7 +32,8 @@ from megatron_amrlhf.run.heartbeat import Heartbeat, RankProgress
 def keep_busy():
     print("busy", flush=True)
     input()
-with Heartbeat(Path(sys.argv[1]), 2, RankProgress(), 1.0, print, print):
+told = {"every_seconds": 1.0, "on_beat": print, "on_error": print}
+with Heartbeat(Path(sys.argv[1]), 2, RankProgress(), **told):
     keep_busy()
 """
 
@@ -160,8 +161,7 @@ def test_a_signal_leaves_the_stack_and_ends_the_process(tmp_path, number, words)
     command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **pipes) as process:
-        while "busy" not in process.stdout.readline():
-            pass
+        assert any("busy" in line for line in process.stdout)
         process.send_signal(number)
         assert process.wait(PATIENCE_SECONDS) == -number
     assert words in read_dump(tmp_path, 2) and "keep_busy" in read_dump(tmp_path, 2)

@@ -26,7 +26,8 @@ from megatron_amrlhf.run.heartbeat import Heartbeat, RankProgress
 from megatron_amrlhf.run.launcher import ends_with_launcher
 folder, progress = Path(sys.argv[1]), RankProgress()
 progress.enter("update", step=3)
-with ends_with_launcher(folder), Heartbeat(folder, 0, progress, 5.0, print, print):
+told = {"every_seconds": 5.0, "on_beat": print, "on_error": print}
+with ends_with_launcher(folder), Heartbeat(folder, 0, progress, **told):
     print("runs", flush=True)
     time.sleep(3600)
 """
