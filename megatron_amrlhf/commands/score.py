@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.checkpoint.files import on_all_ranks, write_tensors, write_text
+from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank, write_tensors, write_text
 from megatron_amrlhf.commands.precision import MODEL_KEY, REWARD_KEY, decide
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
@@ -102,8 +102,8 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
     try:
         parallel = config.parallel
         mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
-        kept = on_all_ranks(lambda: _kept_dtypes(job) if mesh.is_main else {}, f"--out {folder}")
-        config, notes = decide(config, kept[0])
+        kept = on_main_rank(lambda: _kept_dtypes(job), f"--out {folder}", mesh.is_main)
+        config, notes = decide(config, kept)
         job = replace(job, config=config, key=job.key | {"dtype": config.dtype_of("prm")})
         console = RunConsole(mesh.rank)
         context = Context(
@@ -211,7 +211,7 @@ def score_answers(context: Context, job: Job) -> None:
     for note in chat_notes(context.tokenizer, context.model_folder, system_prompt):
         context.console.line(f"note: {note}")
     context.log_selections([job.selection])
-    done = on_all_ranks(lambda: _done(job) if context.mesh.is_main else set(), doing)[0]
+    done = on_main_rank(lambda: _done(job), doing, context.mesh.is_main)
     if done:
         context.console.line(f"{job.folder}: {len(done)} of {job.num_parts} parts are there")
     missing = [number for number in range(job.num_parts) if number not in done]
@@ -226,7 +226,7 @@ def score_answers(context: Context, job: Job) -> None:
         for number in missing:
             tensors = _score_part(context, job, number)
             on_all_ranks(partial(_save, job, number, tensors if writer else None), doing)
-    on_all_ranks(lambda: _finish(job) if context.mesh.is_main else None, doing)
+    on_main_rank(lambda: _finish(job), doing, context.mesh.is_main)
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():
             context.console.line(f"{job.folder / name}")

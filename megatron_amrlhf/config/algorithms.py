@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 from pydantic import Field
 
 from megatron_amrlhf.config.algorithm_section import (
-    LOGPROB,
     AlgorithmSection,
     Pass,
     PolicySection,
@@ -22,6 +21,7 @@ from megatron_amrlhf.config.section import (
     Positive,
     PositiveFloat,
     Rows,
+    one_of,
 )
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class KtoAlgorithm(PolicySection):
     def more_passes(self, answers: int) -> Iterator[Pass]:
         """The mismatched pairs of the reference point."""
         for role in ("reference", "actor"):
-            yield Pass("score", role, answers, reads=LOGPROB)
+            yield Pass("score", role, answers)
 
 
 class RejectionSamplingAlgorithm(PolicySection):
@@ -261,5 +261,4 @@ def algorithm_models() -> dict[str, type[AlgorithmSection]]:
 
 def kinds_that(flag: str) -> str:
     """The kinds whose section has ``flag`` set, such as ``ppo, grpo or kto``."""
-    kinds = [kind for kind, model in algorithm_models().items() if getattr(model, flag)]
-    return " or ".join([", ".join(kinds[:-1]), kinds[-1]] if len(kinds) > 1 else kinds)
+    return one_of([kind for kind, model in algorithm_models().items() if getattr(model, flag)])

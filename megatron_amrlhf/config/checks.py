@@ -14,6 +14,7 @@ from megatron_amrlhf.config.engine_rules import axis_problems, engine_problems
 from megatron_amrlhf.config.layout import ParallelSection
 from megatron_amrlhf.config.reward_rules import reward_problems
 from megatron_amrlhf.config.schema import Config
+from megatron_amrlhf.config.section import one_of
 from megatron_amrlhf.config.unread_rules import unread_problems
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, why_no_file
@@ -271,8 +272,7 @@ def _implicit_problems(config: Config) -> Iterator[str]:
 
 def _choices(counts: list[int]) -> str:
     """Sizes that divide all the counts, as ``1, 3 or 9``."""
-    sizes = [str(n) for n in range(1, min(counts) + 1) if all(c % n == 0 for c in counts)]
-    return " or ".join([", ".join(sizes[:-1]), sizes[-1]] if len(sizes) > 1 else sizes)
+    return one_of([str(n) for n in range(1, min(counts) + 1) if all(c % n == 0 for c in counts)])
 
 
 def _raise_if(problems: Iterator[str] | list[str]) -> None:

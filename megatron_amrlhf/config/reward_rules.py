@@ -12,7 +12,7 @@ def reward_problems(config: Config) -> Iterator[str]:
     weights, paths = config.reward, config.reward_model
     if not (weights.prm_weight or weights.orm_weight or weights.verifiable_weight):
         yield "reward.prm_weight: one of the reward's weights must be above 0"
-    is_given = config.data.format == "pairs"  # whose scores may stand for a PRM
+    is_given = config.is_offline  # whose scores may stand for a PRM
     if weights.prm_weight and paths.path is None and not is_given:
         yield (
             "reward_model.path: is required, train one with algorithm.kind prm and give its "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -11,6 +12,11 @@ class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, no silent type conversion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def one_of(words: Sequence[str]) -> str:
+    """Choices as a person names them: ``a``, ``a or b``, ``a, b or c``."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 # Beyond these a number is a slip of the keyboard, and what computes with it fails far from here:

@@ -40,7 +40,7 @@ def row_lengths(config: Config) -> RowLengths:
     data = config.data
     if config.algorithm.trains_reward_model:
         return RowLengths(data.max_row_tokens - 1, 1)
-    if data.format == "pairs":
+    if config.is_offline:
         prompt = min(data.max_prompt_tokens, data.max_row_tokens - 1)
         return RowLengths(prompt, data.max_row_tokens - prompt)
     room = data.max_row_tokens - data.max_prompt_tokens
