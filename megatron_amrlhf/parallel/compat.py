@@ -1,7 +1,8 @@
-"""The only place that knows what differs between CPU (gloo) and GPU (nccl).
+"""The only place that patches libraries, and that knows what differs between CPU and GPU.
 
 megatron-core 0.16.1 names ``device="cuda"`` in places that a CPU process reaches, and DeepSpeed
-0.19.8 compiles a shared-memory op at start on CPU and compares ZeRO-3 traces over the whole world.
+0.19.8 compiles a shared-memory op at start on CPU, compares ZeRO-3 traces over the whole world and
+formats all weights into lines that it does not print.
 Each patch below is applied once, and ``tests/unit/parallel/test_compat.py`` fails when an upstream
 release moves what it patches.
 """
@@ -24,6 +25,7 @@ if not torch.cuda.is_available():
 
 import deepspeed
 from deepspeed.runtime.zero import (
+    parameter_offload,
     partition_parameters,
     partitioned_param_coordinator,
     stage3,
@@ -45,6 +47,11 @@ MEGATRON_MODULES = (
     state_dict_saver,
 )
 TRACE_CHECKERS = (partition_parameters, partitioned_param_coordinator, stage3)
+ARGUMENT_PRINTERS = (parameter_offload, stage3)
+for _module in ARGUMENT_PRINTERS:
+    # Each formats the values of all parameters into a line that it does not print: milliseconds
+    # a parameter and role, and twice a start failed in there, inside torch's own formatting.
+    _module.locals = lambda: "not shown"
 
 
 def on_gpu() -> bool:

@@ -56,6 +56,12 @@ def test_trace_check_is_called_by_the_patched_name():
         assert "assert_ints_same_as_other_ranks(" in inspect.getsource(module), module.__name__
 
 
+def test_deepspeed_asks_for_its_arguments_where_it_is_answered_briefly():
+    for module in compat.ARGUMENT_PRINTERS:
+        assert inspect.getsource(module).count("locals()") == 1, module.__name__
+        assert module.locals() == "not shown"
+
+
 def test_shared_memory_op_is_looked_up_where_it_is_switched_off():
     assert ShareMemCommBuilder.NAME == "deepspeed_shm_comm"
     assert "__compatible_ops__.get(builder.NAME" in inspect.getsource(build_shm_op)
