@@ -134,7 +134,7 @@ class ScoredBatch:
         assert self.sequence_rewards.shape == shape[:1]
 
     @property
-    def judged(self) -> Tensor:
+    def has_reward(self) -> Tensor:
         """``[B]`` bool, the answers whose reward did not fail."""
         return self.response_mask.any(dim=1)
 
@@ -147,13 +147,13 @@ class MaskedBatch:
         rollout: the samples.
         mask: ``[B, R]`` bool, the tokens that the loss reads (eq. 13).
         chosen: ``[B]`` bool, the preferred answers (Y_c of eq. 13).
-        judged: ``[B]`` bool, the answers whose reward did not fail; the others are in no mask.
+        has_reward: ``[B]`` bool, the answers whose reward did not fail; the others are in no mask.
     """
 
     rollout: RolloutBatch
     mask: Tensor
     chosen: Tensor
-    judged: Tensor
+    has_reward: Tensor
 
     def __post_init__(self):
         assert self.mask.dtype == torch.bool and self.mask.shape[0] == len(self.rollout.rows)
@@ -188,11 +188,11 @@ class TrainBatch(Generic[T]):
 
         No loss reads these, and what is not finite in a row would be so in its gradient, 0 or not.
         """
-        mask, rollout, judged = batch.mask.cpu(), batch.rollout, batch.judged.cpu()
-        kept = zip(rollout.rows, judged.tolist(), strict=True)
+        mask, rollout, has_reward = batch.mask.cpu(), batch.rollout, batch.has_reward.cpu()
+        kept = zip(rollout.rows, has_reward.tolist(), strict=True)
         return cls(
-            rows=tuple(row if is_judged else row[:0] for row, is_judged in kept),
-            prompt_lengths=torch.where(judged, rollout.prompt_lengths, 0),
+            rows=tuple(row if is_kept else row[:0] for row, is_kept in kept),
+            prompt_lengths=torch.where(has_reward, rollout.prompt_lengths, 0),
             targets=targets,
             ids=rollout.sample_ids,
             kept_lengths=last_true(mask) + 1,

@@ -9,17 +9,18 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import best_and_worst, pairs_above
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.config.algorithms import DpoAlgorithm
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.losses.dpo import PairTargets, dpo_loss
 from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class Dpo(SelectionAlgorithm):
+class Dpo(SelectionAlgorithm[DpoAlgorithm]):
     """Pairs lie in the batch as chosen, rejected, chosen, rejected ..."""
 
-    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        algorithm, rewards = self.context.config.algorithm, rewards_by_prompt(judged)
+    def select(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        algorithm, rewards = self.section, rewards_by_prompt(experience)
         if algorithm.pairs == "best_worst":
             pairs = best_and_worst(rewards)
         else:
@@ -32,13 +33,13 @@ class Dpo(SelectionAlgorithm):
 
     @property
     def reads_kept_alone(self) -> bool:
-        return self.context.config.algorithm.form == "inside"
+        return self.section.form == "inside"
 
-    def targets(self, answers: AnswerTargets) -> PairTargets:
+    def record(self, answers: AnswerTargets) -> PairTargets:
         return PairTargets(**vars(answers))
 
     def update_actor(self, part: TrainBatch[PairTargets]):
         """One optimizer step of the policy on eq. 15."""
-        algorithm = self.context.config.algorithm
+        algorithm = self.section
         loss = partial(dpo_loss, beta=algorithm.beta, form=algorithm.form)
         return self.update_policy(part, loss)

@@ -9,42 +9,47 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
+from megatron_amrlhf.config.algorithms import GrpoAlgorithm
 from megatron_amrlhf.experience.context import count_metric
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.losses.grpo import GrpoTargets, group_advantages, grpo_loss
 from megatron_amrlhf.losses.reduce import Metrics, denominator_mask, row_weights
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class Grpo(SurrogateAlgorithm):
+class Grpo(SurrogateAlgorithm[GrpoAlgorithm]):
     """Learns from every answer; one is chosen if its advantage is above 0, and not by rounding."""
 
-    def advantages(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def advantages(self, experience: Experience) -> tuple[Tensor, Tensor]:
         """Advantage of each answer and standard deviation of its group (last stages)."""
         return group_advantages(
-            judged.dense.sequence_rewards,
-            judged.rollout.group_ids,
-            self.context.config.algorithm.scale_rewards,
-            judged.scored.judged,
+            experience.dense.sequence_rewards,
+            experience.rollout.group_ids,
+            self.section.scale_rewards,
+            experience.scored.has_reward,
         )
 
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        advantages, ids = self.advantages(judged)[0], judged.rollout.group_ids
+    def choose(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        advantages, ids = self.advantages(experience)[0], experience.rollout.group_ids
         # Of an answer that is its group's mean but for rounding the sign says nothing.
-        rewards, has_reward = judged.dense.sequence_rewards, judged.scored.judged
-        is_above_mean = chosen_labels(rewards, "group", ids.to(rewards.device), judged=has_reward)
-        return all_rows(judged), (advantages > 0) & is_above_mean
+        rewards, has_reward = experience.dense.sequence_rewards, experience.scored.has_reward
+        is_above_mean = chosen_labels(
+            rewards, "group", ids.to(rewards.device), has_reward=has_reward
+        )
+        return all_rows(experience), (advantages > 0) & is_above_mean
 
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[GrpoTargets, Metrics]:
+    def targets(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience
+    ) -> tuple[GrpoTargets, Metrics]:
         """What the loss reads, and how the groups are spread (last stages)."""
-        scored, config = judged.scored, self.context.config
-        advantages, std = self.advantages(judged)
+        scored, config = experience.scored, self.context.config
+        advantages, std = self.advantages(experience)
         counted = denominator_mask(scored.response_mask, batch.mask, config.loss.denominator)
-        by_row = config.algorithm.length_normalise == "sequence"
+        by_row = self.section.length_normalise == "sequence"
         one_B1 = torch.ones_like(advantages)[:, None]
         targets = GrpoTargets(
-            denominator=scored.judged[:, None] if by_row else counted,
+            denominator=scored.has_reward[:, None] if by_row else counted,
             mask=batch.mask,
             valid=scored.response_mask,
             reference_logprobs=scored.reference_logprobs,
@@ -53,20 +58,20 @@ class Grpo(SurrogateAlgorithm):
             weight=row_weights(counted) if by_row else one_B1,
             kl_scale=one_B1,
         )
-        std_G = one_a_group(std, judged.rollout.group_ids, scored.judged)
+        std_G = one_a_group(std, experience.rollout.group_ids, scored.has_reward)
         return targets, {
-            "grpo/advantage": count_metric(advantages.abs().sum(), scored.judged.sum()),
+            "grpo/advantage": count_metric(advantages.abs().sum(), scored.has_reward.sum()),
             "grpo/flat_groups": count_metric((std_G == 0).sum(), std_G.numel()),
             "grpo/group_std": count_metric(std_G.sum(), std_G.numel()),
         }
 
     @property
     def reads_kept_alone(self) -> bool:
-        return self.context.config.algorithm.kl_coef == 0
+        return self.section.kl_coef == 0
 
     def update_actor(self, part: TrainBatch[GrpoTargets]):
         """One optimizer step of the policy."""
-        algorithm = self.context.config.algorithm
+        algorithm = self.section
         part = self.with_kl_scale(part, algorithm.length_normalise == "sequence")
         loss = partial(
             grpo_loss,
@@ -78,8 +83,8 @@ class Grpo(SurrogateAlgorithm):
         return self.update_policy(part, loss)
 
 
-def one_a_group(x: Tensor, group_ids: Tensor, judged: Tensor) -> Tensor:
-    """``[G]`` the entry of each group that has a judged answer; in a group all are equal."""
-    groups_B, x_B = group_ids.to(x.device)[judged], x[judged]
+def one_a_group(x: Tensor, group_ids: Tensor, has_reward: Tensor) -> Tensor:
+    """``[G]`` the entry of each group that has an answer with a reward; in it all are equal."""
+    groups_B, x_B = group_ids.to(x.device)[has_reward], x[has_reward]
     groups_G, index_B = groups_B.unique(return_inverse=True)
     return x.new_zeros(groups_G.shape).scatter(0, index_B, x_B)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,11 +13,13 @@ from megatron_amrlhf.algorithms.choices import is_flat
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm, all_rows
 from megatron_amrlhf.algorithms.selection import rewards_by_prompt
 from megatron_amrlhf.algorithms.update import run_updates, split_units
+from megatron_amrlhf.config.algorithms import KtoAlgorithm
 from megatron_amrlhf.experience.context import count_metric
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
 from megatron_amrlhf.losses.kto import KtoTargets, kto_loss, reference_point
 from megatron_amrlhf.losses.reduce import Metrics
+from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.mask.adaptive import chosen_labels
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
@@ -39,52 +42,58 @@ class KtoBatch(TrainBatch[KtoTargets]):
         return replace(super().select(index), mismatched=self.mismatched.select(index))
 
 
-class Kto(PolicyAlgorithm):
+class Kto(PolicyAlgorithm[KtoAlgorithm]):
     """Learns from every answer; the chosen ones are desirable, the others undesirable."""
 
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        rewards = judged.dense.sequence_rewards
+    def choose(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        rewards = experience.dense.sequence_rewards
         labels = chosen_labels(
             rewards,
             self.context.config.mask.label,
-            judged.rollout.group_ids.to(rewards.device),
+            experience.rollout.group_ids.to(rewards.device),
             group=self.context.mesh.dp_group,
-            judged=judged.scored.judged,
+            has_reward=experience.scored.has_reward,
         )
-        return all_rows(judged), labels
+        return all_rows(experience), labels
 
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        config = self.context.config
-        samples = config.rollout.samples_per_prompt
-        has_label, metrics = None, {}
-        if judged.scored is not None:
-            flat = is_flat(rewards_by_prompt(judged))
-            has_label = labelled(batch.judged, flat, config.mask.label)
-            metrics = {"kto/flat_groups": count_metric(flat.sum(), flat.numel())}
+    def targets(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience
+    ) -> tuple[AnswerTargets, Metrics]:
+        """What the loss reads beside the mismatched pairs (last stages)."""
+        flat = is_flat(rewards_by_prompt(experience))
+        has_label = labelled(batch.has_reward, flat, self.context.config.mask.label)
+        targets = AnswerTargets(
+            denominator=has_label[:, None],  # one an answer
+            mask=batch.mask,
+            valid=experience.scored.response_mask,
+            reference_logprobs=experience.scored.reference_logprobs,
+        )
+        return targets, {"kto/flat_groups": count_metric(flat.sum(), flat.numel())}
+
+    def train_batch(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience | None
+    ) -> tuple[KtoBatch, Metrics]:
+        """The answers, and with each its mismatched pair."""
+        train, metrics = super().train_batch(batch, rows, experience)
+        samples = self.context.config.rollout.samples_per_prompt
         mismatched, kept, counted = mismatched_pairs(batch, samples, self.context.mesh)
         read = read_logprobs(self.context, self.logprob_temperature())
         reference = score_tokens(self.context, "reference", mismatched, "before", read)
         targets = None
-        if judged.scored is not None and has_label is not None and reference is not None:
+        if reference is not None:
             targets = KtoTargets(
-                denominator=has_label[:, None],  # one an answer
-                mask=batch.mask,
-                valid=judged.scored.response_mask,
-                reference_logprobs=judged.scored.reference_logprobs,
+                **vars(train.targets),
                 chosen=batch.chosen,
                 mismatched_mask=kept.to(batch.mask.device),
                 mismatched_reference=reference,
-                mismatched_judged=counted.to(batch.mask.device),
+                mismatched_has_reward=counted.to(batch.mask.device),
             )
-        train = KtoBatch(**vars(TrainBatch.of(batch, targets)), mismatched=mismatched)
-        learned, engine = self.update(train)
-        return metrics | learned, engine
+        return KtoBatch(**{**vars(train), "targets": targets}, mismatched=mismatched), metrics
 
-    def update(self, train: KtoBatch) -> tuple[Metrics, dict]:
+    def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""
-        minibatches, mesh = self.context.config.algorithm.minibatches, self.context.mesh
+        assert isinstance(train, KtoBatch), "train_batch() made it"
+        minibatches, mesh = self.section.minibatches, self.context.mesh
         split = split_units(len(train.rows), minibatches, None, mesh)
         parts = [train.select(rows) for rows in split]
         roles = {"actor": self.update_actor}
@@ -94,12 +103,12 @@ class Kto(PolicyAlgorithm):
         """z0 of the policy as it is now, None but on last stages. Entered by every rank."""
         read = read_logprobs(self.context, self.logprob_temperature())
         logprobs = score_tokens(self.context, "actor", part.mismatched, "before", read)
-        if logprobs is None:
+        if logprobs is None or part.targets is None:
             return None
         width = logprobs.shape[1]  # the targets are as wide as the whole rollout
         reference = part.targets.mismatched_reference[:, :width]
         mask = part.targets.mismatched_mask[:, :width]
-        counted = part.targets.mismatched_judged
+        counted = part.targets.mismatched_has_reward
         return reference_point(logprobs, reference, mask, self.context.mesh.dp_group, counted)
 
     @property
@@ -108,10 +117,10 @@ class Kto(PolicyAlgorithm):
 
     def update_actor(self, part: KtoBatch):
         """One optimizer step of the policy."""
-        algorithm = self.context.config.algorithm
+        algorithm = self.section
         loss = partial(
             kto_loss,
-            z0=self.reference_point(part),
+            z0=cast(Tensor, self.reference_point(part)),  # it is, where the loss is called
             beta=algorithm.beta,
             desirable_weight=algorithm.desirable_weight,
             undesirable_weight=algorithm.undesirable_weight,
@@ -155,7 +164,7 @@ def mismatched_pairs(
     lengths, counts = rollout.prompt_lengths.tolist(), rollout.response_lengths.tolist()
     answers = [row[length:] for row, length in zip(rollout.rows, lengths, strict=True)]
     kept = [mask[:count] for mask, count in zip(batch.mask.cpu(), counts, strict=True)]
-    counted = batch.judged.tolist()
+    counted = batch.has_reward.tolist()
     firsts = gather_objects((answers[:samples], kept[:samples], counted[:samples]), mesh.dp_group)
     next_answers, next_kept, next_counted = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
     answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.update import update
+from megatron_amrlhf.config.algorithms import OrmAlgorithm
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
@@ -21,7 +22,7 @@ from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.types import TrainBatch
 
 
-class Orm(RewardTraining[EncodedPair]):
+class Orm(RewardTraining[EncodedPair, OrmAlgorithm]):
     """A head of one output, read at the end-of-turn token.
 
     Rows lie in a batch as chosen, rejected, chosen, rejected ...
@@ -54,7 +55,7 @@ class Orm(RewardTraining[EncodedPair]):
             read_value(),
             loss=orm_loss,
             name="orm",
-            together=self.context.config.algorithm.rows_together,
+            together=self.section.rows_together,
         )
 
     def heldout_metrics(

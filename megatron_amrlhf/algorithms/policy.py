@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from dataclasses import replace
-from typing import TypeVar
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.update import LossFunction, response_plan, update
+from megatron_amrlhf.algorithms.update import A, LossFunction, response_plan, update
+from megatron_amrlhf.config.algorithm_section import PolicySection
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
 from megatron_amrlhf.data.order import DataPosition
@@ -21,9 +21,9 @@ from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.scored_pairs import ScoredPair, load_scored_pairs
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.heldout import evaluate_policy
-from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
-from megatron_amrlhf.experience.masking import share_index, share_mask
-from megatron_amrlhf.experience.pairs import PairMaker, evaluate_pairs
+from megatron_amrlhf.experience.maker import Experience, ExperienceMaker
+from megatron_amrlhf.experience.masking import broadcast_mask, broadcast_rows
+from megatron_amrlhf.experience.pairs import PairSource, evaluate_pairs
 from megatron_amrlhf.experience.reward_models import (
     answer_check,
     lack_ids,
@@ -33,18 +33,22 @@ from megatron_amrlhf.experience.reward_models import (
 from megatron_amrlhf.experience.rewarding import Rewarder
 from megatron_amrlhf.experience.sample_log import log_samples
 from megatron_amrlhf.experience.scoring import read_logprobs
+from megatron_amrlhf.experience.sources import AnswerSource, RolloutSource, make_generator
 from megatron_amrlhf.losses.reduce import Metrics, kl_scale
 from megatron_amrlhf.losses.targets import AnswerTargets, KlTargets
-from megatron_amrlhf.types import MaskedBatch, TrainBatch
+from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
 
-A = TypeVar("A", bound=AnswerTargets)
+S = TypeVar("S", bound=PolicySection)
 K = TypeVar("K", bound=KlTargets)
 
 
-class PolicyAlgorithm(ABC):
+class PolicyAlgorithm(ABC, Generic[S]):
     """An algorithm that improves the actor by its own answers, or offline by those of a file.
 
-    Subclasses choose answers and labels, and learn from the masked answers.
+    Subclasses choose answers and labels, and say what is learned from them.
+
+    Attributes:
+        section: the algorithm's own keys of the configuration.
     """
 
     evaluates_at_start = True
@@ -59,7 +63,7 @@ class PolicyAlgorithm(ABC):
         Raises:
             UserError: the data or the PRM are wrong.
         """
-        self.is_offline = config.is_offline
+        self.section, self.is_offline = cast(S, config.algorithm), config.is_offline
         self.reward_models = load_reward_models(config, tokenizer)
         self.offline = load_offline_scores(config, self.reward_models)
         readers = replace(readers, exact=readers.exact or lack_ids(self.reward_models, tokenizer))
@@ -117,7 +121,7 @@ class PolicyAlgorithm(ABC):
         """Adds the roles. Entered by every rank."""
         self.context, optim = context, context.config.optimizer
         context.log_selections(self.selections)
-        algorithm, folder = context.config.algorithm, context.model_folder
+        algorithm, folder = self.section, context.model_folder
         at_once = algorithm.updates_per_step
         length = {"total_steps": self.total_steps * at_once, "steps_at_once": at_once}
         for role in algorithm.roles(context.config):
@@ -126,60 +130,91 @@ class PolicyAlgorithm(ABC):
             context.role(role.name, folder, role.head_outputs, **training)
         for model in self.reward_models:
             context.role(model.role, model.folder, model.num_attributes)
-        maker = PairMaker if self.is_offline else ExperienceMaker
-        self.maker = maker(
+        rewarder = Rewarder(context, self.reward_models)
+        self.maker = ExperienceMaker(
             context,
-            self.train_data,
-            self.position,
             temperature=self.logprob_temperature(),
-            rewarder=Rewarder(context, self.reward_models),
+            rewarder=rewarder,
             offline=self.offline,
         )
+        self.source: AnswerSource
+        if self.is_offline:
+            pairs, roles = cast(Rows[ScoredPair], self.train_data), rewarder.roles
+            self.source = PairSource(context, pairs, self.position, roles)
+        else:
+            prompts = cast(Rows[EncodedPrompt], self.train_data)
+            self.source = RolloutSource(context, prompts, self.position, make_generator(context))
 
     def logprob_temperature(self) -> float:
         """Softmax temperature of the log-probs that the loss reads."""
         return 1.0
 
     @abstractmethod
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        """Indices of the answers to learn from and their labels ``[B]`` bool, on a last stage.
+    def choose(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        """Indices of the answers to learn from and their labels ``[S]`` bool, on a last stage.
 
         Replicas may choose different numbers of answers, none too.
         """
 
     @abstractmethod
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        """Advantages or pairs, loss and update. Entered by every rank.
+    def targets(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience
+    ) -> tuple[AnswerTargets, Metrics]:
+        """What the losses read of the answers at ``rows``, and metrics, on a last stage.
+
+        Args:
+            batch: these answers with their mask and labels.
+            rows: ``[S]`` int64, where they are among all answers.
+            experience: of all answers.
+        """
+
+    @abstractmethod
+    def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict[str, float]]:
+        """All optimizer steps on one rollout. Entered by every rank.
 
         Returns (sum, count) metrics of the last stage, and plain engine metrics of every rank.
         """
 
     def step(self, step: int) -> dict[str, float]:
-        """One step: rollout, score, mask, learn. Entered by every rank; same result on all."""
-        maker = self.maker
-        prompts = maker.prompts_of(step)
-        judged, metrics = maker.judge(prompts, step)
-        start = time.perf_counter()
-        self.context.console.progress.enter("mask")
-        index = mask = labels = has_reward = None
-        if self.context.mesh.is_last_stage:
-            index, labels = self.choose(judged, step)
-            mask, mask_metrics = maker.mask(judged, index, labels)
-            has_reward = judged.scored.judged[index]
-            metrics |= mask_metrics
-        rows = share_index(self.context, index)
-        answers = judged.rollout.select(rows)
-        batch = share_mask(self.context, answers, mask, labels, has_reward)
-        maker.seconds["mask"] += time.perf_counter() - start
-        log_samples(self.context, step, prompts=prompts, judged=judged, rows=rows, batch=batch)
-        start = time.perf_counter()
-        loss_metrics, engine_metrics = self.learn(batch, rows, judged, step)
-        seconds = time.perf_counter() - start
-        tokens = sum(row.numel() for row in batch.rollout.rows)
-        timings = maker.timings(judged.rollout, seconds, tokens)
-        return self.context.publish(metrics | loss_metrics) | engine_metrics | timings
+        """Rollout, score, cut, choose, mask, advantage, update. Entered by every rank.
+
+        Returns the metrics of the step, the same on every rank.
+        """
+        context, source, maker = self.context, self.source, self.maker
+        context.seconds.clear()
+        prompts = source.prompts(step)
+        answers = source.answers(prompts, step)
+        scored, metrics = maker.score(answers, prompts, step, source.rewards(answers))
+        experience = picked = None
+        with context.phase("mask"):
+            if scored is not None:  # on a last stage, which broadcasts what it has picked
+                experience = maker.cut(answers, scored)
+                picked, mask_metrics = maker.mask(experience, *self.choose(experience, step))
+                metrics |= mask_metrics
+            rows = broadcast_rows(context, picked)
+            batch = broadcast_mask(context, answers.select(rows), picked)
+        log_samples(context, step, prompts=prompts, experience=experience, rows=rows, batch=batch)
+        with context.phase("update"):
+            train, advantage_metrics = self.train_batch(batch, rows, experience)
+            learned, engine_metrics = self.update(train, step)
+        known = {x: y for x, y in metrics.items() if not x.startswith(source.unknown_metrics)}
+        published = context.publish(known | advantage_metrics | learned)
+        return published | engine_metrics | step_timings(context, answers, batch.rollout)
+
+    def train_batch(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience | None
+    ) -> tuple[TrainBatch, Metrics]:
+        """The rows of the updates with their targets, these on last stages. Entered by every rank.
+
+        Args:
+            batch: the answers to learn from.
+            rows: ``[S]`` int64, where they are among all answers.
+            experience: of all answers; None but on last stages.
+        """
+        if experience is None:
+            return TrainBatch.of(batch, None), {}
+        targets, metrics = self.targets(batch, rows, experience)
+        return TrainBatch.of(batch, targets), metrics
 
     @property
     @abstractmethod
@@ -191,7 +226,7 @@ class PolicyAlgorithm(ABC):
         read = read_logprobs(self.context, self.logprob_temperature())
         cut = part.cut_to_kept() if self.reads_kept_alone else part
         plan = response_plan(cut)
-        together = self.context.config.algorithm.rows_together
+        together = self.section.rows_together
         result, metrics = update(
             self.context,
             "actor",
@@ -221,8 +256,13 @@ class PolicyAlgorithm(ABC):
 
     def evaluate(self) -> dict[str, float]:
         """How good the policy is on held-out prompts or pairs. Entered by every rank."""
-        evaluate = evaluate_pairs if self.is_offline else evaluate_policy
-        return evaluate(self.maker, self.heldout_data)
+        if isinstance(self.source, RolloutSource):
+            prompts = cast(Rows[EncodedPrompt], self.heldout_data)
+            return evaluate_policy(
+                self.context, self.source.generator, self.maker.rewarder, prompts
+            )
+        pairs = cast(Rows[ScoredPair], self.heldout_data)
+        return evaluate_pairs(self.context, pairs, self.logprob_temperature())
 
     def state_dict(self) -> dict:
         """What a checkpoint needs beside the roles; equal on all last-stage ranks."""
@@ -238,11 +278,34 @@ class PolicyAlgorithm(ABC):
             UserError: the scored data set is another one and may not be.
         """
         self.maker.running.load_state_dict(state["running_baseline"])
-        section = self.context.config.checkpoint
-        if self.offline and not section.accept_changed_data:
-            self.offline.check_same(state.get("offline"), self.context.config.mask.offline_file)
+        config = self.context.config
+        if self.offline and not config.checkpoint.accept_changed_data:
+            assert config.mask.offline_file is not None, "it was read"
+            self.offline.check_same(state.get("offline"), config.mask.offline_file)
 
 
-def all_rows(judged: Judged) -> Tensor:
+def all_rows(experience: Experience) -> Tensor:
     """Indices of all answers."""
-    return torch.arange(len(judged.rollout.rows))
+    return torch.arange(len(experience.rollout.rows))
+
+
+def step_timings(
+    context: Context, answers: RolloutBatch, learned: RolloutBatch
+) -> dict[str, float]:
+    """The time and throughput metrics of a step: this rank's clock, all replicas' tokens.
+
+    Entered by every rank.
+
+    Args:
+        context: the run, whose step is over.
+        answers: of this replica.
+        learned: those of them that it has learned from.
+    """
+    seconds = context.seconds
+    named = {f"time/{name}_seconds": value for name, value in seconds.items()}
+    tokens = context.over_replicas(int(answers.response_lengths.sum()))
+    if "rollout" in seconds:
+        named["throughput/rollout_tokens_per_second"] = tokens / seconds["rollout"]
+    updated = context.over_replicas(sum(row.numel() for row in learned.rows))
+    named["throughput/update_tokens_per_second"] = updated / max(seconds["update"], 1e-9)
+    return named

@@ -11,8 +11,9 @@ from torch import Tensor
 from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
 from megatron_amrlhf.algorithms.update import UpdateFunction, response_plan, update
+from megatron_amrlhf.config.algorithms import PpoAlgorithm
 from megatron_amrlhf.experience.context import count_metric
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.gae import gae
 from megatron_amrlhf.losses.kl import reward_penalty
@@ -23,28 +24,28 @@ from megatron_amrlhf.mask.statistics import whiten
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class Ppo(SurrogateAlgorithm):
+class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
     """Actor and critic learn from every answer; the mask is the actor's alone."""
 
-    def choose(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        scored, rollout = judged.scored, judged.rollout
-        kind, rewards = self.context.config.mask.label, judged.dense.sequence_rewards
+    def choose(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        scored, rollout = experience.scored, experience.rollout
+        kind, rewards = self.context.config.mask.label, experience.dense.sequence_rewards
         if kind == "value":  # in the critic's units: those of the shaped rewards
-            rewards = self.advantages(judged)[1][:, 0]
+            rewards = self.advantages(experience)[1][:, 0]
         labels = chosen_labels(
             rewards,
             kind,
             rollout.group_ids.to(scored.values.device),
             values=scored.values[:, 0],
             group=self.context.mesh.dp_group,
-            judged=scored.judged,
+            has_reward=scored.has_reward,
         )
-        return all_rows(judged), labels
+        return all_rows(experience), labels
 
-    def advantages(self, judged: Judged) -> tuple[Tensor, Tensor]:
+    def advantages(self, experience: Experience) -> tuple[Tensor, Tensor]:
         """Advantages and returns of dense rewards, maybe with the KL in them (last stages)."""
-        algorithm, scored = self.context.config.algorithm, judged.scored
-        rewards = judged.dense.shaped
+        algorithm, scored = self.section, experience.scored
+        rewards = experience.dense.shaped
         if algorithm.kl_in == "reward":
             both = (scored.logprobs, scored.reference_logprobs)
             rewards = rewards - algorithm.kl_coef * reward_penalty(*both, algorithm.kl_estimator)
@@ -57,11 +58,13 @@ class Ppo(SurrogateAlgorithm):
             bootstrap_values=scored.bootstrap_values,
         )
 
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[PpoTargets, Metrics]:
+    def targets(
+        self, batch: MaskedBatch, rows: Tensor, experience: Experience
+    ) -> tuple[PpoTargets, Metrics]:
         """What actor and critic learn from (last stages)."""
-        scored, algorithm = judged.scored, self.context.config.algorithm
+        scored, algorithm = experience.scored, self.section
         valid = scored.response_mask
-        advantages, returns = self.advantages(judged)
+        advantages, returns = self.advantages(experience)
         if algorithm.whiten_advantages:
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
         targets = PpoTargets(
@@ -82,24 +85,23 @@ class Ppo(SurrogateAlgorithm):
 
     @property
     def reads_kept_alone(self) -> bool:
-        algorithm = self.context.config.algorithm
+        algorithm = self.section
         return algorithm.kl_in == "reward" or algorithm.kl_coef == 0
 
     def update_actor(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the policy on eq. 14."""
-        algorithm, kind = self.context.config.algorithm, self.context.config.loss.denominator
+        algorithm, kind = self.section, self.context.config.loss.denominator
         if part.targets is not None:
             counted = denominator_mask(part.targets.valid, part.targets.mask, kind)
             part = replace(part, targets=replace(part.targets, denominator=counted))
-        kl = {}
+        loss = partial(ppo_actor_loss, clip_eps=algorithm.clip_eps)
         if algorithm.kl_in == "loss":
             part = self.with_kl_scale(part)
-            kl = {"kl_coef": algorithm.kl_coef, "estimator": algorithm.kl_estimator}
-        loss = partial(ppo_actor_loss, clip_eps=algorithm.clip_eps, **kl)
+            loss = partial(loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator)
         return self.update_policy(part, loss)
 
     def update_critic(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the critic, on all response tokens."""
-        loss = partial(ppo_value_loss, clip_eps=self.context.config.algorithm.value_clip_eps)
+        loss = partial(ppo_value_loss, clip_eps=self.section.value_clip_eps)
         plan, read = response_plan(part), read_value()
         return update(self.context, "critic", part, plan, read, loss=loss, name="value")

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.step_metrics import step_metrics
 from megatron_amrlhf.algorithms.update import update
+from megatron_amrlhf.config.algorithms import PrmAlgorithm
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
@@ -29,19 +30,19 @@ from megatron_amrlhf.types import TrainBatch
 THRESHOLDS = {"bce": 0.0, "mse": 0.5}
 
 
-class Prm(RewardTraining[PrmExample]):
+class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
     """A head H -> D, read at the last token of every labelled step."""
 
     def load(
         self, path: str, config: Config, tokenizer: PreTrainedTokenizerBase, readers: Readers
     ) -> tuple[Rows[PrmExample], Selection]:
-        count = config.algorithm.num_attributes
+        count = self.section.num_attributes
         return load_prm_examples(path, tokenizer, config.data, count, readers)
 
     def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch[StepTargets], OutputPlan]:
         """Rows with ``[B, S, D]`` labels, and outputs at the labelled positions."""
         plan = label_outputs(examples)
-        attributes = self.context.config.algorithm.num_attributes
+        attributes = self.section.num_attributes
         labels = torch.zeros(len(examples), plan.width, attributes)
         present = torch.zeros(len(examples), plan.width, dtype=torch.bool)
         for row, example in enumerate(examples):
@@ -60,7 +61,7 @@ class Prm(RewardTraining[PrmExample]):
     def update(self, batch: TrainBatch[StepTargets], plan: OutputPlan):
         """One optimizer step on the step labels."""
         read = Reader(outputs=lambda outputs, block: outputs.float())
-        loss = partial(prm_loss, kind=self.context.config.algorithm.loss)
+        loss = partial(prm_loss, kind=self.section.loss)
         return update(self.context, self.role, batch, plan, read, loss=loss, name="prm")
 
     def heldout_metrics(
@@ -73,7 +74,7 @@ class Prm(RewardTraining[PrmExample]):
             pair = (outputs.mean(dim=-1), torch.cat([torch.zeros(0), *labels]))
             everyone = gather_objects(tuple(x.numpy() for x in pair), mesh.dp_group)
             scores, truth = (np.concatenate(part) for part in zip(*everyone, strict=True))
-            threshold = THRESHOLDS[self.context.config.algorithm.loss]
+            threshold = THRESHOLDS[self.section.loss]
             found = step_metrics(scores, truth, threshold) | {"eval/num_steps": float(truth.size)}
         return broadcast_object_from_last_stage(found, mesh)
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.choices import top_rows
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm, rewards_by_prompt
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.config.algorithms import RejectionSamplingAlgorithm
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.losses.reduce import denominator_mask
 from megatron_amrlhf.losses.rejection_sampling import SelectedTargets, rejection_sampling_loss
 from megatron_amrlhf.losses.targets import AnswerTargets
@@ -17,40 +18,40 @@ from megatron_amrlhf.rollout.sampling import uniforms
 from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 
-class RejectionSampling(SelectionAlgorithm):
+class RejectionSampling(SelectionAlgorithm[RejectionSamplingAlgorithm]):
     """Learns from selected answers to each prompt; all of them are chosen ones."""
 
-    def select(self, judged: Judged, step: int) -> tuple[Tensor, Tensor]:
-        algorithm, scores = self.context.config.algorithm, rewards_by_prompt(judged)
+    def select(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
+        algorithm, scores = self.section, rewards_by_prompt(experience)
         if algorithm.select == "threshold":
             counts = (scores >= algorithm.threshold).sum(dim=1)
         else:  # best: k is 1
             counts = torch.full_like(scores[:, 0], algorithm.k, dtype=torch.int64)
         if algorithm.control == "random":
-            chance = self.random_scores(judged, step).view_as(scores).to(scores.device)
+            chance = self.random_scores(experience, step).view_as(scores).to(scores.device)
             scores = torch.where(scores.isnan(), torch.nan, chance)
         rows = top_rows(scores, counts)
         return rows, torch.ones_like(rows, dtype=torch.bool)
 
-    def random_scores(self, judged: Judged, step: int) -> Tensor:
+    def random_scores(self, experience: Experience, step: int) -> Tensor:
         """``[B]`` float64 in [0, 1), by seed, step and sample alone, so of no layout."""
         # The negative step gives other numbers than those that the answers were sampled by.
-        return uniforms(self.context.config.run.seed, -step, judged.rollout.sample_ids, 1)[:, 0]
+        return uniforms(self.context.config.run.seed, -step, experience.rollout.sample_ids, 1)[:, 0]
 
     def denominator(self, batch: MaskedBatch, valid: Tensor) -> Tensor:
         return denominator_mask(valid, batch.mask, self.context.config.loss.denominator)
 
     @property
     def reads_kept_alone(self) -> bool:
-        return self.context.config.algorithm.kl_coef == 0
+        return self.section.kl_coef == 0
 
-    def targets(self, answers: AnswerTargets) -> SelectedTargets:
+    def record(self, answers: AnswerTargets) -> SelectedTargets:
         one_B1 = torch.ones_like(answers.reference_logprobs[:, :1])
         return SelectedTargets(**vars(answers), kl_scale=one_B1)
 
     def update_actor(self, part: TrainBatch[SelectedTargets]):
         """One optimizer step of the policy on eq. 16."""
-        algorithm, part = self.context.config.algorithm, self.with_kl_scale(part)
+        algorithm, part = self.section, self.with_kl_scale(part)
         loss = partial(
             rejection_sampling_loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator
         )

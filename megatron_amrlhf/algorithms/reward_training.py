@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, Protocol, TypeVar, cast
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.update import run_updates
-from megatron_amrlhf.config.algorithm_section import AlgorithmRole
+from megatron_amrlhf.config.algorithm_section import AlgorithmRole, RewardModelSection
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
 from megatron_amrlhf.data.order import PADDING, DataPosition, shard
@@ -31,12 +31,16 @@ class HasRows(Protocol):
 
 
 Example = TypeVar("Example", bound=HasRows)
+S = TypeVar("S", bound=RewardModelSection)
 
 
-class RewardTraining(ABC, Generic[Example]):
+class RewardTraining(ABC, Generic[Example, S]):
     """A backbone with a linear head that learns from examples.
 
     Subclasses say how a file is read, how examples become rows, and what is learned from these.
+
+    Attributes:
+        section: the algorithm's own keys of the configuration.
     """
 
     reward_models: ClassVar[tuple] = ()  # it reads none
@@ -52,13 +56,14 @@ class RewardTraining(ABC, Generic[Example]):
         Raises:
             UserError: the data are wrong.
         """
+        self.section = cast(S, config.algorithm)
         self.examples, selection = self.load(config.data.train, config, tokenizer, readers)
         self.selections: list[Selection] = [selection]
         self.heldout: Rows[Example] | tuple[()] = ()
         if config.data.heldout is not None:
             self.heldout, selection = self.load(config.data.heldout, config, tokenizer, readers)
             self.selections.append(selection)
-        count, size = len(self.examples) * config.algorithm.epochs, config.algorithm.batch_size
+        count, size = len(self.examples) * self.section.epochs, self.section.batch_size
         self.position = DataPosition(config.data.train, len(self.examples), config.run.seed, size)
         self.total_steps = config.run.steps or -(-count // size)
 
@@ -92,7 +97,7 @@ class RewardTraining(ABC, Generic[Example]):
 
     @property
     def _role(self) -> AlgorithmRole:
-        (role,) = self.context.config.algorithm.roles(self.context.config)
+        (role,) = self.section.roles(self.context.config)
         return role
 
     @property

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_amrlhf.algorithms.policy import PolicyAlgorithm
 from megatron_amrlhf.algorithms.update import UpdateFunction, epoch_parts, run_updates
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.config.algorithms import SurrogateSection
 from megatron_amrlhf.losses.reduce import Metrics
-from megatron_amrlhf.losses.targets import AnswerTargets
 from megatron_amrlhf.types import MaskedBatch, ScoredBatch, TrainBatch
 
+C = TypeVar("C", bound=SurrogateSection)
 
-class SurrogateAlgorithm(PolicyAlgorithm):
+
+class SurrogateAlgorithm(PolicyAlgorithm[C]):
     """Learns from every answer by the ratio of the policy to the model that sampled it."""
 
     def logprob_temperature(self) -> float:
         """The policy that acts is the softmax at the sampling temperature."""
         return self.context.config.rollout.temperature or 1.0
-
-    @abstractmethod
-    def targets(self, batch: MaskedBatch, judged: Judged) -> tuple[AnswerTargets, Metrics]:
-        """What the losses read, and (sum, count) metrics, on a last stage."""
 
     @abstractmethod
     def update_actor(self, part: TrainBatch):
@@ -34,21 +32,10 @@ class SurrogateAlgorithm(PolicyAlgorithm):
         """The optimizer step of each role that is trained, in order."""
         return {"actor": self.update_actor}
 
-    def learn(
-        self, batch: MaskedBatch, rows: Tensor, judged: Judged, step: int
-    ) -> tuple[Metrics, dict]:
-        targets: AnswerTargets | None = None
-        metrics: Metrics = {}
-        if judged.scored is not None:
-            targets, metrics = self.targets(batch, judged)
-        train = TrainBatch.of(batch, targets)
-        learned, engine = self.update(train, step)
-        return metrics | learned, engine
-
     def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""
         config, mesh = self.context.config, self.context.mesh
-        epochs, minibatches = config.algorithm.epochs, config.algorithm.minibatches
+        epochs, minibatches = self.section.epochs, self.section.minibatches
         parts = epoch_parts(
             train,
             epochs=epochs,

@@ -26,6 +26,7 @@ from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.types import T, TrainBatch
 
+A = TypeVar("A", bound=AnswerTargets)
 # ([b, R, ...] values of the model being trained, targets of the same rows) -> terms and metrics
 LossFunction = Callable[[Tensor, T], LossOutput]
 
@@ -67,10 +68,10 @@ def update(
     def scaled_loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
         read_out = read.outputs(outputs[: block.num_outputs], block)
         values = block.rectangle(read_out, plan.width)
+        assert count is not None and batch.targets is not None, "this is a last stage"
         targets = batch.targets.select(block.row_index)
         out = loss(values, targets)
         total = out.terms.sum()
-        assert count is not None, "this is a last stage"
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
         logged = count_metric(total.detach(), targets.denominator.sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
@@ -81,7 +82,7 @@ def update(
     return result, merge_metrics([*result.extras, uncounted])
 
 
-def response_plan(part: TrainBatch[AnswerTargets]) -> OutputPlan:
+def response_plan(part: TrainBatch[A]) -> OutputPlan:
     """Outputs before every response token, as wide as the targets (of the whole rollout)."""
     lengths = torch.tensor([row.numel() for row in part.rows], dtype=torch.int64)
     plan = response_outputs(lengths, part.prompt_lengths, "before")

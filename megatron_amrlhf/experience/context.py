@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +39,7 @@ class Context:
         folder: the run's folder.
         stop: whether this rank has seen a request to stop; by default there is none.
         usable: ``[vocab_size]`` bool on this rank's device, ids that the policy may say; None: all.
+        seconds: how long each phase of this step has taken, by this rank's clock.
     """
 
     config: Config
@@ -49,6 +52,15 @@ class Context:
     folder: RunFolder
     stop: StopRequest = field(default_factory=StopRequest)
     usable: Tensor | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Enters a phase of the step, such as ``mask``, and times it."""
+        self.console.progress.enter(name)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
 
     @property
     def vocab_size(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.config.algorithm_section import PolicySection
 from megatron_amrlhf.config.algorithms import CriticSection
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.losses.gae import gae, td_errors
@@ -77,18 +78,20 @@ def make_dense(
         shaped = _placed(context, shared, units, valid)
         rewards = shared
     signal = _signal(context, scored, rewards, shaped)
+    fixed = config.mask.fixed_value
+    if config.mask.threshold == "offline":
+        assert offline is not None, "read at the start"
+        fixed = offline.baseline
     baseline, std = baseline_and_std(
         signal,
         valid,
         config.mask.threshold,
-        fixed_value=offline.baseline
-        if config.mask.threshold == "offline"
-        else config.mask.fixed_value,
+        fixed_value=fixed,
         running=running,
         group_ids=rollout.group_ids.to(valid.device),
         group=group,
     )
-    if config.mask.threshold == "offline":
+    if config.mask.threshold == "offline" and offline is not None:
         std = torch.full_like(std, offline.std)
     delta = delta_in_signal_units(config.mask.delta, config.mask.delta_unit, std)
     sign = signs(signal, valid, baseline, delta, config.mask.neutral)
@@ -136,6 +139,7 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tens
     if kind == "reward":
         return rewards
     if kind == "implicit":
+        assert isinstance(algorithm, PolicySection), kind
         return algorithm.implicit_beta * (scored.logprobs - scored.reference_logprobs)
     assert isinstance(algorithm, CriticSection), kind
     after = scored.bootstrap_values

@@ -9,19 +9,27 @@ from torch import Tensor
 
 from megatron_amrlhf.data.order import PADDING, shard
 from megatron_amrlhf.data.prompts import EncodedPrompt
-from megatron_amrlhf.experience.context import count_metric
-from megatron_amrlhf.experience.maker import ExperienceMaker
+from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.preemption import until_stopped
+from megatron_amrlhf.experience.rewarding import Rewarder
+from megatron_amrlhf.experience.sources import prompt_batch
 from megatron_amrlhf.parallel.mesh import Mesh
 from megatron_amrlhf.rewards.judge.outcomes import REASONS
-from megatron_amrlhf.rollout.generator import generate
-from megatron_amrlhf.types import PromptBatch
+from megatron_amrlhf.rollout.generator import Generator
 
 EVALUATION_STEP = 0  # training steps count from 1, so these random numbers are never reused
 
 
-def evaluate_policy(maker: ExperienceMaker, prompts: Sequence[EncodedPrompt]) -> dict[str, float]:
+def evaluate_policy(
+    context: Context, generator: Generator, rewarder: Rewarder, prompts: Sequence[EncodedPrompt]
+) -> dict[str, float]:
     """Samples one answer of the policy to each held-out prompt. Entered by every rank.
+
+    Args:
+        context: the run.
+        generator: samples the answers.
+        rewarder: gives their rewards.
+        prompts: the held-out prompts.
 
     Returns:
         ``eval/reward_mean``: mean raw sequence reward; ``eval/answer_accuracy``: share of
@@ -29,46 +37,25 @@ def evaluate_policy(maker: ExperienceMaker, prompts: Sequence[EncodedPrompt]) ->
         judges); ``eval/not_judged``: share of those that it does not (prompts that have one);
         ``eval/response_tokens``; ``eval/ended_fraction``. Empty without held-out prompts.
     """
-    context = maker.context
-    mesh, config = context.mesh, context.config
-    count = min(config.evaluation.prompts, len(prompts))
+    count = min(context.config.evaluation.prompts, len(prompts))
     if not count:
         return {}
-    mine, group_ids, is_own = heldout_share(count, mesh)
-    chosen = [prompts[i] for i in mine]
-    batch = PromptBatch(
-        rows=tuple(prompt.row for prompt in chosen),
-        group_ids=group_ids,
-        texts=tuple(prompt.text for prompt in chosen),
-        answers=tuple(prompt.answer for prompt in chosen),
-        earlier=tuple(prompt.turns[:-1] for prompt in chosen),
-    )
-    size, seed = config.rollout.micro_batch_size, config.run.seed
+    mine, group_ids, is_own = heldout_rows(count, context.mesh)
+    batch = prompt_batch([prompts[i] for i in mine], group_ids)
     with context.console.track("evaluate", len(mine)):
         rollout = until_stopped(
-            context,
-            lambda: generate(
-                context.engine,
-                batch,
-                samples_per_prompt=1,
-                reference_samples=0,
-                settings=maker.settings(),
-                seed=seed,
-                step=EVALUATION_STEP,
-                micro_batch_size=size,
-                wants_stop=context.stop.seen,
-            ),
+            context, lambda: generator.generate(batch, EVALUATION_STEP, samples=1)
         )
-    rewards = maker.rewarder.score(rollout, batch)
+    rewards = rewarder.score(rollout, batch)
     metrics = {}
     if rewards is not None:
-        judged = ~rewards.failed & is_own.to(rewards.failed.device)
-        verdicts = maker.rewarder.verdicts(rollout, batch)
+        has_reward = ~rewards.failed & is_own.to(rewards.failed.device)
+        verdicts = rewarder.verdicts(rollout, batch)
         met, reasons = verdicts.rewards[is_own], verdicts.not_judged[is_own]
         has_reference = reasons != REASONS.index("no_reference")
         tokens, own = rollout.response_lengths[is_own].sum(), is_own.sum()
         metrics = {
-            "eval/reward_mean": count_metric(rewards.sequences[judged].sum(), judged.sum()),
+            "eval/reward_mean": count_metric(rewards.sequences[has_reward].sum(), has_reward.sum()),
             "eval/answer_accuracy": count_metric(met.nansum(), (~met.isnan()).sum()),
             "eval/not_judged": count_metric(
                 (met.isnan() & has_reference).sum(), has_reference.sum()
@@ -79,7 +66,7 @@ def evaluate_policy(maker: ExperienceMaker, prompts: Sequence[EncodedPrompt]) ->
     return context.publish(metrics)
 
 
-def heldout_share(count: int, mesh: Mesh) -> tuple[list[int], Tensor, Tensor]:
+def heldout_rows(count: int, mesh: Mesh) -> tuple[list[int], Tensor, Tensor]:
     """This replica's share of ``count`` held-out rows, of the same length n on every replica.
 
     Returns:

@@ -2,81 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
+from megatron_amrlhf.data.order import DataPosition
 from megatron_amrlhf.data.scored_pairs import ScoredPair
-from megatron_amrlhf.experience.context import count_metric
-from megatron_amrlhf.experience.heldout import heldout_share
-from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
-from megatron_amrlhf.experience.rewarding import Rewards
+from megatron_amrlhf.experience.context import Context, count_metric
+from megatron_amrlhf.experience.heldout import heldout_rows
 from megatron_amrlhf.experience.scoring import read_logprobs, score_tokens
+from megatron_amrlhf.experience.sources import places_of
 from megatron_amrlhf.losses.dpo import logprob_sizes
 from megatron_amrlhf.losses.orm import pair_accuracy
-from megatron_amrlhf.losses.reduce import Metrics
-from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
+from megatron_amrlhf.types import PromptBatch, RolloutBatch
 
 
-class PairMaker(ExperienceMaker):
+class PairSource:
     """Takes the answers of a step's pairs, chosen, rejected, chosen, rejected ...
 
     Their dense reward comes from the reward models; without a PRM the file's scores stand for its.
     Where there are neither, nothing reads a reward, and rewards are 0 and not among the metrics.
+
+    Args:
+        context: the run.
+        data: the pairs.
+        position: which of them a step takes.
+        reward_models: roles of the run's reward models.
     """
 
-    data: Sequence[ScoredPair]  # type: ignore[assignment]  # the base class has prompts
+    def __init__(
+        self,
+        context: Context,
+        data: Sequence[ScoredPair],
+        position: DataPosition,
+        reward_models: Collection[str],
+    ):
+        self.data, self.position, self._mesh = data, position, context.mesh
+        self._has_prm = "prm" in reward_models
+        has_rewards = bool(reward_models) or data[0].rewards is not None
+        # The policy has not sampled these answers; and nobody may have given a reward.
+        self.unknown_metrics: tuple[str, ...] = ("kl/ref_nats",)
+        if not has_rewards:
+            self.unknown_metrics += ("reward/",)
 
-    @property
-    def has_rewards(self) -> bool:
-        return bool(self.rewarder.models) or self.data[0].rewards is not None
-
-    def prompts_of(self, step: int) -> PromptBatch:
+    def prompts(self, step: int) -> PromptBatch:
         """The prompts of this replica's pairs of a step."""
-        places, indices = self.indices_of(step)
+        places, indices = places_of(self.position, step, self._mesh)
         pairs = [self.data[i].pair for i in indices]
         rows = tuple(pair.chosen[: pair.prompt_length] for pair in pairs)
         texts = tuple(pair.text for pair in pairs)
         return PromptBatch(rows, places, texts, answers=(None,) * len(rows))
 
-    def rollout(self, prompts: PromptBatch, step: int) -> RolloutBatch:
+    def answers(self, prompts: PromptBatch, step: int) -> RolloutBatch:
         """The answers of this replica's pairs of a step; sample 2 i + 1 is pair i's rejected."""
-        places, indices = self.indices_of(step)
+        places, indices = places_of(self.position, step, self._mesh)
         return pair_answers([self.data[i] for i in indices], places, indices)
 
-    def score(
-        self, rollout: RolloutBatch, prompts: PromptBatch, step: int
-    ) -> tuple[ScoredBatch | None, Metrics]:
-        scored, metrics = super().score(rollout, prompts, step)
-        metrics.pop("kl/ref_nats", None)  # the policy has not sampled these answers
-        return scored, metrics
-
-    def rewards(self, rollout: RolloutBatch, prompts: PromptBatch) -> Rewards | None:
-        """The models' rewards; the file's stand for a PRM's where none is. Entered by all ranks."""
-        if any(model.role == "prm" for model in self.rewarder.models):
-            return super().rewards(rollout, prompts)
-        rewards = torch.zeros(rollout.response_mask.shape)
-        for row, sample in enumerate(rollout.sample_ids.tolist()):
+    def rewards(self, answers: RolloutBatch) -> Tensor | None:
+        """``[B, R]`` rewards by the file's scores, 0 where it has none; None beside a PRM."""
+        if self._has_prm:
+            return None
+        rewards = torch.zeros(answers.response_mask.shape)
+        for row, sample in enumerate(answers.sample_ids.tolist()):
             given = self.data[sample // 2].rewards
             if given is not None:
                 own = given[sample % 2]
                 rewards[row, : own.numel()] = own
-        return self.rewarder.score(rollout, prompts, rewards)
-
-    def judge(self, prompts: PromptBatch, step: int) -> tuple[Judged, Metrics]:
-        judged, metrics = super().judge(prompts, step)
-        return judged, self._known(metrics)
-
-    def mask(self, judged: Judged, rows: Tensor, chosen: Tensor) -> tuple[Tensor, Metrics]:
-        mask, metrics = super().mask(judged, rows, chosen)
-        return mask, self._known(metrics)
-
-    def _known(self, metrics: Metrics) -> Metrics:
-        """Without rewards that nobody gave."""
-        if self.has_rewards:
-            return metrics
-        return {name: value for name, value in metrics.items() if not name.startswith("reward/")}
+        return rewards
 
 
 def pair_answers(pairs: list[ScoredPair], places: Tensor, indices: list[int]) -> RolloutBatch:
@@ -100,22 +93,28 @@ def pair_answers(pairs: list[ScoredPair], places: Tensor, indices: list[int]) ->
     )
 
 
-def evaluate_pairs(maker: PairMaker, pairs: Sequence[ScoredPair]) -> dict[str, float]:
+def evaluate_pairs(
+    context: Context, pairs: Sequence[ScoredPair], temperature: float
+) -> dict[str, float]:
     """How far the policy prefers the chosen answers of held-out pairs. Entered by every rank.
+
+    Args:
+        context: the run.
+        pairs: the held-out pairs.
+        temperature: softmax temperature that log-probs are taken at.
 
     Returns:
         ``eval/pair_margin``: mean of log pi/pi_ref of the chosen answer minus that of the rejected
         one, nats; ``eval/pair_accuracy``: share of margins above 0, a tie counts half;
         ``eval/chosen_nll``: mean over the chosen answers' tokens, nats. Empty without pairs.
     """
-    context = maker.context
     mesh, config = context.mesh, context.config
     count = min(config.evaluation.prompts, len(pairs))
     if not count:
         return {}
-    mine, places, is_own = heldout_share(count, mesh)
+    mine, places, is_own = heldout_rows(count, mesh)
     answers = pair_answers([pairs[i] for i in mine], places, mine)
-    read = read_logprobs(context, maker.temperature)
+    read = read_logprobs(context, temperature)
     logprobs, reference = (
         score_tokens(context, role, answers, "before", read) for role in ("actor", "reference")
     )

@@ -139,6 +139,11 @@ class Rewarder:
             self.cut_steps = StepCutter(context.tokenizer, reward.step_boundary)
         self.verifier = Verifier(reward.verify_seconds)
 
+    @property
+    def roles(self) -> frozenset[str]:
+        """Of its reward models, ``prm`` or ``orm``."""
+        return frozenset(model.role for model in self.models)
+
     def score(
         self,
         rollout: RolloutBatch,

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from megatron_amrlhf.data.token_text import answer_text, token_texts
 from megatron_amrlhf.experience.context import Context
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.report.samples import Message, SampleRecord, write_samples
 from megatron_amrlhf.types import MaskedBatch, PromptBatch
 
@@ -16,7 +16,7 @@ def log_samples(
     step: int,
     *,
     prompts: PromptBatch,
-    judged: Judged,
+    experience: Experience | None,
     rows: Tensor,
     batch: MaskedBatch,
 ) -> None:
@@ -26,20 +26,28 @@ def log_samples(
         context: the run.
         step: of the rollout.
         prompts: the answers' prompts.
-        judged: all answers.
+        experience: of all answers; None but on last stages.
         rows: ``[S]`` int64, which of them are in ``batch``.
         batch: those that are learned from; one may be there several times.
     """
-    if not context.mesh.is_writer:
+    if experience is None or not context.mesh.is_writer:
         return
-    count = min(context.config.run.log_samples, len(judged.rollout.rows))
+    count = min(context.config.run.log_samples, len(experience.rollout.rows))
     first_group = int(prompts.group_ids[0])
     records = []
     for source in range(count):
-        prompt = prompts.texts[int(judged.rollout.group_ids[source]) - first_group]
+        prompt = prompts.texts[int(experience.rollout.group_ids[source]) - first_group]
         places = (rows == source).nonzero()[:, 0].to(batch.mask.device)
         records.append(
-            _record(context, step, prompt, judged=judged, source=source, batch=batch, places=places)
+            _record(
+                context,
+                step,
+                prompt,
+                experience=experience,
+                source=source,
+                batch=batch,
+                places=places,
+            )
         )
     write_samples(context.folder.samples, records)
 
@@ -49,12 +57,12 @@ def _record(
     step: int,
     prompt: str,
     *,
-    judged: Judged,
+    experience: Experience,
     source: int,
     batch: MaskedBatch,
     places: Tensor,
 ) -> SampleRecord:
-    rollout, tokenizer = judged.rollout, context.tokenizer
+    rollout, tokenizer = experience.rollout, context.tokenizer
     head, answer = rollout.rows[source].tensor_split([int(rollout.prompt_lengths[source])])
     ids, ended = answer.tolist(), bool(rollout.ended[source])
     length = len(ids)
@@ -69,14 +77,14 @@ def _record(
         answer=answer_text(tokenizer, ids, ended),
         token_ids=ids,
         tokens=token_texts(tokenizer, ids),
-        token_rewards=judged.scored.token_rewards[source, :length].tolist(),
-        signal=judged.dense.signal[source, :length].tolist(),
-        baseline=float(judged.dense.baseline[source]),
-        delta=float(judged.dense.delta),
+        token_rewards=experience.scored.token_rewards[source, :length].tolist(),
+        signal=experience.dense.signal[source, :length].tolist(),
+        baseline=float(experience.dense.baseline[source]),
+        delta=float(experience.dense.delta),
         mask=_any_row(batch.mask[places, :length], length),
-        messages=_messages(judged, source, length),
-        sequence_reward=float(judged.dense.sequence_rewards[source]),
-        use=_use(bool(judged.scored.judged[source]), is_left_out, labels),
+        messages=_messages(experience, source, length),
+        sequence_reward=float(experience.dense.sequence_rewards[source]),
+        use=_use(bool(experience.scored.has_reward[source]), is_left_out, labels),
         ended=ended,
         from_reference=bool(rollout.from_reference[source]),
     )
@@ -87,18 +95,18 @@ def _any_row(mask: Tensor, length: int) -> list[int]:
     return mask.any(dim=0).int().tolist() if len(mask) else [0] * length
 
 
-def _use(is_judged: bool, is_left_out: bool, labels: set[bool]) -> str:
+def _use(has_reward: bool, is_left_out: bool, labels: set[bool]) -> str:
     """One of ``report.samples.USES``, by the labels of an answer's rows."""
-    if not is_judged:
+    if not has_reward:
         return "left_out" if is_left_out else "failed"
     if len(labels) == 2:
         return "both"
     return {True: "chosen", False: "rejected"}[labels.pop()] if labels else "none"
 
 
-def _messages(judged: Judged, source: int, length: int) -> list[Message]:
+def _messages(experience: Experience, source: int, length: int) -> list[Message]:
     """Runs of equal message id of one answer."""
-    dense = judged.dense
+    dense = experience.dense
     ids = dense.messages[source, :length].tolist()
     starts = [j for j in range(length) if j == 0 or ids[j] != ids[j - 1]]
     return [

@@ -36,7 +36,7 @@ class GrpoTargets(KlTargets):
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, scale_rewards: bool, judged: Tensor | None = None
+    rewards: Tensor, group_ids: Tensor, scale_rewards: bool, has_reward: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """``(r - mean) / (std + 1e-4)`` of each answer within its group.
 
@@ -47,8 +47,8 @@ def group_advantages(
         rewards: ``[B]`` reward of each answer.
         group_ids: ``[B]`` int64, which prompt it answers; a group lies on one rank.
         scale_rewards: False leaves the division out (Liu et al., "Dr. GRPO", 2025).
-        judged: ``[B]`` bool, answers that have a reward; the others are in no mean or deviation,
-            and have advantage 0. None: all.
+        has_reward: ``[B]`` bool, answers that have a reward; the others are in no mean or
+            deviation, and have advantage 0. None: all.
 
     Returns:
         Advantages and the standard deviation of each answer's group, ``[B]``, detached, float32
@@ -56,17 +56,17 @@ def group_advantages(
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     rewards_B1, ids_B = rewards.detach().double()[:, None], group_ids.to(rewards.device)
-    judged_B = torch.ones_like(ids_B, dtype=torch.bool) if judged is None else judged
-    judged_B1 = judged_B[:, None]
-    centred_B1 = rewards_B1 - group_means(rewards_B1, judged_B1, ids_B)[:, None]
+    has_reward_B = torch.ones_like(ids_B, dtype=torch.bool) if has_reward is None else has_reward
+    has_reward_B1 = has_reward_B[:, None]
+    centred_B1 = rewards_B1 - group_means(rewards_B1, has_reward_B1, ids_B)[:, None]
     _, index_B = torch.unique(ids_B, return_inverse=True)
-    size_B = torch.zeros_like(ids_B).index_add(0, index_B, judged_B.to(ids_B.dtype))[index_B]
-    mean_square_B = group_means(centred_B1.square(), judged_B1, ids_B)
+    size_B = torch.zeros_like(ids_B).index_add(0, index_B, has_reward_B.to(ids_B.dtype))[index_B]
+    mean_square_B = group_means(centred_B1.square(), has_reward_B1, ids_B)
     std_B = (mean_square_B * size_B / (size_B - 1).clamp(min=1)).sqrt()
-    scale_B = group_means(rewards_B1.square(), judged_B1, ids_B).sqrt()
+    scale_B = group_means(rewards_B1.square(), has_reward_B1, ids_B).sqrt()
     is_flat_B = std_B <= RELATIVE_TIE * scale_B
     std_B = torch.where(is_flat_B, 0.0, std_B)
-    advantages_B = torch.where(is_flat_B | ~judged_B, 0.0, centred_B1[:, 0])
+    advantages_B = torch.where(is_flat_B | ~has_reward_B, 0.0, centred_B1[:, 0])
     if scale_rewards:
         advantages_B = advantages_B / (std_B + STD_OFFSET)
     return advantages_B.to(dtype), std_B.to(dtype)

@@ -27,13 +27,13 @@ class KtoTargets(AnswerTargets):
         chosen: ``[B]`` bool, desirable answers.
         mismatched_mask: ``[B, R']`` bool, kept tokens of each mismatched pair's answer.
         mismatched_reference: ``[B, R']`` log-probs of the reference on it, nats.
-        mismatched_judged: ``[B]`` bool, whether that answer has a reward.
+        mismatched_has_reward: ``[B]`` bool, whether that answer has a reward.
     """
 
     chosen: Tensor
     mismatched_mask: Tensor
     mismatched_reference: Tensor
-    mismatched_judged: Tensor
+    mismatched_has_reward: Tensor
 
 
 def reference_point(
@@ -41,7 +41,7 @@ def reference_point(
     reference_logprobs: Tensor,
     mask: Tensor,
     group: ProcessGroup | None = None,
-    judged: Tensor | None = None,
+    has_reward: Tensor | None = None,
 ) -> Tensor:
     """z0: the mean log-ratio of mismatched pairs (a prompt, an answer to another one), at least 0.
 
@@ -54,14 +54,15 @@ def reference_point(
             log-ratios it is compared with are sums over the same tokens; all response tokens:
             plain KTO.
         group: data-parallel group; None: this process only. Enters one all-reduce.
-        judged: ``[B]`` bool, pairs whose answer has a reward; the others do not count. None: all.
+        has_reward: ``[B]`` bool, pairs whose answer has a reward; the others do not count.
+            None: all.
 
     Returns:
         0-dim, nats, detached; the same on all ranks of the group.
     """
     logratio_B = (masked(logprobs, mask) - masked(reference_logprobs, mask)).sum(dim=1)
-    if judged is not None:
-        logratio_B = logratio_B[judged]
+    if has_reward is not None:
+        logratio_B = logratio_B[has_reward]
     return global_mean(logratio_B.detach(), group).clamp(min=0.0)
 
 

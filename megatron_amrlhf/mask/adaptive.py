@@ -36,7 +36,7 @@ def chosen_labels(
     *,
     values: Tensor | None = None,
     group: ProcessGroup | None = None,
-    judged: Tensor | None = None,
+    has_reward: Tensor | None = None,
 ) -> Tensor:
     """An answer is chosen iff its reward is above its baseline; a tie (up to rounding) is rejected.
 
@@ -49,7 +49,7 @@ def chosen_labels(
         group_ids: ``[B]`` int64, needed by ``group``.
         values: ``[B]`` critic's value of each prompt, needed by ``value``.
         group: data-parallel group; None: this process only.
-        judged: ``[B]`` bool, answers that have a reward; the others are in no mean, and are
+        has_reward: ``[B]`` bool, answers that have a reward; the others are in no mean, and are
             rejected. None: all.
 
     Returns:
@@ -59,15 +59,17 @@ def chosen_labels(
         ValueError: unknown kind.
     """
     rewards_B = at_least_float32(sequence_reward)
-    judged_B = torch.ones_like(rewards_B, dtype=torch.bool) if judged is None else judged
+    has_reward_B = (
+        torch.ones_like(rewards_B, dtype=torch.bool) if has_reward is None else has_reward
+    )
     if kind == "batch":
-        baseline = masked_moments(rewards_B, judged_B, group).mean
+        baseline = masked_moments(rewards_B, has_reward_B, group).mean
     elif kind == "group":
         assert group_ids is not None, "label 'group' needs group_ids"
-        baseline = group_means(rewards_B[:, None], judged_B[:, None], group_ids)
+        baseline = group_means(rewards_B[:, None], has_reward_B[:, None], group_ids)
     elif kind == "value":
         assert values is not None, "label 'value' needs values"
         baseline = values
     else:
         raise ValueError(f"unknown label {kind!r}")
-    return is_above(rewards_B.double(), baseline.double()) & judged_B
+    return is_above(rewards_B.double(), baseline.double()) & has_reward_B

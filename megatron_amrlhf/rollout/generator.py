@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,65 +36,80 @@ class DecodingStopped(Exception):
         self.why = why
 
 
-def generate(
-    engine: Zero3Engine,
-    prompts: PromptBatch,
-    *,
-    samples_per_prompt: int,
-    reference_samples: int,
-    settings: SamplingSettings,
-    seed: int,
-    step: int,
-    micro_batch_size: int,
-    wants_stop: Callable[[], int] = lambda: 0,
-) -> RolloutBatch:
-    """Samples answers to this DP rank's prompts. Entered by every rank.
+class Generator(Protocol):
+    """Samples answers to prompts: the door for an engine of another kind."""
 
-    Args:
-        engine: holds the roles ``actor`` and, if ``reference_samples``, ``reference``.
-        prompts: this replica's prompts, equal on all its ranks.
-        samples_per_prompt: answers a prompt.
-        reference_samples: how many of them the reference samples (the last ones).
+    def generate(
+        self, prompts: PromptBatch, step: int, samples: int, reference_samples: int = 0
+    ) -> RolloutBatch:
+        """Samples answers to this replica's prompts. Entered by every rank.
+
+        Args:
+            prompts: equal on all ranks of a replica.
+            step: the rollout step; with the run's seed and a sample's id it fixes an answer.
+            samples: answers a prompt.
+            reference_samples: how many of them, the last ones, the reference gives.
+
+        Returns:
+            The answers in order of prompt and sample, equal on all ranks of the replica.
+
+        Raises:
+            DecodingStopped: it was left early, on all ranks of this replica. Other replicas may
+                have their answers.
+        """
+
+
+@dataclass(frozen=True)
+class EngineGenerator:
+    """The models that are trained answer themselves, on the stages that they are trained on.
+
+    Attributes:
+        engine: holds the roles ``actor`` and, for its samples, ``reference``.
         settings: sampling settings.
-        seed: the run's seed; with ``step`` and the sample's id it fixes the answer.
-        step: the rollout step.
+        seed: the run's seed.
         micro_batch_size: rows a decoding micro-batch.
         wants_stop: not 0 to leave before the answers are complete; asked a token and block, on one
             rank of the replica.
-
-    Returns:
-        The answers in order of prompt and sample, equal on all ranks of the replica.
-
-    Raises:
-        DecodingStopped: ``wants_stop`` said so, on all ranks of this replica. Other replicas may
-            have their answers.
     """
-    policy_samples = samples_per_prompt - reference_samples
-    repeated = [row for row in prompts.rows for _ in range(samples_per_prompt)]
-    within = torch.arange(samples_per_prompt).repeat(len(prompts.rows))
-    groups = prompts.group_ids.repeat_interleave(samples_per_prompt)
-    sample_ids = groups * samples_per_prompt + within
-    from_reference = within >= policy_samples
-    random = uniforms(seed, step, sample_ids, settings.max_new_tokens)
-    with ExitStack() as windows:
-        blocks: list[DecodeBlock] = []
-        for name, mine in (("actor", ~from_reference), ("reference", from_reference)):
-            if name == "reference" and not reference_samples:
-                continue
-            module = windows.enter_context(engine.roles[name].window())
-            places = mine.nonzero()[:, 0].tolist()
-            places.sort(key=lambda place: repeated[place].numel())
-            for start in range(0, len(places), micro_batch_size):
-                part = places[start : start + micro_batch_size]
-                rows = [repeated[place] for place in part]
-                device = engine.mesh.device
-                blocks.append(
-                    DecodeBlock(
-                        module, part, rows, uniform=random[part], settings=settings, device=device
+
+    engine: Zero3Engine
+    settings: SamplingSettings
+    seed: int
+    micro_batch_size: int
+    wants_stop: Callable[[], int] = lambda: 0
+
+    def generate(
+        self, prompts: PromptBatch, step: int, samples: int, reference_samples: int = 0
+    ) -> RolloutBatch:
+        """Decodes policy's and reference's answers together, see `Generator`."""
+        repeated = [row for row in prompts.rows for _ in range(samples)]
+        within = torch.arange(samples).repeat(len(prompts.rows))
+        groups = prompts.group_ids.repeat_interleave(samples)
+        sample_ids = groups * samples + within
+        from_reference = within >= samples - reference_samples
+        random = uniforms(self.seed, step, sample_ids, self.settings.max_new_tokens)
+        mesh = self.engine.mesh
+        with ExitStack() as windows:
+            blocks: list[DecodeBlock] = []
+            for name, mine in (("actor", ~from_reference), ("reference", from_reference)):
+                if name == "reference" and not reference_samples:
+                    continue
+                module = windows.enter_context(self.engine.roles[name].window())
+                places = mine.nonzero()[:, 0].tolist()
+                places.sort(key=lambda place: repeated[place].numel())
+                for start in range(0, len(places), self.micro_batch_size):
+                    part = places[start : start + self.micro_batch_size]
+                    block = DecodeBlock(
+                        module,
+                        part,
+                        [repeated[place] for place in part],
+                        uniform=random[part],
+                        settings=self.settings,
+                        device=mesh.device,
                     )
-                )
-        decode(blocks, engine.mesh, settings, engine.tick, wants_stop)
-    return _collect(blocks, repeated, groups, sample_ids, from_reference)
+                    blocks.append(block)
+            decode(blocks, mesh, self.settings, self.engine.tick, self.wants_stop)
+        return _collect(blocks, repeated, groups, sample_ids, from_reference)
 
 
 @torch.no_grad()
@@ -126,7 +143,7 @@ def decode(
                     continue
                 output = _chunk_forward(block, chunk, mesh, sent)
                 if chunk == mesh.cut.virtual - 1:
-                    awaited[index] = _share_tokens(block, output, mesh, settings, wants_stop)
+                    awaited[index] = _exchange_tokens(block, output, mesh, settings, wants_stop)
         live = [(index, block) for index, block in live if not block.done]
     for work in [*sent, *(work for _, work in awaited.values() if work is not None)]:
         work.wait()
@@ -157,7 +174,7 @@ def _chunk_forward(block: DecodeBlock, chunk: int, mesh: Mesh, sent: list[dist.W
     return output
 
 
-def _share_tokens(
+def _exchange_tokens(
     block: DecodeBlock,
     output: Tensor,
     mesh: Mesh,

@@ -38,7 +38,7 @@ from megatron_amrlhf.planning.memory import rollout_memory, score_memory, update
 from megatron_amrlhf.planning.roles import RowLengths
 from megatron_amrlhf.planning.volumes import Volumes
 from megatron_amrlhf.planning.weights import StageSpec, held_bytes, stage_spec
-from megatron_amrlhf.rollout.generator import generate
+from megatron_amrlhf.rollout.generator import EngineGenerator
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.studies.live_bytes import LiveBytes
 from megatron_amrlhf.studies.traffic import TrafficCounter
@@ -175,16 +175,8 @@ class Bench:
         )
         size, step = rollout.micro_batch_size, self._repetition
         self._repetition += 1
-        self._rows = generate(
-            self.engine,
-            self._prompts(),
-            samples_per_prompt=1,
-            reference_samples=0,
-            settings=settings,
-            seed=0,
-            step=step,
-            micro_batch_size=size,
-        ).rows
+        generator = EngineGenerator(self.engine, settings, 0, size)
+        self._rows = generator.generate(self._prompts(), step, samples=1).rows
 
     def _prompts(self) -> PromptBatch:
         count = self.work.answers // self.mesh.dp_size

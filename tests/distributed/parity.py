@@ -210,7 +210,7 @@ def kto_targets(rows: list[Row], width: int) -> dict[str, Tensor]:
         "chosen": torch.arange(len(rows)) % 2 == 0,
         "mismatched_mask": rectangle(pairs, width, "mask", 0.0).bool(),
         "mismatched_reference": rectangle(pairs, width, "reference_logprobs", 1e3),
-        "mismatched_judged": every,
+        "mismatched_has_reward": every,
         "denominator": every[:, None],
     }
 
@@ -252,7 +252,7 @@ def optimizer_step(context: Context, case: Case, rows: list[Row]):
     """One step of the case's role through the algorithm's own update."""
     settings, role, head = LOSSES[case.loss]
     algorithm = object.__new__(ALGORITHMS[settings["kind"]])  # no prompts, no PRM folder
-    algorithm.context = context
+    algorithm.context, algorithm.section = context, context.config.algorithm
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
         batch, plan = algorithm.batch(prm_examples(mine, head))

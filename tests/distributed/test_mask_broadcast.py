@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_amrlhf.experience.masking import share_index, share_mask
+from megatron_amrlhf.experience.masking import Picked, broadcast_mask, broadcast_rows
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests.distributed.contexts import make_config, make_context, random_rollout
 from tests.distributed.processes import run_on
@@ -32,7 +32,7 @@ def last_stage_mask(kind: str, width: int, dp_rank: int) -> tuple[torch.Tensor, 
     return mask, chosen
 
 
-def picked(kind: str, width: int, dp_rank: int) -> torch.Tensor:
+def picked_rows(kind: str, width: int, dp_rank: int) -> torch.Tensor:
     """Which answers a replica's last stage picks: replica 0 some more than replica 1."""
     count = 0 if kind == "zeros" else ROWS - 2 * dp_rank
     return torch.arange(count * dp_rank if kind == "ones" else count) * width
@@ -46,18 +46,17 @@ def share() -> tuple[int, dict]:
         lengths = [(3, 1 + (width - 1) * row // (ROWS - 1)) for row in range(ROWS)]
         rollout = random_rollout(lengths, vocab_size=9, seed=width)
         for kind in KINDS:
-            mask = chosen = judged = index = None
+            picked = None
             if mesh.is_last_stage:
                 mask, chosen = last_stage_mask(kind, width, mesh.dp_rank)
-                index = picked(kind, width, mesh.dp_rank)
+                index = picked_rows(kind, width, mesh.dp_rank)
                 if mesh.tp_rank > 0:  # as if its sums had been rounded otherwise
                     mask, chosen, index = ~mask, ~chosen, index + 1
-                judged = ~chosen
                 # as if these rows had been selected from longer ones
-                mask = F.pad(mask, (0, LONGER))
-            batch = share_mask(context, rollout, mask, chosen, judged)
-            rows = share_index(context, index)
-            assert batch.rollout is rollout and torch.equal(batch.judged, ~batch.chosen)
+                picked = Picked(index, F.pad(mask, (0, LONGER)), chosen, has_reward=~chosen)
+            batch = broadcast_mask(context, rollout, picked)
+            rows = broadcast_rows(context, picked)
+            assert batch.rollout is rollout and torch.equal(batch.has_reward, ~batch.chosen)
             found[width, kind] = (batch.mask, batch.chosen, rows)
     return mesh.dp_rank, found
 
@@ -75,7 +74,7 @@ def test_every_rank_holds_the_bits_of_the_last_stages_first_tensor_rank(shared, 
         expected, labels = last_stage_mask(kind, width, dp_rank)
         assert mask.dtype == chosen.dtype == torch.bool
         assert torch.equal(mask, expected) and torch.equal(chosen, labels)
-        assert torch.equal(rows, picked(kind, width, dp_rank)) and rows.device.type == "cpu"
+        assert torch.equal(rows, picked_rows(kind, width, dp_rank)) and rows.device.type == "cpu"
 
 
 def test_replicas_keep_masks_of_their_own(shared):

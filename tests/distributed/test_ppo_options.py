@@ -45,7 +45,7 @@ def score(folder: str, tensor: int, pipeline: int, bootstrap: bool):
     for role, head in (("actor", None), ("reference", None), ("prm", 1), ("critic", 1)):
         context.role(role, Path(folder), head)
     maker = object.__new__(ExperienceMaker)
-    maker.context, maker.temperature, maker.seconds = context, 1.0, {}
+    maker.context, maker.temperature = context, 1.0
     maker.rewarder = prm_rewarder(context)
     scored, _ = maker.score(shard_rollout(whole_rollout(), mesh), NO_PROMPTS, 1)
     if scored is None or mesh.tp_rank:

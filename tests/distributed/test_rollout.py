@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megatron_amrlhf.parallel.mesh import Mesh, build_mesh
-from megatron_amrlhf.rollout.generator import generate
+from megatron_amrlhf.rollout.generator import EngineGenerator
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
 from tests.distributed.contexts import make_config, make_context
@@ -68,16 +68,8 @@ def roll_out(policy: str, reference: str, tensor: int, pipeline: int) -> Rollout
 
     def answers(engine, settings, samples, reference_samples, micro_batch_size, on_done):
         engine.tick = on_done
-        return generate(
-            engine,
-            prompts,
-            samples_per_prompt=samples,
-            reference_samples=reference_samples,
-            settings=settings,
-            seed=SEED,
-            step=STEP,
-            micro_batch_size=micro_batch_size,
-        )
+        generator = EngineGenerator(engine, settings, SEED, micro_batch_size)
+        return generator.generate(prompts, STEP, samples, reference_samples)
 
     return Rollouts(
         dp_rank=mesh.dp_rank,

@@ -57,7 +57,7 @@ DPO_TOLERANCE = {("float32", NARROWER): 1e-5, ("bfloat16", NARROWER): 2e-2}
 def ppo_metrics(context, rollout, paddings):
     """Metrics of an update on the answers whose log-probs the same weights have just scored."""
     algorithm = object.__new__(Ppo)
-    algorithm.context = context
+    algorithm.context, algorithm.section = context, context.config.algorithm
     read = read_logprobs(context, algorithm.logprob_temperature())
     logprobs = score_tokens(context, "actor", rollout, "before", read)
     return {
@@ -69,7 +69,7 @@ def ppo_metrics(context, rollout, paddings):
 def dpo_metrics(context, rollout, paddings):
     """As ``ppo_metrics``, the reference being the policy itself."""
     algorithm = object.__new__(Dpo)
-    algorithm.context = context
+    algorithm.context, algorithm.section = context, context.config.algorithm
     read = read_logprobs(context, algorithm.logprob_temperature())
     logprobs = score_tokens(context, "reference", rollout, "before", read)
     return {
@@ -109,7 +109,7 @@ def _update(algorithm, context, rollout, index, logprobs):
 
 def kl_to_itself(context, rollout) -> float:
     maker = object.__new__(ExperienceMaker)
-    maker.context, maker.temperature, maker.seconds = context, TEMPERATURE, {}
+    maker.context, maker.temperature = context, TEMPERATURE
     maker.rewarder = prm_rewarder(context)
     _, metrics = maker.score(rollout, NO_PROMPTS, 1)
     return context.publish(metrics)["kl/ref_nats"]

@@ -55,7 +55,7 @@ def numbers(folder: str, critic: str, masked_out: int) -> dict[str, tuple[float,
             context = make_context(config_of(case, folder, mesh), mesh)
             context.role("actor", Path(folder), learning_rate=1e-3, total_steps=1)
             algorithm = object.__new__(Ppo)
-            algorithm.context = context
+            algorithm.context, algorithm.section = context, context.config.algorithm
             part = train_batch(mine, width, case, mesh)
             result, metrics = algorithm.update_actor(part)
             loss = context.publish(metrics)["loss/policy"]

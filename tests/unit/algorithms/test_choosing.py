@@ -11,7 +11,7 @@ from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.ppo import Ppo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.experience.dense import DenseRewards
-from megatron_amrlhf.experience.maker import Judged
+from megatron_amrlhf.experience.maker import Experience
 from megatron_amrlhf.types import RolloutBatch, ScoredBatch
 from tests.unit.config.samples import make_config
 
@@ -19,13 +19,13 @@ NAN = torch.nan
 GAMMA, KL_COEF = 0.5, 0.25
 
 
-def judged_of(
+def experience_of(
     shaped: list[list[float]],
     values: list[list[float]],
     sequences: list[float],
     answers: int,
     logratios: list[list[float]] | None = None,
-) -> Judged:
+) -> Experience:
     """Answers of as many tokens as they have rewards, ``answers`` a prompt; NaN is a failed one."""
     rows = len(shaped)
     rollout = RolloutBatch(
@@ -61,13 +61,15 @@ def judged_of(
         shaped=rectangle(shaped),
         sequence_rewards=whole,
     )
-    return Judged(rollout, scored, dense)
+    return Experience(rollout, scored, dense)
 
 
 def algorithm_of(kind: type, **sections) -> Ppo | RejectionSampling:
     algorithm = object.__new__(kind)  # no prompts, no PRM folder
     mesh = SimpleNamespace(dp_group=None, device=torch.device("cpu"))
-    algorithm.context = SimpleNamespace(config=make_config(**sections), mesh=mesh)
+    config = make_config(**sections)
+    algorithm.context = SimpleNamespace(config=config, mesh=mesh)
+    algorithm.section = config.algorithm
     return algorithm
 
 
@@ -90,21 +92,21 @@ def test_labels_by_value_compare_the_return_with_the_value_before_it(kl_coef, ex
     algorithm = {"gamma": GAMMA, "gae_lambda": 1.0, "kl_coef": kl_coef}
     ppo = algorithm_of(Ppo, mask={"label": "value"}, algorithm=algorithm)
     logratios = [[0.0, 0.8], [-0.4, 0.0, 0.0], [4.0], [0.0, 0.0]]
-    judged = judged_of(SHAPED, VALUES, RAW, 2, logratios)
-    rows, labels = ppo.choose(judged, 1)
+    experience = experience_of(SHAPED, VALUES, RAW, 2, logratios)
+    rows, labels = ppo.choose(experience, 1)
     assert rows.tolist() == [0, 1, 2, 3] and labels.tolist() == expected
     by_raw_reward = [reward > row[0] for reward, row in zip(RAW, VALUES, strict=True)]
     assert by_raw_reward == [True, False, False, False]
 
 
 def test_the_other_labels_are_by_the_answers_own_rewards():
-    judged = judged_of(SHAPED, VALUES, RAW, 2)
+    experience = experience_of(SHAPED, VALUES, RAW, 2)
     for label, expected in (
         ("group", [True, False, False, False]),  # 0.9 > 0.55, and one alone is a tie
         ("batch", [True, True, False, False]),  # the mean of the three is -0.63
     ):
         ppo = algorithm_of(Ppo, mask={"label": label})
-        assert ppo.choose(judged, 1)[1].tolist() == expected, label
+        assert ppo.choose(experience, 1)[1].tolist() == expected, label
 
 
 ANSWERS, PROMPTS = 6, 4
@@ -126,10 +128,10 @@ def selected(steps: range, **algorithm) -> list[list[int]]:
     kind = {"kind": "rejection_sampling", **algorithm}
     sampling = algorithm_of(RejectionSampling, algorithm=kind)
     tokens = [[0.0]] * (ANSWERS * PROMPTS)
-    judged = judged_of(tokens, tokens, REWARDS, ANSWERS)
+    experience = experience_of(tokens, tokens, REWARDS, ANSWERS)
     found = []
     for step in steps:
-        rows, labels = sampling.select(judged, step)
+        rows, labels = sampling.select(experience, step)
         assert bool(labels.all()) and len(labels) == len(rows)
         found.append(rows.tolist())
     return found
@@ -160,4 +162,8 @@ def test_an_answer_that_is_its_groups_mean_but_for_rounding_is_rejected():
     assert torch.tensor(rewards).double().mean() < torch.tensor(rewards)[1].double()
     tokens = [[0.0]] * 3
     grpo = algorithm_of(Grpo, algorithm={"kind": "grpo"})
-    assert grpo.choose(judged_of(tokens, tokens, rewards, 3), 1)[1].tolist() == [False, False, True]
+    assert grpo.choose(experience_of(tokens, tokens, rewards, 3), 1)[1].tolist() == [
+        False,
+        False,
+        True,
+    ]

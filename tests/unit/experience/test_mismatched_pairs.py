@@ -39,7 +39,7 @@ def whole_batch() -> MaskedBatch:
     for i, (p, s) in enumerate(cells):
         for j, token in enumerate(answer(p, s)):
             mask[i, j] = token % 2 == 0
-    return MaskedBatch(rollout, mask, flags, judged=rollout.sample_ids % FAILED != 0)
+    return MaskedBatch(rollout, mask, flags, has_reward=rollout.sample_ids % FAILED != 0)
 
 
 def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool]]:
@@ -50,7 +50,7 @@ def pairs_on(dp_size: int, monkeypatch) -> list[tuple[list[int], list[int], bool
     for index in shares:
         rollout = whole.rollout.select(index)
         width = rollout.response_mask.shape[1]
-        parts = (whole.mask[index][:, :width], whole.chosen[index], whole.judged[index])
+        parts = (whole.mask[index][:, :width], whole.chosen[index], whole.has_reward[index])
         batches.append(MaskedBatch(rollout, *parts))
     sent: list = []
 

@@ -132,7 +132,7 @@ def test_masked_truncated_answers_are_as_if_they_were_not_there():
     advantages, _ = group_advantages(after.sequences, group, True, after.valid.any(dim=1))
     alone, _ = group_advantages(before.sequences[few], group[few], True)
     assert torch.equal(advantages[few], alone) and not advantages[~left].any()
-    labels = chosen_labels(after.sequences, "group", group, judged=after.valid.any(dim=1))
+    labels = chosen_labels(after.sequences, "group", group, has_reward=after.valid.any(dim=1))
     assert torch.equal(labels[few], chosen_labels(before.sequences[few], "group", group[few]))
     assert global_count(after.valid) == VALID[few].sum()
 

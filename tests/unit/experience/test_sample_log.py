@@ -13,7 +13,7 @@ from megatron_amrlhf.algorithms.dpo import Dpo
 from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.experience.dense import make_dense
-from megatron_amrlhf.experience.maker import ExperienceMaker, Judged, treat_truncated
+from megatron_amrlhf.experience.maker import Experience, ExperienceMaker, treat_truncated
 from megatron_amrlhf.experience.rewarding import JUDGED, without_failures
 from megatron_amrlhf.experience.sample_log import log_samples
 from megatron_amrlhf.losses.reduce import finish_metrics
@@ -68,22 +68,23 @@ def step_of(tmp_path, kind: str, log: int = 100, **sections: dict):
         rewards.tokens, rewards.sequences, zeros, zeros, zeros, zeros[:, 0], rewards.valid
     )
     running = RunningBaseline(decay=0.9)
-    judged = Judged(
+    experience = Experience(
         rollout,
         scored,
         make_dense(context, scored, rollout, running=running, cut_steps=None, offline=None),
     )
     maker, algorithm = object.__new__(ExperienceMaker), object.__new__(ALGORITHMS[kind])
     maker.context = algorithm.context = context
-    algorithm.is_offline = False
-    rows, labels = algorithm.choose(judged, 1)
-    mask, metrics = maker.mask(judged, rows, labels)
+    algorithm.section, algorithm.is_offline = config.algorithm, False
+    rows, labels = algorithm.choose(experience, 1)
+    picked, metrics = maker.mask(experience, rows, labels)
+    mask = picked.mask
     answers = rollout.select(rows)
     width = answers.response_mask.shape[1]
-    batch = MaskedBatch(answers, mask[:, :width], labels, scored.judged[rows])
+    batch = MaskedBatch(answers, mask[:, :width], labels, picked.has_reward)
     heads = tuple(torch.tensor(TOKENIZER.encode(text)) for text in TEXTS)
     prompts = PromptBatch(heads, torch.arange(PROMPTS), TEXTS, (None,) * PROMPTS)
-    log_samples(context, 1, prompts=prompts, judged=judged, rows=rows, batch=batch)
+    log_samples(context, 1, prompts=prompts, experience=experience, rows=rows, batch=batch)
     return load_samples(folder.samples), finish_metrics(metrics), (mask, labels, rows)
 
 

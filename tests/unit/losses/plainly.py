@@ -117,7 +117,7 @@ def kto_loss(x, reference, chosen, mask, z0, beta, desirable, undesirable, judge
         chosen=chosen,
         mismatched_mask=mask,
         mismatched_reference=unread,
-        mismatched_judged=every,
+        mismatched_has_reward=every,
     )
     weights = {"desirable_weight": desirable, "undesirable_weight": undesirable}
     return kto.kto_loss(x, targets, z0, beta=beta, **weights)

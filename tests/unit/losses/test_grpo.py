@@ -190,11 +190,11 @@ def test_empty_batches_and_unknown_estimators():
 def test_a_failed_answer_moves_nobody_elses_advantage(scale):
     rewards = torch.tensor([1.0, float("nan"), 0.0, 5.0, float("nan")])
     groups = torch.tensor([0, 0, 0, 1, 1])
-    judged = ~rewards.isnan()
-    advantages, std = group_advantages(rewards, groups, scale, judged)
-    alone = group_advantages(rewards[judged], groups[judged], scale)
-    assert torch.equal(advantages[judged], alone[0]) and torch.equal(std[judged], alone[1])
-    assert advantages[~judged].eq(0).all() and alone[0][0] > 0.4
+    has_reward = ~rewards.isnan()
+    advantages, std = group_advantages(rewards, groups, scale, has_reward)
+    alone = group_advantages(rewards[has_reward], groups[has_reward], scale)
+    assert torch.equal(advantages[has_reward], alone[0]) and torch.equal(std[has_reward], alone[1])
+    assert advantages[~has_reward].eq(0).all() and alone[0][0] > 0.4
 
 
 def test_a_weight_is_of_all_of_an_answers_terms():

@@ -160,12 +160,21 @@ def test_a_batch_without_rows_has_all_metrics_at_zero():
 def test_a_failed_answer_counts_nowhere():
     torch.manual_seed(1)
     x, reference = torch.randn(3, 4), torch.randn(3, 4)
-    mask, judged = torch.ones(3, 4, dtype=torch.bool), torch.tensor([True, False, True])
+    mask, has_reward = torch.ones(3, 4, dtype=torch.bool), torch.tensor([True, False, True])
     chosen, z0 = torch.tensor([True, False, False]), torch.tensor(0.1)
-    kept = mask & judged[:, None]
-    output = kto_loss(x, reference, chosen, kept, z0, 0.5, 1.0, 2.0, judged)
-    alone = kto_loss(x[judged], reference[judged], chosen[judged], mask[judged], z0, 0.5, 1.0, 2.0)
-    assert output.terms[1] == 0 and torch.equal(output.terms[judged], alone.terms)
+    kept = mask & has_reward[:, None]
+    output = kto_loss(x, reference, chosen, kept, z0, 0.5, 1.0, 2.0, has_reward)
+    alone = kto_loss(
+        x[has_reward],
+        reference[has_reward],
+        chosen[has_reward],
+        mask[has_reward],
+        z0,
+        0.5,
+        1.0,
+        2.0,
+    )
+    assert output.terms[1] == 0 and torch.equal(output.terms[has_reward], alone.terms)
     assert finish_metrics(output.metrics) == pytest.approx(finish_metrics(alone.metrics))
-    point = reference_point(x, x - 1.0, kept, judged=judged)
+    point = reference_point(x, x - 1.0, kept, has_reward=has_reward)
     assert point.item() == pytest.approx(4.0)

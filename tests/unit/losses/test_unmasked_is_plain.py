@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.experience.dense import DenseRewards
-from megatron_amrlhf.experience.maker import ExperienceMaker, Judged
+from megatron_amrlhf.experience.maker import Experience, ExperienceMaker
 from megatron_amrlhf.losses.kto import reference_point
 from megatron_amrlhf.types import ScoredBatch
 from tests.unit.losses.plainly import (
@@ -180,10 +180,10 @@ def test_of_neutral_answers_kind_none_keeps_all_and_adaptive_nothing(kind):
     )
     firsts = zeros[:, 0]
     scored = ScoredBatch(zeros, firsts, zeros, zeros, zeros, firsts, VALID)
-    judged = Judged(None, scored, dense)
+    experience = Experience(None, scored, dense)
     rows, chosen = torch.tensor([2, 0, 3]), torch.tensor([True, False, False])
-    mask, metrics = maker.mask(judged, rows, chosen)
+    picked, metrics = maker.mask(experience, rows, chosen)
     kept = VALID[rows] if kind == "none" else torch.zeros_like(VALID[rows])
-    assert torch.equal(mask, kept)
+    assert torch.equal(picked.mask, kept) and torch.equal(picked.rows, rows)
     assert metrics["mask/kept_fraction"] == (kept.sum(), LENGTHS[rows].sum())
     assert metrics["mask/empty_answers"] == (0 if kind == "none" else 3, 3)

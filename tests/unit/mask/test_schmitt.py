@@ -151,7 +151,7 @@ def test_empty_batches_have_labels_of_every_kind():
 def test_answers_without_a_reward_are_in_no_mean_and_rejected(kind):
     nan = float("nan")
     rewards = torch.tensor([nan, nan, -3.0, -2.5, -2.0, -1.0])
-    groups, judged = torch.tensor([0, 0, 1, 1, 2, 2]), ~rewards.isnan()
-    found = chosen_labels(rewards, kind, group_ids=groups, judged=judged)
-    alone = chosen_labels(rewards[judged], kind, group_ids=groups[judged])
-    assert not found[:2].any() and torch.equal(found[judged], alone) and alone.any()
+    groups, has_reward = torch.tensor([0, 0, 1, 1, 2, 2]), ~rewards.isnan()
+    found = chosen_labels(rewards, kind, group_ids=groups, has_reward=has_reward)
+    alone = chosen_labels(rewards[has_reward], kind, group_ids=groups[has_reward])
+    assert not found[:2].any() and torch.equal(found[has_reward], alone) and alone.any()
