@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_amrlhf.arguments import Parser, at_least_zero
-from megatron_amrlhf.config.algorithms import STEP_FORMATS
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import STEP_FORMATS, DataSection
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl, write_jsonl
 from megatron_amrlhf.data.known_chat import Message
-from megatron_amrlhf.data.prm_data import step_reader
 from megatron_amrlhf.data.rows import select_rows
+from megatron_amrlhf.data.step_formats import step_reader
 from megatron_amrlhf.data.step_record import StepRecord
 from megatron_amrlhf.data.turns import conversation
 from megatron_amrlhf.errors import UserError, telling, tells_user_errors

@@ -14,6 +14,7 @@ from megatron_amrlhf.config.algorithm_section import (
     RewardModelSection,
     unread,
 )
+from megatron_amrlhf.config.data_section import STEP_FORMATS
 from megatron_amrlhf.config.section import (
     AnyFloat,
     Fraction,
@@ -26,8 +27,6 @@ from megatron_amrlhf.config.section import (
 
 if TYPE_CHECKING:
     from megatron_amrlhf.config.schema import Config
-
-STEP_FORMATS = ("steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences")
 
 
 class PrmAlgorithm(RewardModelSection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,6 +27,7 @@ LARGEST_TOKENS = 10**7  # of a row
 LARGEST_SEED = 2**63 - 1
 LARGEST_NUMBER = 1e9
 
+Dtype = Literal["auto", "float32", "bfloat16"]
 Name = Annotated[str, Field(min_length=1)]  # of a file, a folder or a model
 Positive = Annotated[int, Field(gt=0, le=LARGEST_COUNT)]
 NonNegative = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import encode_solution, user_turn
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.keys import need_steps, need_text

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.jsonl import Place, first_record, iterate_jsonl
 from megatron_amrlhf.data.lazy_rows import Contents, Index, IndexMaker, Rows
 from megatron_amrlhf.data.readers import ALONE, Readers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import encode_turns
 from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.data.turns import split_system

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import turn_end_id, user_turn
 from megatron_amrlhf.data.checking import load_rows
 from megatron_amrlhf.data.keys import need_text

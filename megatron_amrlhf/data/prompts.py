@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import user_turn
 from megatron_amrlhf.data.checking import Accept, load_rows
 from megatron_amrlhf.data.keys import need_text

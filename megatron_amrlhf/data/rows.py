@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.row_keys import Row, unread_paths
 from megatron_amrlhf.errors import UserError
 

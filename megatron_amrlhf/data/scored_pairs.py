@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.checking import load_rows
 from megatron_amrlhf.data.jsonl import first_record
 from megatron_amrlhf.data.keys import number

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.keys import is_text, need_text
 from megatron_amrlhf.data.known_chat import Message
 from megatron_amrlhf.errors import UserError

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.scored_pairs import load_scored_pairs
 from megatron_amrlhf.data.tokenizer import load_tokenizer
 from megatron_amrlhf.report.files import read_jsonl

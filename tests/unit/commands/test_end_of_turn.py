@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.pairs import load_pairs
 from megatron_amrlhf.experience.translation import translate
 from megatron_amrlhf.rewards.marking import AnswerSteps, StepMarker, mark_answer

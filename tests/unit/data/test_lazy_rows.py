@@ -11,7 +11,7 @@ import pytest
 import torch
 from tokenizers import normalizers, pre_tokenizers
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import encode_prompt
 from megatron_amrlhf.data.jsonl import read_numbered_jsonl
 from megatron_amrlhf.data.pairs import load_pairs

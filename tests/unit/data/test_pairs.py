@@ -7,7 +7,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import encode_prompt
 from megatron_amrlhf.data.pairs import load_pairs
 from megatron_amrlhf.errors import UserError

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.jsonl import write_jsonl
 from megatron_amrlhf.data.prm_data import load_prm_examples
 from megatron_amrlhf.data.prompts import load_prompts

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.answers import load_answers
 from megatron_amrlhf.data.chat import encode_prompt, encode_turns
 from megatron_amrlhf.data.pairs import load_pairs

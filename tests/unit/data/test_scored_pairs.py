@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.scored_pairs import load_scored_pairs
 from megatron_amrlhf.errors import UserError
 from tests.helpers_models import END_TOKEN_ID, tiny_tokenizer

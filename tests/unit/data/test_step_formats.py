@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from megatron_amrlhf.config.schema import DataSection
+from megatron_amrlhf.config.data_section import DataSection
 from megatron_amrlhf.data.chat import encode_prompt, encode_solution
 from megatron_amrlhf.data.prm_data import load_prm_examples
 from megatron_amrlhf.data.sentences import split_sentences
