@@ -14,6 +14,7 @@ from tests.slurm.cluster import Cluster
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "tests" / "distributed" / "planted"
+TIME_LIMIT = "--time=60"  # minutes; a busy machine's jobs must not come near it by themselves
 LEAD_SECONDS = 120  # of the early signal
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
 
@@ -56,7 +57,7 @@ class Job:
         name: str,
         processes: int,
         *keys: str,
-        options: tuple[str, ...] = ("--time=10",),
+        options: tuple[str, ...] = (TIME_LIMIT,),
         plant: str = "",
         plant_rank: int = 0,
         **variables: str,

@@ -6,14 +6,13 @@ import pytest
 
 from tests.distributed.processes import run_on
 from tests.distributed.runs import numbers, run_config
-from tests.slurm.jobs import LEAD_SECONDS, Job, wait_until
+from tests.slurm.jobs import LEAD_SECONDS, TIME_LIMIT, Job, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
 KEYS = ("checkpoint.every=1", "checkpoint.export=false", "evaluation.prompts=0", "run.steps=3")
 ON_SECOND_NODE = 1
 FAULT = (ON_SECOND_NODE, 2, "update")
-TEN_MINUTES = ("--time=10",)
 EXIT_KILLED = "247:0"
 
 
@@ -26,9 +25,9 @@ def jobs(cluster, work):
         return Job(cluster, work, "prm.yaml", name, 1, *KEYS, **given)
 
     return {
-        "limit": start("limit", "stick", (*TEN_MINUTES, f"--signal=B:USR1@{LEAD_SECONDS}")),
-        "killed": start("killed", "kill", TEN_MINUTES),
-        "cancelled": start("cancelled", "stick", TEN_MINUTES),
+        "limit": start("limit", "stick", (TIME_LIMIT, f"--signal=B:USR1@{LEAD_SECONDS}")),
+        "killed": start("killed", "kill", (TIME_LIMIT,)),
+        "cancelled": start("cancelled", "stick", (TIME_LIMIT,)),
     }
 
 

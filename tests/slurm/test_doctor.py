@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.slurm.jobs import ENDED, ROOT, environment, wait_until
+from tests.slurm.jobs import ENDED, ROOT, TIME_LIMIT, environment, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
@@ -21,7 +21,7 @@ $DOCTOR --folder /dev/shm/run --json {folder}/private.json; echo code $?
 
 def test_two_nodes_are_examined_and_a_folder_that_is_not_shared_is_named(cluster, tmp_path):
     script = SCRIPT.format(python=sys.executable, folder=tmp_path, shared=tmp_path / "run")
-    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", "--time=5"]
+    options = ["--parsable", "--nodes=2", "--ntasks-per-node=1", TIME_LIMIT]
     log = tmp_path / "job.out"
     submit = ["sbatch", *options, f"--output={log}", "--wrap", script]
     answer = cluster.run(*submit, cwd=ROOT, **environment(tmp_path))

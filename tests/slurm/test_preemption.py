@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.processes import run_on
 from tests.distributed.runs import numbers, run_config
-from tests.slurm.jobs import LEAD_SECONDS, Job, wait_until
+from tests.slurm.jobs import LEAD_SECONDS, TIME_LIMIT, Job, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
 
@@ -24,13 +24,13 @@ def undisturbed(work):
 
 
 def test_a_run_preempted_in_mid_step_goes_on_bit_for_bit(cluster, work, undisturbed):
-    options = ("--time=10", f"--signal=B:USR1@{LEAD_SECONDS}")
+    options = (TIME_LIMIT, f"--signal=B:USR1@{LEAD_SECONDS}")
     plant = {"plant": "wait", "plant_rank": SAMPLING_RANK}
     job = Job(cluster, work, "ppo.yaml", "preempted", 2, *LAYOUT, options=options, **plant)
     job.wait_for(SAMPLING_RANK, 2, "rollout")
     job.shorten()
     wait_until(lambda: cluster.job(job.id).get("Restarts") == "1", job.text)
-    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=10")
+    cluster.run("scontrol", "update", f"JobId={job.id}", "TimeLimit=60")
     status = json.loads((job.folder / "status.json").read_text())
     found = [path.name for path in job.folder.glob("checkpoints/step-*")]
     ended = job.wait()
