@@ -97,6 +97,12 @@ class RewardSection(Section):
         description="a unit's reward stands on its last token or on each of its tokens (ppo)",
     )
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each reward in the sum, by its key."""
+        keys = (x for x in type(self).model_fields if x.endswith("_weight"))
+        return {key: getattr(self, key) for key in keys}
+
 
 class MaskSection(Section):
     kind: Literal["adaptive", "none"] = Field(

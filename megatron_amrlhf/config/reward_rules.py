@@ -10,7 +10,7 @@ from megatron_amrlhf.config.schema import Config
 def reward_problems(config: Config) -> Iterator[str]:
     """Every broken rule of a run on answers, with its fix."""
     weights, paths = config.reward, config.reward_model
-    if not (weights.prm_weight or weights.orm_weight or weights.verifiable_weight):
+    if not any(weights.weights.values()):
         yield "reward.prm_weight: one of the reward's weights must be above 0"
     is_given = config.is_offline  # whose scores may stand for a PRM
     if weights.prm_weight and paths.path is None and not is_given:
@@ -62,9 +62,8 @@ def _offline_problems(config: Config) -> Iterator[str]:
         yield f"{key}: offline needs mask.offline_file, made by tools/score_tokens.py"
     if (
         config.reward_model.path is None
+        or {key for key, weight in weights.weights.items() if weight} != {"prm_weight"}
         or weights.prm_weight != 1
-        or weights.orm_weight
-        or weights.verifiable_weight
         or config.rollout.truncated == "penalise"
     ):
         yield (
