@@ -9,7 +9,12 @@ from pydantic import Field
 from megatron_amrlhf.config.section import Name, Section, Tokens
 
 StepFormat = Literal[
-    "steps", "auto", "prm800k", "math_shepherd", "helpsteer", "helpsteer_sentences"
+    "steps",
+    "auto",
+    "prm800k",
+    "math_shepherd",
+    "helpsteer",
+    "helpsteer_sentences",
 ]
 """Formats of step-labelled solutions; ``data/step_formats.py`` has the reader of each."""
 STEP_FORMATS: tuple[str, ...] = get_args(StepFormat)

@@ -111,9 +111,14 @@ class MaskSection(Section):
     signal: Literal["reward", "td_error", "advantage", "implicit"] = Field(
         "reward", description="the dense signal R(x, y_t) that is cut"
     )
-    threshold: Literal["fixed", "offline", "running", "batch", "sequence", "group"] = Field(
-        "batch", description="where the baseline b comes from; statistics are global over DP"
-    )
+    threshold: Literal[
+        "fixed",
+        "offline",
+        "running",
+        "batch",
+        "sequence",
+        "group",
+    ] = Field("batch", description="where the baseline b comes from; statistics are global over DP")
     offline_file: Name | None = Field(
         None,
         description="statistics.json that tools/score_tokens.py wrote, for threshold: offline and "
