@@ -32,7 +32,7 @@ from megatron_amrlhf.models.stage import StageModel
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.types import RolloutBatch
 from tests.distributed.runs import make_models, read_metrics, start, write_config, write_lines
-from tests.helpers_models import make_tiny_model, tiny_tokenizer
+from tests.helpers_models import END_TOKEN_ID, make_tiny_model, tiny_tokenizer
 
 FLOAT32 = 1e-5  # relative, of sums of some hundred products
 BETA = 0.2
@@ -76,6 +76,8 @@ def try_format(folder: Path) -> None:
         section = DataSection(train=str(path), format=kind)
         examples, _ = load_prm_examples(path, tiny_tokenizer(), section, 1)
         assert [x.labels.flatten().tolist() for x in examples] == [[1.0] * 3, [1.0, 0.0]], kind
+        is_whole = [int(x.row[-1]) == END_TOKEN_ID for x in examples]
+        assert is_whole == [True, False]  # what follows a mistake is not read, so nothing ends
 
 
 def try_reward() -> None:
