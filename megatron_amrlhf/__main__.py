@@ -2,12 +2,14 @@
 
 import sys
 
-from megatron_amrlhf.interrupts import load
+from megatron_amrlhf.interrupts import loading
 
 
 def main() -> int:
     """The command line, loaded in here: Ctrl-C has no traceback while it loads either."""
-    return load("megatron_amrlhf.cli").main()
+    with loading():
+        from megatron_amrlhf.cli import main as run  # noqa: PLC0415 - heavy
+    return run()
 
 
 if __name__ == "__main__":

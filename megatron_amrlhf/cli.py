@@ -27,7 +27,7 @@ from megatron_amrlhf.errors import (
     printable,
 )
 from megatron_amrlhf.files import expanded, write_atomic
-from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, load
+from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, loading
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.report.masks import print_records, select
 from megatron_amrlhf.report.masks_html import page
@@ -39,10 +39,6 @@ from megatron_amrlhf.run.stop_request import EXIT_AGAIN
 from megatron_amrlhf.slurm import check_ranks, set_ranks
 
 EXIT_OK, EXIT_NOT_SO = 0, 1
-TRAINER = "megatron_amrlhf.commands.train"
-SCORER = "megatron_amrlhf.commands.score"
-PLANNER = "megatron_amrlhf.commands.plan"
-DOCTOR = "megatron_amrlhf.doctor.command"
 # Rank 0 speaks at once. The others wait this long, in which the launcher ends them if rank 0 has
 # failed too; it would end rank 0 before it speaks, were another one first.
 OTHER_RANK_DELAY_SECONDS = 10.0
@@ -68,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 VIEWERS[arguments.command](arguments)
                 return EXIT_OK
             if arguments.command == "doctor":
-                with ends_with_launcher(None):
-                    return load(DOCTOR).run(arguments)
+                return doctor(arguments)
             config = load_config(arguments.config, arguments.overrides)
             if arguments.command in LAUNCHED:
                 world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -88,22 +83,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(config: Config, arguments: argparse.Namespace) -> int:
     """Trains what ``algorithm.kind`` says. Here and in `score` torch and Megatron are loaded."""
     with ends_with_launcher(config.run.path):
-        is_done = load(TRAINER).run(config)
+        with loading():
+            from megatron_amrlhf.commands.train import run  # noqa: PLC0415 - heavy
+        is_done = run(config)
     return EXIT_OK if is_done else EXIT_AGAIN
 
 
 def score(config: Config, arguments: argparse.Namespace) -> int:
     """Scores the tokens of given answers by the run's reward models."""
     with ends_with_launcher(None):
-        scorer = load(SCORER)
-        scorer.run(config, arguments.answers, arguments.out, arguments.part)
+        with loading():
+            from megatron_amrlhf.commands.score import run  # noqa: PLC0415 - heavy
+        run(config, arguments.answers, arguments.out, arguments.part)
     return EXIT_OK
 
 
 def plan(config: Config, arguments: argparse.Namespace) -> int:
     """Tells what the run takes of each rank."""
-    fits = load(PLANNER).run(config, arguments)
-    return EXIT_OK if fits else EXIT_NOT_SO
+    with loading():
+        from megatron_amrlhf.commands.plan import run  # noqa: PLC0415 - heavy
+    return EXIT_OK if run(config, arguments) else EXIT_NOT_SO
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Checks machines, network and folders before a run."""
+    with ends_with_launcher(None):
+        with loading():
+            from megatron_amrlhf.doctor.command import run  # noqa: PLC0415 - heavy
+        return run(arguments)
 
 
 def show_config(config: Config, arguments: argparse.Namespace) -> int:

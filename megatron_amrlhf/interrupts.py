@@ -6,10 +6,10 @@ fail later by something else (numpy, transformers), or it is a long traceback.
 
 from __future__ import annotations
 
-import importlib
 import os
 import signal
-from types import ModuleType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_INTERRUPTED = 130
 
@@ -29,11 +29,12 @@ def as_usual() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def load(name: str) -> ModuleType:
-    """Imports a module that takes seconds."""
+@contextmanager
+def loading() -> Iterator[None]:
+    """Ctrl-C ends the process at once while its block imports what takes seconds."""
     end_at_once()
     try:
-        return importlib.import_module(name)
+        yield
     finally:
         as_usual()
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron_amrlhf.interrupts import load
+from megatron_amrlhf.interrupts import loading
 
 if __name__ == "__main__":
-    sys.exit(load("megatron_amrlhf.cli").main(["score", *sys.argv[1:]]))
+    with loading():
+        from megatron_amrlhf.cli import main
+    sys.exit(main(["score", *sys.argv[1:]]))

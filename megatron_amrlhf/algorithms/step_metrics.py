@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import numpy as np
-
-SKLEARN_METRICS = "sklearn.metrics"  # its import takes most of a second of every start
 
 
 def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> dict[str, float]:
@@ -25,7 +22,8 @@ def step_metrics(scores: np.ndarray, labels: np.ndarray, threshold: float) -> di
     if not scores.size:
         return {"eval/step_accuracy": math.nan, "eval/step_auc": math.nan}
     both = right.any() and not right.all()
-    roc_auc_score = importlib.import_module(SKLEARN_METRICS).roc_auc_score
+    from sklearn.metrics import roc_auc_score  # noqa: PLC0415 - heavy
+
     return {
         "eval/step_accuracy": float(((scores > threshold) == right).mean()),
         "eval/step_auc": float(roc_auc_score(right, scores)) if both else math.nan,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import time
@@ -38,8 +37,6 @@ from megatron_amrlhf.report.metrics import MetricsWriter
 from megatron_amrlhf.run.status_file import State
 from megatron_amrlhf.run.stop_request import EXIT_AGAIN, Reason, process_age
 from megatron_amrlhf.slurm import job_id
-
-PLOTTER = "megatron_amrlhf.report.plots"  # its import would cost every start most of a second
 
 
 def train(algorithm: Algorithm, context: Context, banner: str) -> bool:
@@ -230,7 +227,9 @@ class Loop:
             export_role(context.engine, role, folder.export, context.tokenizer)
         console.progress.enter("finish")
         if context.mesh.is_main:
-            importlib.import_module(PLOTTER).plot_run(folder.path)
+            from megatron_amrlhf.report.plots import plot_run  # noqa: PLC0415 - heavy
+
+            plot_run(folder.path)
         self._log_memory()
         folder.clear_stop()
         self._note_status("all steps done", "finished")

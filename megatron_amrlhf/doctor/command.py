@@ -45,13 +45,11 @@ from megatron_amrlhf.doctor.report import EXIT_FOUND_ERROR, Report
 from megatron_amrlhf.doctor.shared_files import look_from_everywhere
 from megatron_amrlhf.errors import EXIT_USER_ERROR, UserError, printable
 from megatron_amrlhf.files import expanded
-from megatron_amrlhf.interrupts import load
+from megatron_amrlhf.interrupts import loading
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
 # They load transformers and megatron-core; only for a CONFIG.yaml.
-ROOM, CHAT = "megatron_amrlhf.doctor.checkpoint_room", "megatron_amrlhf.doctor.judge_chat"
-START = "megatron_amrlhf.doctor.start"
 START_SECONDS = 3600.0  # in which rank 0 reads the run's data
 
 
@@ -133,7 +131,7 @@ class Examination:
         self._hosts = meeting.gather("arrival", meeting.host)
         if meeting.is_main and self._config:
             report.findings += judge_run(self._config, meeting.world_size)
-            report.findings += self._judge_chat()
+            report.findings += self._judge_chat(self._config)
         self._examine_ranks()
         hosts = meeting.answer(ranks_by_host(report.facts))
         sights = look_from_everywhere(meeting, self._folder)
@@ -151,10 +149,12 @@ class Examination:
                 self._examine_start(self._config)
             meeting.answer(limit_seconds=START_SECONDS)
 
-    def _judge_chat(self) -> list[Finding]:
+    def _judge_chat(self, config: Config) -> list[Finding]:
         """Of the run's models; nothing where transformers is not installed, which is told apart."""
         try:
-            return load(CHAT).judge_chat(self._config)
+            with loading():
+                from megatron_amrlhf.doctor.judge_chat import judge_chat  # noqa: PLC0415 - heavy
+            return judge_chat(config)
         except ImportError:
             return []
 
@@ -174,7 +174,7 @@ class Examination:
         report.findings += judge_devices(report.facts)
         report.findings += judge_dtypes(report.facts, self._config)
         report.findings += judge_limits(report.facts)
-        room = self._room() if self._config else None
+        room = self._room(self._config) if self._config else None
         report.findings += judge_disks(report.facts, room)
         report.findings += judge_locks(report.facts)
 
@@ -187,15 +187,21 @@ class Examination:
             return
         told = {each.message for each in findings}
         try:
-            start = load(START).judge_start(config)
+            with loading():
+                from megatron_amrlhf.doctor.start import judge_start  # noqa: PLC0415 - heavy
+            start = judge_start(config)
             findings += [each for each in start if each.message not in told]
         except ImportError as error:
             findings.append(Finding("start", "error", f"nothing can be loaded: {error}"))
 
-    def _room(self) -> CheckpointRoom | None:
+    def _room(self, config: Config) -> CheckpointRoom | None:
         """What the run's checkpoints take; a warning where that cannot be known."""
         try:
-            return load(ROOM).checkpoint_room(self._config, self._folder)
+            with loading():
+                from megatron_amrlhf.doctor.checkpoint_room import (  # noqa: PLC0415 - heavy
+                    checkpoint_room,
+                )
+            return checkpoint_room(config, self._folder)
         except (UserError, ImportError) as error:
             message = f"the size of a checkpoint is not known: {error}"
             fix = "12 bytes for each trained parameter have to fit into the run folder"

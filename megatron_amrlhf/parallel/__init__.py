@@ -1,6 +1,5 @@
 """Mesh, process groups, collectives. Importing it quiets what the pinned libraries always say."""
 
-import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,4 +36,4 @@ def without_compiler() -> Iterator[None]:
 
 
 with without_compiler():
-    importlib.import_module("megatron.core")
+    import megatron.core  # noqa: F401

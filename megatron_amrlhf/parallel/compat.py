@@ -9,7 +9,6 @@ release moves what it patches.
 
 from __future__ import annotations
 
-import importlib
 import os
 
 import torch
@@ -35,7 +34,7 @@ from megatron_amrlhf.parallel import without_compiler
 from megatron_amrlhf.sizes import GIB, KIB
 
 with without_compiler():  # deepspeed.initialize imports it for every optimizer
-    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
 MEGATRON_MODULES = (
     schedules,

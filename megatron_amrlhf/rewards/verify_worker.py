@@ -26,7 +26,7 @@ def end_with_parent() -> None:
 def serve(lines: TextIO, out: TextIO) -> None:
     """Answers ``{"gold", "text"}`` lines by the fields of a ``Verdict``."""
     # After the caller has this process: the import of sympy takes seconds.
-    from megatron_amrlhf.rewards.judge.judging import judge  # noqa: PLC0415
+    from megatron_amrlhf.rewards.judge.judging import judge  # noqa: PLC0415 - heavy
 
     logging.disable(logging.WARNING)  # "timeout is disabled": the caller has one
     print(json.dumps({"ready": True}), file=out, flush=True)

@@ -49,7 +49,7 @@ def trainer(monkeypatch):
         return module.is_done
 
     module.run = run
-    monkeypatch.setitem(sys.modules, cli.TRAINER, module)
+    monkeypatch.setitem(sys.modules, "megatron_amrlhf.commands.train", module)
     monkeypatch.setattr(cli, "OTHER_RANK_DELAY_SECONDS", 0.0)
     return module
 
@@ -223,7 +223,7 @@ def test_the_module_runs_and_returns_the_exit_code():
 def test_score_hands_over_its_files(config_path, monkeypatch, tmp_path, capsys):
     calls = []
     scorer = types.SimpleNamespace(run=lambda config, *rest: calls.append(rest))
-    monkeypatch.setitem(sys.modules, cli.SCORER, scorer)
+    monkeypatch.setitem(sys.modules, "megatron_amrlhf.commands.score", scorer)
     answers = tmp_path / "a.jsonl"
     files = ["--answers", str(answers), "--out", "scores"]
     assert cli.main(["score", config_path, *files]) == 2

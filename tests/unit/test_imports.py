@@ -38,6 +38,12 @@ def imports_of(source: str, package: tuple[str, ...]) -> list[str]:
     return names
 
 
+def test_no_module_is_loaded_by_a_string():
+    """The order below would not see it; what is heavy is imported inside a function by name."""
+    calls = ("import_module(", "__import__(")
+    assert [str(x) for x in FILES if any(call in x.read_text() for call in calls)] == []
+
+
 def problems_of(relative: str, source: str) -> list[str]:
     """What a file of the package imports that it may not."""
     parts = Path(relative).with_suffix("").parts

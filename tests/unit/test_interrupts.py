@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf import interrupts
-from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual, end_at_once, load
+from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual, end_at_once, loading
 from tests.patience import PATIENCE_SECONDS
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,8 @@ def usual():
 
 def test_a_program_that_loads_ends_at_once_and_says_nothing(tmp_path):
     (tmp_path / "library.py").write_text(LIBRARY)
-    program = "from megatron_amrlhf.interrupts import load; load('library'); print('went on')"
+    imports = "from megatron_amrlhf.interrupts import loading"
+    program = f"{imports}\nwith loading():\n    import library\nprint('went on')"
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
@@ -58,7 +59,8 @@ def test_a_program_that_loads_ends_at_once_and_says_nothing(tmp_path):
 
 
 def test_afterwards_it_raises_as_usual(usual):
-    assert load("json").loads("1") == 1
+    with loading():
+        assert signal.getsignal(signal.SIGINT) is interrupts._end
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     end_at_once()
     assert signal.getsignal(signal.SIGINT) is interrupts._end

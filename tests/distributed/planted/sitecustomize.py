@@ -5,17 +5,18 @@ ppo's rollout of that step goes on only once the run is asked to stop. A job tha
 is left alone.
 """
 
-import importlib
+import builtins
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 TRAINER = "megatron_amrlhf.commands.train"
 FAULT_AT_STEP = int(os.environ.get("PLANT_STEP", "2"))
 LOOK = 5  # tokens of the second rollout that "wait" lets pass
-real_import = importlib.import_module
+real_import = builtins.__import__
 
 
 def go_wrong(name: str) -> None:
@@ -73,15 +74,21 @@ def wait_in_rollout(module) -> None:
     algorithm.step, request.seen = step, seen
 
 
-def import_module(name: str, package: str | None = None):
-    module = real_import(name, package)
-    if name == TRAINER and os.environ["PLANT"] == "wait":
-        wait_in_rollout(module)
-    elif name == TRAINER:
-        plant(module.ALGORITHMS["prm"])
-    return module
+planted = []
+
+
+def import_and_plant(name, *arguments, **options):
+    """Python's own import; the trainer gets its fault when it has been imported."""
+    found = real_import(name, *arguments, **options)
+    if name == TRAINER and not planted:
+        planted.append(name)
+        if os.environ["PLANT"] == "wait":
+            wait_in_rollout(sys.modules[name])
+        else:
+            plant(sys.modules[name].ALGORITHMS["prm"])
+    return found
 
 
 is_mine = os.environ.get("RANK") == os.environ.get("PLANT_RANK", "nobody")
 if is_mine and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-    importlib.import_module = import_module
+    builtins.__import__ = import_and_plant
