@@ -207,7 +207,7 @@ class TrainBatch(Generic[T]):
         ids = torch.arange(len(rows))
         return cls(rows, prompt_lengths, targets, ids, lengths - prompt_lengths)
 
-    def cut_to_kept(self) -> TrainBatch[T]:
+    def trim_to_kept(self) -> TrainBatch[T]:
         """The rows without what follows their last kept token; rows without one are empty.
 
         Outputs up to there do not depend on what follows, so a loss that reads kept tokens alone

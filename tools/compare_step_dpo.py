@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from megatron_amrlhf.algorithms.update import response_plan, update
+from megatron_amrlhf.algorithms.update import response_places, update
 from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.tokenizer import load_tokenizer
@@ -180,7 +180,7 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
         context,
         "actor",
         batch,
-        response_plan(batch),
+        response_places(batch),
         read_logprobs(context, 1.0),
         loss=partial(dpo_loss, beta=algorithm.beta, form=algorithm.form),
         name="policy",

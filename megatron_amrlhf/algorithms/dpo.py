@@ -38,8 +38,8 @@ class Dpo(SelectionAlgorithm[DpoAlgorithm]):
     def record(self, answers: AnswerTargets) -> PairTargets:
         return PairTargets(**vars(answers))
 
-    def update_actor(self, part: TrainBatch[PairTargets]):
+    def actor_step(self, part: TrainBatch[PairTargets]):
         """One optimizer step of the policy on eq. 15."""
         algorithm = self.section
         loss = partial(dpo_loss, beta=algorithm.beta, form=algorithm.form)
-        return self.update_policy(part, loss)
+        return self.policy_step(part, loss)

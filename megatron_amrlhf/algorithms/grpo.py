@@ -69,7 +69,7 @@ class Grpo(SurrogateAlgorithm[GrpoAlgorithm]):
     def reads_kept_alone(self) -> bool:
         return self.section.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch[GrpoTargets]):
+    def actor_step(self, part: TrainBatch[GrpoTargets]):
         """One optimizer step of the policy."""
         algorithm = self.section
         part = self.with_kl_scale(part, algorithm.length_normalise == "sequence")
@@ -80,7 +80,7 @@ class Grpo(SurrogateAlgorithm[GrpoAlgorithm]):
             kl_coef=algorithm.kl_coef,
             estimator=algorithm.kl_estimator,
         )
-        return self.update_policy(part, loss)
+        return self.policy_step(part, loss)
 
 
 def one_a_group(x: Tensor, group_ids: Tensor, has_reward: Tensor) -> Tensor:

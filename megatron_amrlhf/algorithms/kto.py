@@ -96,7 +96,7 @@ class Kto(PolicyAlgorithm[KtoAlgorithm]):
         minibatches, mesh = self.section.minibatches, self.context.mesh
         split = split_units(len(train.rows), minibatches, None, mesh)
         parts = [train.select(rows) for rows in split]
-        roles = {"actor": self.update_actor}
+        roles = {"actor": self.actor_step}
         return run_updates(self.context, parts, roles, passes=2)  # z0 is scored before
 
     def reference_point(self, part: KtoBatch) -> Tensor | None:
@@ -115,7 +115,7 @@ class Kto(PolicyAlgorithm[KtoAlgorithm]):
     def reads_kept_alone(self) -> bool:
         return True
 
-    def update_actor(self, part: KtoBatch):
+    def actor_step(self, part: KtoBatch):
         """One optimizer step of the policy."""
         algorithm = self.section
         loss = partial(
@@ -125,7 +125,7 @@ class Kto(PolicyAlgorithm[KtoAlgorithm]):
             desirable_weight=algorithm.desirable_weight,
             undesirable_weight=algorithm.undesirable_weight,
         )
-        return self.update_policy(part, loss)
+        return self.policy_step(part, loss)
 
 
 def labelled(has_reward: Tensor, flat: Tensor, label: str) -> Tensor:

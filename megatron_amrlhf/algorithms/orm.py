@@ -7,14 +7,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
-from megatron_amrlhf.algorithms.update import update
+from megatron_amrlhf.algorithms.update import optimizer_step
 from megatron_amrlhf.config.algorithms import OrmAlgorithm
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.pairs import EncodedPair, load_pairs
 from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.rows import Selection
-from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlaces
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.scoring import read_value
 from megatron_amrlhf.losses.orm import larger_size, orm_loss, pair_accuracy
@@ -33,7 +33,7 @@ class Orm(RewardTraining[EncodedPair, OrmAlgorithm]):
     ) -> tuple[Rows[EncodedPair], Selection]:
         return load_pairs(path, tokenizer, config.data, readers)
 
-    def batch(self, examples: list[EncodedPair]) -> tuple[TrainBatch, OutputPlan]:
+    def batch(self, examples: list[EncodedPair]) -> tuple[TrainBatch, OutputPlaces]:
         """Two rows a pair, of which the loss counts the first; an output at each last token."""
         is_chosen = torch.tensor([True, False], device=self.context.mesh.device)
         counted = is_chosen.repeat(len(examples))[:, None]
@@ -45,13 +45,13 @@ class Orm(RewardTraining[EncodedPair, OrmAlgorithm]):
         )
         return batch, last_outputs(batch.rows)
 
-    def update(self, batch: TrainBatch, plan: OutputPlan):
+    def train_step(self, batch: TrainBatch, at: OutputPlaces):
         """One optimizer step on eq. 1."""
-        return update(
+        return optimizer_step(
             self.context,
             self.role,
             batch,
-            plan,
+            at,
             read_value(),
             loss=orm_loss,
             name="orm",
@@ -74,9 +74,9 @@ class Orm(RewardTraining[EncodedPair, OrmAlgorithm]):
         return self.context.publish(metrics)
 
 
-def last_outputs(rows: tuple[Tensor, ...]) -> OutputPlan:
+def last_outputs(rows: tuple[Tensor, ...]) -> OutputPlaces:
     """One output a row, at its last token."""
-    return OutputPlan(
+    return OutputPlaces(
         rows=torch.arange(len(rows)),
         positions=torch.tensor([row.numel() - 1 for row in rows], dtype=torch.int64),
         columns=torch.zeros(len(rows), dtype=torch.int64),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.algorithms.update import A, LossFunction, response_plan, update
+from megatron_amrlhf.algorithms.update import A, LossFunction, optimizer_step, response_places
 from megatron_amrlhf.config.algorithm_section import PolicySection
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
@@ -221,17 +221,17 @@ class PolicyAlgorithm(ABC, Generic[S]):
     def reads_kept_alone(self) -> bool:
         """Whether the policy's loss reads nothing but kept tokens, so that others may be cut."""
 
-    def update_policy(self, part: TrainBatch[A], loss: LossFunction[A]):
+    def policy_step(self, part: TrainBatch[A], loss: LossFunction[A]):
         """One optimizer step of the policy on a loss of its log-probs. Entered by every rank."""
         read = read_logprobs(self.context, self.logprob_temperature())
-        cut = part.cut_to_kept() if self.reads_kept_alone else part
-        plan = response_plan(cut)
+        cut = part.trim_to_kept() if self.reads_kept_alone else part
+        at = response_places(cut)
         together = self.section.rows_together
-        result, metrics = update(
+        result, metrics = optimizer_step(
             self.context,
             "actor",
             cut,
-            plan,
+            at,
             read,
             loss=loss,
             name="policy",

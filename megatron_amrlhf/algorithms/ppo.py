@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_amrlhf.algorithms.policy import all_rows
 from megatron_amrlhf.algorithms.surrogate import SurrogateAlgorithm, behaviour_logprobs
-from megatron_amrlhf.algorithms.update import UpdateFunction, response_plan, update
+from megatron_amrlhf.algorithms.update import UpdateFunction, optimizer_step, response_places
 from megatron_amrlhf.config.algorithms import PpoAlgorithm
 from megatron_amrlhf.experience.context import count_metric
 from megatron_amrlhf.experience.maker import Experience
@@ -81,14 +81,14 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
         return targets, {"ppo/returns": count_metric(returns.sum(), valid.sum())}
 
     def updates(self) -> dict[str, UpdateFunction]:
-        return super().updates() | {"critic": self.update_critic}
+        return super().updates() | {"critic": self.critic_step}
 
     @property
     def reads_kept_alone(self) -> bool:
         algorithm = self.section
         return algorithm.kl_in == "reward" or algorithm.kl_coef == 0
 
-    def update_actor(self, part: TrainBatch[PpoTargets]):
+    def actor_step(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the policy on eq. 14."""
         algorithm, kind = self.section, self.context.config.loss.denominator
         if part.targets is not None:
@@ -98,10 +98,10 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
         if algorithm.kl_in == "loss":
             part = self.with_kl_scale(part)
             loss = partial(loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator)
-        return self.update_policy(part, loss)
+        return self.policy_step(part, loss)
 
-    def update_critic(self, part: TrainBatch[PpoTargets]):
+    def critic_step(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the critic, on all response tokens."""
         loss = partial(ppo_value_loss, clip_eps=self.section.value_clip_eps)
-        plan, read = response_plan(part), read_value()
-        return update(self.context, "critic", part, plan, read, loss=loss, name="value")
+        at, read = response_places(part), read_value()
+        return optimizer_step(self.context, "critic", part, at, read, loss=loss, name="value")

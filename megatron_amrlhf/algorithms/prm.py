@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from megatron_amrlhf.algorithms.reward_training import RewardTraining
 from megatron_amrlhf.algorithms.step_metrics import step_metrics
-from megatron_amrlhf.algorithms.update import update
+from megatron_amrlhf.algorithms.update import optimizer_step
 from megatron_amrlhf.config.algorithms import PrmAlgorithm
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.lazy_rows import Rows
 from megatron_amrlhf.data.prm_data import PrmExample, load_prm_examples
 from megatron_amrlhf.data.readers import Readers
 from megatron_amrlhf.data.rows import Selection
-from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlaces
 from megatron_amrlhf.experience.scoring import Reader
 from megatron_amrlhf.losses.prm import StepTargets, prm_loss
 from megatron_amrlhf.parallel.collectives import (
@@ -39,12 +39,12 @@ class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
         count = self.section.num_attributes
         return load_prm_examples(path, tokenizer, config.data, count, readers)
 
-    def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch[StepTargets], OutputPlan]:
+    def batch(self, examples: list[PrmExample]) -> tuple[TrainBatch[StepTargets], OutputPlaces]:
         """Rows with ``[B, S, D]`` labels, and outputs at the labelled positions."""
-        plan = label_outputs(examples)
+        at = label_outputs(examples)
         attributes = self.section.num_attributes
-        labels = torch.zeros(len(examples), plan.width, attributes)
-        present = torch.zeros(len(examples), plan.width, dtype=torch.bool)
+        labels = torch.zeros(len(examples), at.width, attributes)
+        present = torch.zeros(len(examples), at.width, dtype=torch.bool)
         for row, example in enumerate(examples):
             steps = example.labels.shape[0]
             labels[row, :steps], present[row, :steps] = example.labels, True
@@ -56,13 +56,13 @@ class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
             prompt_lengths=torch.tensor(lengths, dtype=torch.int64),
             targets=targets if self.context.mesh.is_last_stage else None,
         )
-        return batch, plan
+        return batch, at
 
-    def update(self, batch: TrainBatch[StepTargets], plan: OutputPlan):
+    def train_step(self, batch: TrainBatch[StepTargets], at: OutputPlaces):
         """One optimizer step on the step labels."""
-        read = Reader(outputs=lambda outputs, block: outputs.float())
+        read = Reader(outputs=lambda outputs, micro_batch: outputs.float())
         loss = partial(prm_loss, kind=self.section.loss)
-        return update(self.context, self.role, batch, plan, read, loss=loss, name="prm")
+        return optimizer_step(self.context, self.role, batch, at, read, loss=loss, name="prm")
 
     def heldout_metrics(
         self, examples: list[PrmExample], outputs: Tensor | None
@@ -79,11 +79,11 @@ class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
         return broadcast_object_from_last_stage(found, mesh)
 
 
-def label_outputs(examples: list[PrmExample]) -> OutputPlan:
+def label_outputs(examples: list[PrmExample]) -> OutputPlaces:
     """An output at the last token of every labelled step; column = number of the step."""
     counts = [example.label_positions.numel() for example in examples]
     empty = torch.zeros(0, dtype=torch.int64)
-    return OutputPlan(
+    return OutputPlaces(
         rows=torch.cat([empty, *(torch.full((n,), i) for i, n in enumerate(counts))]),
         positions=torch.cat([empty, *(example.label_positions for example in examples)]),
         columns=torch.cat([empty, *(torch.arange(n) for n in counts)]),

@@ -49,10 +49,10 @@ class RejectionSampling(SelectionAlgorithm[RejectionSamplingAlgorithm]):
         one_B1 = torch.ones_like(answers.reference_logprobs[:, :1])
         return SelectedTargets(**vars(answers), kl_scale=one_B1)
 
-    def update_actor(self, part: TrainBatch[SelectedTargets]):
+    def actor_step(self, part: TrainBatch[SelectedTargets]):
         """One optimizer step of the policy on eq. 16."""
         algorithm, part = self.section, self.with_kl_scale(part)
         loss = partial(
             rejection_sampling_loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator
         )
-        return self.update_policy(part, loss)
+        return self.policy_step(part, loss)

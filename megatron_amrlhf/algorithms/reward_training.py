@@ -17,7 +17,7 @@ from megatron_amrlhf.data.lazy_rows import Rows, highest_rows
 from megatron_amrlhf.data.order import PADDING, DataPosition, shard
 from megatron_amrlhf.data.readers import ALONE, Readers
 from megatron_amrlhf.data.rows import Selection
-from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlaces
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.types import TrainBatch
 
@@ -82,16 +82,16 @@ class RewardTraining(ABC, Generic[Example, S]):
         return highest_rows(self.examples, self.heldout)
 
     @abstractmethod
-    def batch(self, examples: list[Example]) -> tuple[TrainBatch, OutputPlan]:
+    def batch(self, examples: list[Example]) -> tuple[TrainBatch, OutputPlaces]:
         """Rows of the examples, and where the head is read."""
 
     @abstractmethod
-    def update(self, batch: TrainBatch, plan: OutputPlan):
+    def train_step(self, batch: TrainBatch, at: OutputPlaces):
         """One optimizer step. Entered by every rank."""
 
     @abstractmethod
     def heldout_metrics(self, examples: list[Example], outputs: Tensor | None) -> dict[str, float]:
-        """Metrics of this replica's held-out examples, from ``[n, D]`` outputs at their plan's
+        """Metrics of this replica's held-out examples, from ``[n, D]`` outputs at their
         places (float32 on the CPU; None but on last stages). Entered by every rank.
         """
 
@@ -113,7 +113,7 @@ class RewardTraining(ABC, Generic[Example, S]):
         training = {"learning_rate": rate, "total_steps": self.total_steps}
         context.role(role.name, context.model_folder, role.head_outputs, **training)
 
-    def share(self, examples: Sequence[Example], indices: list[int]) -> list[Example]:
+    def rows_of_replica(self, examples: Sequence[Example], indices: list[int]) -> list[Example]:
         """This replica's part of the examples at ``indices``."""
         mesh = self.context.mesh
         mine = shard(indices, mesh.dp_rank, mesh.dp_size)
@@ -122,9 +122,9 @@ class RewardTraining(ABC, Generic[Example, S]):
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on ``batch_size`` examples. Entered by every rank."""
         context, start = self.context, time.perf_counter()
-        batch, plan = self.batch(self.share(self.examples, self.position.indices(step)))
+        batch, at = self.batch(self.rows_of_replica(self.examples, self.position.indices(step)))
         metrics, engine = run_updates(
-            context, [batch], {self.role: lambda part: self.update(part, plan)}
+            context, [batch], {self.role: lambda part: self.train_step(part, at)}
         )
         seconds = time.perf_counter() - start
         tokens = context.over_replicas(sum(row.numel() for row in batch.rows))
@@ -139,18 +139,18 @@ class RewardTraining(ABC, Generic[Example, S]):
         context = self.context
         if not self.heldout:
             return {}
-        examples = self.share(self.heldout, list(range(len(self.heldout))))
-        batch, plan = self.batch(examples)
+        examples = self.rows_of_replica(self.heldout, list(range(len(self.heldout))))
+        batch, at = self.batch(examples)
         with context.console.track("evaluate", len(batch.rows)):
             outputs = context.engine.score(
                 self.role,
                 batch.rows,
-                plan,
+                at,
                 None,
-                lambda outputs, block: block.rectangle(outputs.float(), plan.width),
+                lambda outputs, micro_batch: micro_batch.rectangle(outputs.float(), at.width),
             )
         if outputs is not None:
-            outputs = outputs.cpu()[plan.rows, plan.columns]
+            outputs = outputs.cpu()[at.rows, at.columns]
         return self.heldout_metrics(examples, outputs)
 
     def state_dict(self) -> dict:

@@ -38,7 +38,7 @@ class SelectionAlgorithm(PolicyAlgorithm[S]):
         """The record that the loss reads, on a last stage."""
 
     @abstractmethod
-    def update_actor(self, part: TrainBatch):
+    def actor_step(self, part: TrainBatch):
         """One optimizer step of the policy."""
 
     def choose(self, experience: Experience, step: int) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ class SelectionAlgorithm(PolicyAlgorithm[S]):
         for units in split_units(len(train.rows) // size, minibatches, None, mesh):
             rows = units[:, None] * size + torch.arange(size)
             parts.append(train.select(rows.flatten()))
-        return run_updates(self.context, parts, {"actor": self.update_actor})
+        return run_updates(self.context, parts, {"actor": self.actor_step})
 
 
 def without_failed(

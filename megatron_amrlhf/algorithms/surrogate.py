@@ -25,12 +25,12 @@ class SurrogateAlgorithm(PolicyAlgorithm[C]):
         return self.context.config.rollout.temperature or 1.0
 
     @abstractmethod
-    def update_actor(self, part: TrainBatch):
+    def actor_step(self, part: TrainBatch):
         """One optimizer step of the policy."""
 
     def updates(self) -> dict[str, UpdateFunction]:
         """The optimizer step of each role that is trained, in order."""
-        return {"actor": self.update_actor}
+        return {"actor": self.actor_step}
 
     def update(self, train: TrainBatch, step: int) -> tuple[Metrics, dict]:
         """All optimizer steps on one rollout. Entered by every rank."""

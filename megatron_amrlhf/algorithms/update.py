@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_amrlhf.engine.balance import balance
-from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
+from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlaces, response_outputs
 from megatron_amrlhf.engine.zero3 import StepResult
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.scoring import Reader
@@ -31,11 +31,11 @@ A = TypeVar("A", bound=AnswerTargets)
 LossFunction = Callable[[Tensor, T], LossOutput]
 
 
-def update(
+def optimizer_step(
     context: Context,
     role: str,
     batch: TrainBatch[T],
-    plan: OutputPlan,
+    at: OutputPlaces,
     read: Reader,
     *,
     loss: LossFunction[T],
@@ -48,7 +48,7 @@ def update(
         context: the run.
         role: actor, critic, prm or orm.
         batch: this replica's rows of the optimizer step; replicas even them out by tokens.
-        plan: where outputs are computed; ``plan.width`` is R.
+        at: where outputs are computed; ``at.width`` is R.
         read: makes values of the last stage's outputs, differentiable.
         loss: its terms are summed and divided by the global count of ``targets.denominator``.
         name: the loss is logged as ``loss/NAME``, over what it was divided by.
@@ -57,7 +57,7 @@ def update(
     Returns:
         What the engine did, and the merged (sum, count) metrics (empty but on last stages).
     """
-    batch, plan = balance(batch, plan, together, context.mesh)
+    batch, at = balance(batch, at, together, context.mesh)
     count, uncounted = None, {}
     if batch.targets is not None:
         counted = global_sum(batch.targets.denominator, context.mesh.dp_group)
@@ -65,11 +65,11 @@ def update(
         missing = (count - counted) * (context.mesh.dp_rank == 0)
         uncounted = {f"loss/{name}": count_metric(0.0, missing)}
 
-    def scaled_loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, Metrics]:
-        read_out = read.outputs(outputs[: block.num_outputs], block)
-        values = block.rectangle(read_out, plan.width)
+    def scaled_loss(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
+        read_out = read.outputs(outputs[: micro_batch.num_outputs], micro_batch)
+        values = micro_batch.rectangle(read_out, at.width)
         assert count is not None and batch.targets is not None, "this is a last stage"
-        targets = batch.targets.select(block.row_index)
+        targets = batch.targets.select(micro_batch.row_index)
         out = loss(values, targets)
         total = out.terms.sum()
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
@@ -77,20 +77,20 @@ def update(
         return scaled, {**out.metrics, f"loss/{name}": logged}
 
     result = context.engine.train_step(
-        role, batch.rows, batch.ids, plan, read.logits, loss=scaled_loss, together=together
+        role, batch.rows, batch.ids, at, read.logits, loss=scaled_loss, together=together
     )
     return result, merge_metrics([*result.extras, uncounted])
 
 
-def response_plan(part: TrainBatch[A]) -> OutputPlan:
+def response_places(part: TrainBatch[A]) -> OutputPlaces:
     """Outputs before every response token, as wide as the targets (of the whole rollout)."""
     lengths = torch.tensor([row.numel() for row in part.rows], dtype=torch.int64)
-    plan = response_outputs(lengths, part.prompt_lengths, "before")
-    return plan.widened(part.targets.valid.shape[1]) if part.targets else plan
+    at = response_outputs(lengths, part.prompt_lengths, "before")
+    return at.widened(part.targets.valid.shape[1]) if part.targets else at
 
 
 Batch = TypeVar("Batch", bound=TrainBatch)
-# rows of an optimizer step -> what update() returns
+# rows of an optimizer step -> what optimizer_step() returns
 UpdateFunction = Callable[[Batch], tuple[StepResult, Metrics]]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_amrlhf.engine.microbatch import OutputPlan
+from megatron_amrlhf.engine.microbatch import OutputPlaces
 from megatron_amrlhf.engine.packing import spread_rows
 from megatron_amrlhf.losses.targets import Targets
 from megatron_amrlhf.parallel.collectives import gather_objects
@@ -18,8 +18,8 @@ TOLERATED = 1.05  # tokens of the fullest replica over their mean, below which r
 
 
 def balance(
-    batch: TrainBatch, plan: OutputPlan, together: int, mesh: Mesh
-) -> tuple[TrainBatch, OutputPlan]:
+    batch: TrainBatch, at: OutputPlaces, together: int, mesh: Mesh
+) -> tuple[TrainBatch, OutputPlaces]:
     """Gives every replica nearly as many tokens. Entered by every rank.
 
     A loss is a sum of its rows' terms over a global count, so it does not matter where a row is.
@@ -27,7 +27,7 @@ def balance(
 
     Args:
         batch: this replica's rows.
-        plan: its outputs.
+        at: its outputs.
         together: this many consecutive rows (a pair) stay on one replica.
         mesh: the mesh.
 
@@ -35,26 +35,26 @@ def balance(
         The rows that this replica has now, and their outputs.
     """
     if mesh.dp_size == 1:
-        return batch, plan
+        return batch, at
     own = [row.numel() for row in batch.rows]
     everyone = gather_objects(own, mesh.dp_group)
     loads = [sum(lengths) for lengths in everyone]
     if max(loads) * mesh.dp_size <= sum(loads) * TOLERATED:
-        return batch, plan
+        return batch, at
     lengths = [length for part in everyone for length in part]
     members = spread_rows(lengths, together, mesh.dp_size)[mesh.dp_rank]
     targets = batch.targets.each(Tensor.cpu) if batch.targets else None
-    sent = (replace(batch, targets=targets), plan)
+    sent = (replace(batch, targets=targets), at)
     parts = gather_objects(sent, mesh.dp_group)
     return _join(parts, members, mesh)
 
 
 def _join(
-    parts: list[tuple[TrainBatch, OutputPlan]], members: list[int], mesh: Mesh
-) -> tuple[TrainBatch, OutputPlan]:
+    parts: list[tuple[TrainBatch, OutputPlaces]], members: list[int], mesh: Mesh
+) -> tuple[TrainBatch, OutputPlaces]:
     """The rows ``members`` of all replicas' batches one after the other."""
-    batches, plans = zip(*parts, strict=True)
-    width = max(plan.width for plan in plans)
+    batches, places = zip(*parts, strict=True)
+    width = max(at.width for at in places)
     targets = [batch.targets for batch in batches if batch.targets is not None]
     joined = Targets.join(targets).each(lambda x: x.to(mesh.device)) if targets else None
     everything = TrainBatch(
@@ -66,11 +66,10 @@ def _join(
     )
     index = torch.tensor(members, dtype=torch.int64)
     starts = torch.tensor([0, *(len(batch.rows) for batch in batches)]).cumsum(0)
-    rows = torch.cat([plan.rows + start for plan, start in zip(plans, starts, strict=False)])
+    rows = torch.cat([at.rows + start for at, start in zip(places, starts, strict=False)])
     inside = torch.isin(rows, index)
     positions, columns = (
-        torch.cat([getattr(plan, name) for plan in plans])[inside]
-        for name in ("positions", "columns")
+        torch.cat([getattr(at, name) for at in places])[inside] for name in ("positions", "columns")
     )
-    here = OutputPlan(torch.searchsorted(index, rows[inside]), positions, columns, width)
+    here = OutputPlaces(torch.searchsorted(index, rows[inside]), positions, columns, width)
     return everything.select(index), here

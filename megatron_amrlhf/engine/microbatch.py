@@ -18,7 +18,7 @@ Outputs = Literal["before", "at", "given"]
 
 
 @dataclass(frozen=True)
-class OutputPlan:
+class OutputPlaces:
     """Where the last stage computes outputs, and which ``[B, R]`` cell each output fills.
 
     All 1-D int64 over the outputs of the whole batch, by row: the row, the position in the row
@@ -30,19 +30,19 @@ class OutputPlan:
     columns: Tensor
     width: int
 
-    def widened(self, width: int) -> OutputPlan:
+    def widened(self, width: int) -> OutputPlaces:
         """The same outputs in a result of more columns."""
         assert width >= self.width, (width, self.width)
-        return OutputPlan(self.rows, self.positions, self.columns, width)
+        return OutputPlaces(self.rows, self.positions, self.columns, width)
 
 
-def response_outputs(lengths: Tensor, prompt_lengths: Tensor, where: Outputs) -> OutputPlan:
+def response_outputs(lengths: Tensor, prompt_lengths: Tensor, where: Outputs) -> OutputPlaces:
     """Outputs for every response token: ``before`` it (log-prob, value) or ``at`` it (reward)."""
     counts = lengths - prompt_lengths
     width = int(counts.max()) if counts.numel() else 0
     rows, columns = (torch.arange(width)[None] < counts[:, None]).nonzero(as_tuple=True)
     shift = 1 if where == "before" else 0
-    return OutputPlan(rows, prompt_lengths[rows] + columns - shift, columns, width)
+    return OutputPlaces(rows, prompt_lengths[rows] + columns - shift, columns, width)
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class MicroBatch:
         return out.index_put((self.output_places, self.output_columns), values)
 
 
-def cut_micro_batches(
+def pack_micro_batches(
     rows: tuple[Tensor, ...],
-    plan: OutputPlan,
+    at: OutputPlaces,
     section: EngineSection,
     mesh: Mesh,
     *,
@@ -103,7 +103,7 @@ def cut_micro_batches(
 
     Args:
         rows: 1-D int64 CPU tensors.
-        plan: outputs of the batch.
+        at: outputs of the batch.
         section: its limits of rows or tokens.
         mesh: the mesh.
         together: this many consecutive rows (a pair) stay in one micro-batch.
@@ -122,11 +122,11 @@ def cut_micro_batches(
     packed = even_blocks(lengths, together, packed, count, multiple)
     unit = mesh.tp_size if mesh.sequence_parallel else 1
     num_positions = block_positions(lengths, packed, unit)
-    return [_pack(rows, plan, members, num_positions, mesh) for members in packed]
+    return [_pack(rows, at, members, num_positions, mesh) for members in packed]
 
 
 def _pack(
-    rows: tuple[Tensor, ...], plan: OutputPlan, members: list[int], num_positions: int, mesh: Mesh
+    rows: tuple[Tensor, ...], at: OutputPlaces, members: list[int], num_positions: int, mesh: Mesh
 ) -> MicroBatch:
     lengths = torch.tensor([rows[i].numel() for i in members], dtype=torch.int64)
     starts = lengths.cumsum(0) - lengths
@@ -134,10 +134,10 @@ def _pack(
     tokens = torch.cat([*(rows[i] for i in members), padding])
     positions = torch.cat([*(torch.arange(n) for n in lengths.tolist()), padding])
     index = torch.tensor(members, dtype=torch.int64)
-    inside = torch.isin(plan.rows, index)
-    output_rows = plan.rows[inside]
+    inside = torch.isin(at.rows, index)
+    output_rows = at.rows[inside]
     places = torch.searchsorted(index, output_rows)
-    outputs = starts[places] + plan.positions[inside]
+    outputs = starts[places] + at.positions[inside]
     targets = tokens[(outputs + 1).clamp(max=num_positions - 1)]
     if not outputs.numel():
         outputs = targets = torch.zeros(1, dtype=torch.int64)
@@ -154,12 +154,12 @@ def _pack(
         targets=move(targets),
         output_rows=move(output_rows),
         output_places=move(places),
-        output_columns=move(plan.columns[inside]),
+        output_columns=move(at.columns[inside]),
     )
 
 
-def in_row_order(pieces: list[Tensor], blocks: list[MicroBatch]) -> Tensor:
+def in_row_order(pieces: list[Tensor], micro_batches: list[MicroBatch]) -> Tensor:
     """Puts what was made of each micro-batch's rows, ``[b, ...]``, into the batch's order."""
-    order = torch.cat([block.row_index for block in blocks])
+    order = torch.cat([micro_batch.row_index for micro_batch in micro_batches])
     joined = torch.cat(pieces)
     return torch.empty_like(joined).index_copy(0, order, joined)

@@ -27,10 +27,10 @@ class LossLog:
     values: list[Tensor]
     rows: list[Tensor]
 
-    def add(self, value: Tensor, block: MicroBatch) -> None:
+    def add(self, value: Tensor, micro_batch: MicroBatch) -> None:
         """Keeps a micro-batch's loss."""
         self.values.append(value.detach())
-        self.rows.append(block.row_index)
+        self.rows.append(micro_batch.row_index)
 
     @property
     def is_finite(self) -> bool:

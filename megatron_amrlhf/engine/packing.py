@@ -24,9 +24,12 @@ def pack_rows(
     by_tokens = -(-sum(lengths) // max_tokens) if max_tokens else 1
     count = max(min(max(by_rows, by_tokens), len(lengths) // together), 1)
     while True:
-        blocks = spread_rows(lengths, together, count, max_rows)
-        if all(_fits(block, lengths, together, max_rows, max_tokens) for block in blocks):
-            return blocks
+        micro_batches = spread_rows(lengths, together, count, max_rows)
+        if all(
+            _fits(micro_batch, lengths, together, max_rows, max_tokens)
+            for micro_batch in micro_batches
+        ):
+            return micro_batches
         count += 1
 
 
@@ -42,14 +45,16 @@ def spread_rows(
         (sum(lengths[start : start + together]), start)
         for start in range(0, len(lengths), together)
     ]
-    blocks: list[list[int]] = [[] for _ in range(count)]
+    micro_batches: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
     for tokens, start in sorted(units, key=lambda unit: (-unit[0], unit[1])):
         limit = max_rows or len(lengths)
-        place = min(range(count), key=lambda i: (len(blocks[i]) + together > limit, loads[i], i))
-        blocks[place] += range(start, start + together)
+        place = min(
+            range(count), key=lambda i: (len(micro_batches[i]) + together > limit, loads[i], i)
+        )
+        micro_batches[place] += range(start, start + together)
         loads[place] += tokens
-    return [sorted(block) for block in blocks]
+    return [sorted(micro_batch) for micro_batch in micro_batches]
 
 
 def even_blocks(
@@ -70,18 +75,18 @@ def even_blocks(
 
 def block_positions(lengths: list[int], packed: list[list[int]], unit: int) -> int:
     """Positions of every micro-batch: the longest one's tokens, up to a multiple of ``unit``."""
-    longest = max(sum(lengths[i] for i in block) for block in packed)
+    longest = max(sum(lengths[i] for i in micro_batch) for micro_batch in packed)
     return max(-(-longest // unit) * unit, unit)
 
 
 def _fits(
-    block: list[int],
+    micro_batch: list[int],
     lengths: list[int],
     together: int,
     max_rows: int | None,
     max_tokens: int | None,
 ) -> bool:
-    if len(block) <= together:
+    if len(micro_batch) <= together:
         return True
-    rows_fit = max_rows is None or len(block) <= max_rows
-    return rows_fit and (max_tokens is None or sum(lengths[i] for i in block) <= max_tokens)
+    rows_fit = max_rows is None or len(micro_batch) <= max_rows
+    return rows_fit and (max_tokens is None or sum(lengths[i] for i in micro_batch) <= max_tokens)

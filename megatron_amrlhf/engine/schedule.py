@@ -32,15 +32,15 @@ class ChunkHandle(nn.Module):
         self.index, self.is_last = index, index == len(stage.chunks) - 1
         self._call = [call]  # in a list, so that it is not registered as a submodule
 
-    def run(self, block: MicroBatch, function: LogitsFunction | None) -> Tensor:
+    def run(self, micro_batch: MicroBatch, function: LogitsFunction | None) -> Tensor:
         """The chunk's activations or outputs of a micro-batch."""
         return self._call[0](
             self.index,
-            block.tokens,
-            output_index=block.output_index,
-            positions=block.positions,
-            rows=block.packing,
-            targets=block.targets,
+            micro_batch.tokens,
+            output_index=micro_batch.output_index,
+            positions=micro_batch.positions,
+            rows=micro_batch.packing,
+            targets=micro_batch.targets,
             function=function,
         )
 
@@ -48,95 +48,95 @@ class ChunkHandle(nn.Module):
 def run_forward(
     stage: StageModel,
     cut: PipelineCut,
-    blocks: list[MicroBatch],
+    micro_batches: list[MicroBatch],
     function: LogitsFunction | None,
     *,
     collect: CollectFunction,
     tick: Callable[[int], None],
 ) -> list:
-    """Forward only. Returns what ``collect`` gave for each block on the last stage, else [].
+    """Forward only. Returns what ``collect`` gave for each micro-batch on the last stage, else [].
 
     Args:
         stage: the whole stage.
         cut: the pipeline axis.
-        blocks: micro-batches of one length.
+        micro_batches: micro-batches of one length.
         function: reads the logits of a language model; None: outputs are as the head gives them.
-        collect: called with the real outputs of each block on the last stage.
-        tick: called with the rows of each block after its forward on every stage.
+        collect: called with the real outputs of each micro-batch on the last stage.
+        tick: called with the rows of each micro-batch after its forward on every stage.
     """
 
     def forward_step(iterator, handle: ChunkHandle):
-        block = next(iterator)
-        output = handle.run(block, function)
+        micro_batch = next(iterator)
+        output = handle.run(micro_batch, function)
         if handle.is_last:
-            tick(block.num_rows)
+            tick(micro_batch.num_rows)
 
         def keep(output: Tensor, non_loss_data: bool = True) -> object:
-            return collect(output[: block.num_outputs], block)
+            return collect(output[: micro_batch.num_outputs], micro_batch)
 
         return output, keep
 
-    return _run(stage, stage, cut, blocks, forward_step=forward_step, forward_only=True)
+    return _run(stage, stage, cut, micro_batches, forward_step=forward_step, forward_only=True)
 
 
 def run_forward_backward(
     stage: StageModel,
     call: Callable,
     cut: PipelineCut,
-    blocks: list[MicroBatch],
+    micro_batches: list[MicroBatch],
     *,
     function: LogitsFunction | None,
     loss: LossFunction,
     tick: Callable[[int], None],
 ) -> list:
-    """1F1B (or plain accumulation at PP 1) with one backward a block.
+    """1F1B (or plain accumulation at PP 1) with one backward a micro-batch.
 
     Args:
         stage: the stage.
         call: runs the stage: itself, or the DeepSpeed engine around it.
         cut: the pipeline axis.
-        blocks: micro-batches of one length, as many on every DP rank.
+        micro_batches: micro-batches of one length, as many on every DP rank.
         function: reads the logits of a language model; None: outputs are as the head gives them.
-        loss: the loss of a block, called on the last stage; its gradient is used as it is.
-        tick: called with the rows of each block after its forward on every stage.
+        loss: the loss of a micro-batch, called on the last stage; its gradient is used as it is.
+        tick: called with the rows of each micro-batch after its forward on every stage.
 
     Returns:
         The second results of ``loss`` on the last stage, else [].
     """
 
     def forward_step(iterator, handle: ChunkHandle):
-        block = next(iterator)
-        output = handle.run(block, function)
+        micro_batch = next(iterator)
+        output = handle.run(micro_batch, function)
         if handle.is_last:
-            tick(block.num_rows)
+            tick(micro_batch.num_rows)
 
         def scaled(output: Tensor):
-            value, extra = loss(output, block)
+            value, extra = loss(output, micro_batch)
             return value, value.new_ones(()).int(), extra
 
         return output, scaled
 
-    return _run(stage, call, cut, blocks, forward_step=forward_step, forward_only=False)
+    return _run(stage, call, cut, micro_batches, forward_step=forward_step, forward_only=False)
 
 
 def _run(
     stage: StageModel,
     call: Callable,
     cut: PipelineCut,
-    blocks: list[MicroBatch],
+    micro_batches: list[MicroBatch],
     *,
     forward_step: Callable,
     forward_only: bool,
 ) -> list:
     count = len(stage.chunks)
     handles: list[nn.Module] = [ChunkHandle(stage, index, call) for index in range(count)]
-    length = blocks[0].tokens.shape[1]
+    length = micro_batches[0].tokens.shape[1]
     return run_pipeline(
         handles,
         cut,
         forward_step,
-        lambda: iter(blocks),
-        num_blocks=len(blocks),
+        lambda: iter(micro_batches),
+        num_blocks=len(micro_batches),
         num_positions=length,
         forward_only=forward_only,
     )

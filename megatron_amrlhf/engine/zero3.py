@@ -15,9 +15,9 @@ from megatron_amrlhf.engine.gradients import global_norm, sum_copies
 from megatron_amrlhf.engine.integrity import check_loaded
 from megatron_amrlhf.engine.microbatch import (
     MicroBatch,
-    OutputPlan,
-    cut_micro_batches,
+    OutputPlaces,
     in_row_order,
+    pack_micro_batches,
 )
 from megatron_amrlhf.engine.nonfinite import LossLog, describe
 from megatron_amrlhf.engine.role import Role, RoleSpec
@@ -91,7 +91,7 @@ class Zero3Engine:
         self,
         name: str,
         rows: tuple[Tensor, ...],
-        plan: OutputPlan,
+        at: OutputPlaces,
         function: LogitsFunction | None,
         collect: CollectFunction,
     ) -> Tensor | None:
@@ -100,7 +100,7 @@ class Zero3Engine:
         Args:
             name: the role.
             rows: 1-D int64 CPU tensors.
-            plan: where outputs are computed.
+            at: where outputs are computed.
             function: reads the logits of a language model; None for a linear head.
             collect: makes ``[b, ...]`` of a micro-batch's outputs ``[n, ...]``.
 
@@ -109,10 +109,12 @@ class Zero3Engine:
         """
         mesh = self.mesh
         self._assert_embedded(name, rows)
-        blocks = cut_micro_batches(rows, plan, self.config.engine, mesh)
+        micro_batches = pack_micro_batches(rows, at, self.config.engine, mesh)
         with self.roles[name].window() as stage:
-            pieces = run_forward(stage, mesh.cut, blocks, function, collect=collect, tick=self.tick)
-        return in_row_order(pieces, blocks) if mesh.is_last_stage else None
+            pieces = run_forward(
+                stage, mesh.cut, micro_batches, function, collect=collect, tick=self.tick
+            )
+        return in_row_order(pieces, micro_batches) if mesh.is_last_stage else None
 
     def _assert_embedded(self, name: str, rows: tuple[Tensor, ...]) -> None:
         """An id beyond the embedding would be zeros in silence on several tensor ranks."""
@@ -125,22 +127,22 @@ class Zero3Engine:
         name: str,
         rows: tuple[Tensor, ...],
         ids: Tensor,
-        plan: OutputPlan,
+        at: OutputPlaces,
         function: LogitsFunction | None,
         *,
         loss: LossFunction,
         together: int = 1,
     ) -> StepResult:
-        """One optimizer step of a role: forward and backward of all blocks, clip, update.
+        """One optimizer step of a role: forward and backward of all micro-batches, clip, update.
 
         Args:
             name: the role.
             rows: 1-D int64 CPU tensors.
             ids: ``[B]`` int64 that name the rows in messages.
-            plan: where outputs are computed.
+            at: where outputs are computed.
             function: reads the logits of a language model; None for a linear head.
-            loss: gets the outputs ``[N, ...]`` of a block (the first ``num_outputs`` are real)
-                and returns the block's part of the step's loss, multiplied by the DP size (the
+            loss: gets the outputs ``[N, ...]`` of a micro-batch (the first ``num_outputs`` are real)
+                and returns its part of the step's loss, multiplied by the DP size (the
                 gradient is the mean over DP), and anything to hand back.
             together: this many consecutive rows (a pair) stay in one micro-batch.
 
@@ -152,14 +154,14 @@ class Zero3Engine:
         role, mesh = self.roles[name], self.mesh
         weights, gradients = role.weights, role.weights.trained_gradients
         self._assert_embedded(name, rows)
-        blocks = cut_micro_batches(
-            rows, plan, self.config.engine, mesh, together=together, equal=True
+        micro_batches = pack_micro_batches(
+            rows, at, self.config.engine, mesh, together=together, equal=True
         )
         losses = LossLog([], [])
 
-        def logged(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, object]:
-            value, extra = loss(outputs, block)
-            losses.add(value, block)
+        def logged(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, object]:
+            value, extra = loss(outputs, micro_batch)
+            losses.add(value, micro_batch)
             return value, extra
 
         with weights.training() as call:
@@ -167,7 +169,7 @@ class Zero3Engine:
                 weights.stage,
                 call,
                 mesh.cut,
-                blocks,
+                micro_batches,
                 function=function,
                 loss=logged,
                 tick=self.tick,

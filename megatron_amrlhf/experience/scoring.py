@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_amrlhf.engine.microbatch import (
     MicroBatch,
-    OutputPlan,
+    OutputPlaces,
     Outputs,
     response_outputs,
 )
@@ -21,7 +21,7 @@ from megatron_amrlhf.rewards.kinds import OUTCOME, reward_kind
 from megatron_amrlhf.types import RolloutBatch
 
 
-def as_they_are(outputs: Tensor, block: MicroBatch) -> Tensor:
+def as_they_are(outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
     """The outputs."""
     return outputs
 
@@ -57,8 +57,8 @@ def score_tokens(
         read: makes values of the last stage's outputs.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
-    plan = response_outputs(lengths, rollout.prompt_lengths, where)
-    return score_outputs(context, role, rollout, plan, read)
+    at = response_outputs(lengths, rollout.prompt_lengths, where)
+    return score_outputs(context, role, rollout, at, read)
 
 
 def score_states(context: Context, rollout: RolloutBatch) -> Tensor | None:
@@ -68,23 +68,23 @@ def score_states(context: Context, rollout: RolloutBatch) -> Tensor | None:
     after its last token.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
-    plan = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
-    return score_outputs(context, "critic", rollout, plan, read_value())
+    at = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
+    return score_outputs(context, "critic", rollout, at, read_value())
 
 
 def score_outputs(
     context: Context,
     role: str,
     rollout: RolloutBatch,
-    plan: OutputPlan,
+    at: OutputPlaces,
     read: Reader,
 ) -> Tensor | None:
-    """``[B, plan.width, ...]`` float32 values where ``plan`` says on last stages, else None."""
+    """``[B, at.width, ...]`` float32 values where ``at`` says on last stages, else None."""
 
-    def collect(outputs: Tensor, block: MicroBatch) -> Tensor:
-        return block.rectangle(read.outputs(outputs, block).float(), plan.width)
+    def collect(outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
+        return micro_batch.rectangle(read.outputs(outputs, micro_batch).float(), at.width)
 
-    return context.engine.score(role, rollout.rows, plan, read.logits, collect)
+    return context.engine.score(role, rollout.rows, at, read.logits, collect)
 
 
 def read_logprobs(context: Context, temperature: float) -> Reader:
@@ -114,7 +114,7 @@ def read_logprobs_and_entropy(context: Context, temperature: float) -> Reader:
 
 def read_value() -> Reader:
     """The value head's output."""
-    return Reader(outputs=lambda outputs, block: outputs[:, 0].float())
+    return Reader(outputs=lambda outputs, micro_batch: outputs[:, 0].float())
 
 
 def read_reward(context: Context, role: str) -> Reader:
@@ -126,12 +126,12 @@ def read_reward(context: Context, role: str) -> Reader:
     weights = context.config.reward_model.attribute_weights if role == "prm" else None
     is_outcome = reward_kind(context.engine.roles[role].hf_config.to_dict()) == OUTCOME
 
-    def read(outputs: Tensor, block: MicroBatch) -> Tensor:
+    def read(outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
         if weights is None:
             rewards = outputs.float().mean(dim=-1)
         else:
             rewards = outputs.float() @ torch.tensor(weights, device=outputs.device)
-        return rewards[last_output_of_row(block.output_rows)] if is_outcome else rewards
+        return rewards[last_output_of_row(micro_batch.output_rows)] if is_outcome else rewards
 
     return Reader(outputs=read)
 

@@ -58,7 +58,7 @@ def batch_shape(
     at_least: int = 1,
     together: int = 1,
 ) -> BatchShape:
-    """The micro-batches that ``cut_micro_batches`` makes of a replica's rows.
+    """The micro-batches that ``pack_micro_batches`` makes of a replica's rows.
 
     Args:
         prompt_lengths: tokens of each row's prompt.

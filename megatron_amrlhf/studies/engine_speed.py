@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlan, response_outputs
+from megatron_amrlhf.engine.microbatch import MicroBatch, OutputPlaces, response_outputs
 from megatron_amrlhf.engine.role import DTYPES, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.parallel import compat
@@ -186,7 +186,7 @@ class Bench:
         places = torch.arange(first, first + count)
         return PromptBatch(tuple(tokens), places, ("",) * count, (None,) * count)
 
-    def _plan(self) -> OutputPlan:
+    def _places(self) -> OutputPlaces:
         lengths = torch.tensor([row.numel() for row in self._rows])
         prompts = torch.full_like(lengths, self.work.prompt_tokens)
         return response_outputs(lengths, prompts, "before")
@@ -195,23 +195,23 @@ class Bench:
         return token_logprobs(logits, targets, self.shape.vocab_size, self.mesh.tp_group)
 
     def _score(self) -> None:
-        plan = self._plan()
+        at = self._places()
 
-        def collect(outputs: Tensor, block: MicroBatch) -> Tensor:
-            return block.rectangle(outputs, plan.width)
+        def collect(outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
+            return micro_batch.rectangle(outputs, at.width)
 
         for name in self.engine.roles:
-            self.engine.score(name, self._rows, plan, self._logprobs, collect)
+            self.engine.score(name, self._rows, at, self._logprobs, collect)
 
     def _update(self) -> None:
         """One step on the mean negative log-prob; every algorithm's loss costs the same here."""
         total = self.work.answers * self.work.new_tokens
 
-        def loss(outputs: Tensor, block: MicroBatch) -> tuple[Tensor, None]:
-            return -outputs[: block.num_outputs].sum() * (self.mesh.dp_size / total), None
+        def loss(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, None]:
+            return -outputs[: micro_batch.num_outputs].sum() * (self.mesh.dp_size / total), None
 
         ids = torch.arange(len(self._rows))
-        self.engine.train_step("actor", self._rows, ids, self._plan(), self._logprobs, loss=loss)
+        self.engine.train_step("actor", self._rows, ids, self._places(), self._logprobs, loss=loss)
 
 
 class Memory:

@@ -256,12 +256,12 @@ def optimizer_step(context: Context, case: Case, rows: list[Row]):
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
         batch, plan = algorithm.batch(prm_examples(mine, head))
-        return algorithm.update(batch, plan)
+        return algorithm.train_step(batch, plan)
     if isinstance(algorithm, Orm):
         batch, plan = algorithm.batch(orm_examples(mine))
-        return algorithm.update(batch, plan)
+        return algorithm.train_step(batch, plan)
     part = train_batch(mine, width, case, context.mesh)
-    update = algorithm.update_critic if role == "critic" else algorithm.update_actor
+    update = algorithm.critic_step if role == "critic" else algorithm.actor_step
     return update(part)
 
 

@@ -101,7 +101,7 @@ def _update(algorithm, context, rollout, index, logprobs):
                 **common,
             )
         targets = targets.select(index)
-    result, metrics = algorithm.update_actor(
+    result, metrics = algorithm.actor_step(
         TrainBatch.whole(part.rows, part.prompt_lengths, targets)
     )
     return context.publish(metrics) | {"norm": result.grad_norm}

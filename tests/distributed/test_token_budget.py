@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_amrlhf.algorithms.ppo import Ppo
-from megatron_amrlhf.algorithms.update import response_plan
+from megatron_amrlhf.algorithms.update import response_places
 from megatron_amrlhf.engine.balance import balance
 from megatron_amrlhf.parallel.mesh import build_mesh
 from tests import reference
@@ -57,7 +57,7 @@ def numbers(folder: str, critic: str, masked_out: int) -> dict[str, tuple[float,
             algorithm = object.__new__(Ppo)
             algorithm.context, algorithm.section = context, context.config.algorithm
             part = train_batch(mine, width, case, mesh)
-            result, metrics = algorithm.update_actor(part)
+            result, metrics = algorithm.actor_step(part)
             loss = context.publish(metrics)["loss/policy"]
             found[f"{name}, {share}"] = (loss, result.grad_norm)
             context.engine.roles["actor"].weights.close()
@@ -94,7 +94,7 @@ def rows_after_balancing(folder: str, critic: str) -> tuple[list, list[int]]:
     part = train_batch(mine, max(row.num_response for row in rows), CASE, mesh)
     part = replace(part, ids=part.ids + 10 * mesh.dp_rank)
 
-    batch, plan = balance(part, response_plan(part), 2, mesh)
+    batch, plan = balance(part, response_places(part), 2, mesh)
     for place, number in enumerate(batch.ids.tolist()):
         row = rows[number]
         assert torch.equal(batch.rows[place], row.tokens)
