@@ -141,8 +141,8 @@ class Zero3Engine:
             ids: ``[B]`` int64 that name the rows in messages.
             at: where outputs are computed.
             function: reads the logits of a language model; None for a linear head.
-            loss: gets the outputs ``[N, ...]`` of a micro-batch (the first ``num_outputs`` are real)
-                and returns its part of the step's loss, multiplied by the DP size (the
+            loss: gets the outputs ``[N, ...]`` of a micro-batch (the first ``num_outputs`` are
+                real) and returns its part of the step's loss, multiplied by the DP size (the
                 gradient is the mean over DP), and anything to hand back.
             together: this many consecutive rows (a pair) stay in one micro-batch.
 

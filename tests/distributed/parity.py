@@ -255,11 +255,11 @@ def optimizer_step(context: Context, case: Case, rows: list[Row]):
     algorithm.context, algorithm.section = context, context.config.algorithm
     mine, width = my_rows(rows, context.mesh), max(row.num_response for row in rows)
     if isinstance(algorithm, Prm):
-        batch, plan = algorithm.batch(prm_examples(mine, head))
-        return algorithm.train_step(batch, plan)
+        batch, at = algorithm.batch(prm_examples(mine, head))
+        return algorithm.train_step(batch, at)
     if isinstance(algorithm, Orm):
-        batch, plan = algorithm.batch(orm_examples(mine))
-        return algorithm.train_step(batch, plan)
+        batch, at = algorithm.batch(orm_examples(mine))
+        return algorithm.train_step(batch, at)
     part = train_batch(mine, width, case, context.mesh)
     update = algorithm.critic_step if role == "critic" else algorithm.actor_step
     return update(part)
