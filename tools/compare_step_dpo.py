@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from megatron_amrlhf.algorithms.update import response_places, update
+from megatron_amrlhf.algorithms.update import optimizer_step, response_places
 from megatron_amrlhf.arguments import Parser, at_least_one
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.tokenizer import load_tokenizer
@@ -176,7 +176,7 @@ def train_once(context: Context, batch: TrainBatch) -> dict[str, float]:
     passes: list[int] = []
     context.engine.tick = passes.append
     start = clock()
-    _, metrics = update(
+    _, metrics = optimizer_step(
         context,
         "actor",
         batch,

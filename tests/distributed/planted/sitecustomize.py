@@ -42,16 +42,16 @@ def wait_for_heartbeat() -> None:
 
 
 def plant(algorithm: type) -> None:
-    real_update, steps = algorithm.update, [0]
+    real_step, steps = algorithm.train_step, [0]
 
-    def update(*arguments):
+    def train_step(*arguments):
         steps[0] += 1
         if steps[0] == FAULT_AT_STEP:
             wait_for_heartbeat()
             go_wrong(os.environ["PLANT"])
-        return real_update(*arguments)
+        return real_step(*arguments)
 
-    algorithm.update = update
+    algorithm.train_step = train_step
 
 
 def wait_in_rollout(module) -> None:

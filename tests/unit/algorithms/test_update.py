@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_amrlhf.algorithms import update as module
-from megatron_amrlhf.algorithms.update import run_updates, update
+from megatron_amrlhf.algorithms.update import optimizer_step, run_updates
 from megatron_amrlhf.engine.microbatch import response_outputs
 from megatron_amrlhf.engine.zero3 import StepResult
 from megatron_amrlhf.experience.scoring import Reader
@@ -49,7 +49,7 @@ def step(monkeypatch, counted, dp_rank=0):
     def terms(values, targets):
         return LossOutput(values, {})
 
-    _, metrics = update(context, "actor", batch, plan, Reader(), loss=terms, name="policy")
+    _, metrics = optimizer_step(context, "actor", batch, plan, Reader(), loss=terms, name="policy")
     return context.engine.sum, metrics
 
 
