@@ -12,9 +12,11 @@ from megatron_amrlhf.config.algorithms import CriticSection
 from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.experience.context import Context, count_metric
 from megatron_amrlhf.experience.dense import DenseRewards, make_dense
+from megatron_amrlhf.experience.failures import stop_on_failures
 from megatron_amrlhf.experience.masking import Picked
 from megatron_amrlhf.experience.preemption import check_stop
-from megatron_amrlhf.experience.rewarding import Rewarder, Rewards, stop_on_failures
+from megatron_amrlhf.experience.rewarding import Rewarder
+from megatron_amrlhf.experience.rewards import Rewards
 from megatron_amrlhf.experience.scoring import (
     Reader,
     read_logprobs,

@@ -11,7 +11,8 @@ from megatron_amrlhf.engine.integrity import NotFinite
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.experience import rewarding
 from megatron_amrlhf.experience.maker import treat_truncated
-from megatron_amrlhf.experience.rewarding import JUDGED, end_as_before, without_failures
+from megatron_amrlhf.experience.rewarding import end_as_before
+from megatron_amrlhf.experience.rewards import JUDGED, without_failures
 from megatron_amrlhf.losses.grpo import group_advantages
 from megatron_amrlhf.losses.reduce import global_count
 from megatron_amrlhf.mask.adaptive import chosen_labels

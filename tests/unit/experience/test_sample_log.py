@@ -14,7 +14,7 @@ from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.rejection_sampling import RejectionSampling
 from megatron_amrlhf.experience.dense import make_dense
 from megatron_amrlhf.experience.maker import Experience, ExperienceMaker, treat_truncated
-from megatron_amrlhf.experience.rewarding import JUDGED, without_failures
+from megatron_amrlhf.experience.rewards import JUDGED, without_failures
 from megatron_amrlhf.experience.sample_log import log_samples
 from megatron_amrlhf.losses.reduce import finish_metrics
 from megatron_amrlhf.mask.threshold import RunningBaseline
