@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank, write_tensors, write_text
-from megatron_amrlhf.commands.precision import MODEL_KEY, REWARD_KEY, decide
+from megatron_amrlhf.checkpoint.files import on_all_ranks, on_main_rank, write_text
+from megatron_amrlhf.commands.precision import decide
+from megatron_amrlhf.commands.score_job import (
+    ANSWERS_NAME,
+    KEY_NAME,
+    PARTS,
+    Job,
+    check_key,
+    finish,
+    kept_dtypes,
+    parts_done,
+    save_part,
+)
 from megatron_amrlhf.config.cut import pipeline_cut
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.data.answers import GivenAnswer, load_answers
 from megatron_amrlhf.data.chat import chat_notes, check_system_prompt, end_token_ids
-from megatron_amrlhf.data.jsonl import dump_jsonl
 from megatron_amrlhf.data.order import PADDING, fingerprint, shard
-from megatron_amrlhf.data.rows import Selection
 from megatron_amrlhf.data.tokenizer import load_tokenizer
-from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.experience.context import Context
 from megatron_amrlhf.experience.reward_models import (
-    RewardModel,
     check_same_rows,
     load_reward_models,
 )
@@ -39,52 +42,11 @@ from megatron_amrlhf.files import expanded
 from megatron_amrlhf.models.source import resolve_model_folder
 from megatron_amrlhf.parallel.collectives import gather_objects
 from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
-from megatron_amrlhf.reading import Unreadable, read_object
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.rewards.marking import AnswerSteps
-from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME, score_statistics
-from megatron_amrlhf.rewards.outcome import step_probabilities
+from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME
 from megatron_amrlhf.run.folder import RunFolder
 from megatron_amrlhf.types import PromptBatch, RolloutBatch
-
-PARTS, KEY_NAME, ANSWERS_NAME = "parts", "key.json", "answers.jsonl"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is scored, by what, and where it goes.
-
-    Attributes:
-        config: the run whose PRM, tokenizer and layout are used.
-        answers: the answers, in the file's order.
-        selection: what became of the file's rows.
-        models: the reward models with a weight.
-        folder: where the results go.
-        part_size: answers scored between two saves.
-        key: what the parts depend on; scores of another key are not mixed with these.
-    """
-
-    config: Config
-    answers: list[GivenAnswer]
-    selection: Selection
-    models: tuple[RewardModel, ...]
-    folder: Path
-    part_size: int
-    key: dict
-
-    @property
-    def num_without_steps(self) -> int:
-        """Answers that are not given in steps: with one of them no steps' scores are written."""
-        return sum(not answer.step_ends for answer in self.answers)
-
-    @property
-    def num_parts(self) -> int:
-        return -(-len(self.answers) // self.part_size)
-
-    def part(self, number: int) -> range:
-        """The answers of a part."""
-        start = number * self.part_size
-        return range(start, min(start + self.part_size, len(self.answers)))
 
 
 def run(config: Config, path: str, folder: str, part_size: int) -> None:
@@ -102,7 +64,7 @@ def run(config: Config, path: str, folder: str, part_size: int) -> None:
     try:
         parallel = config.parallel
         mesh = build_mesh(parallel.tensor, pipeline_cut(parallel), parallel.sequence)
-        kept = on_main_rank(lambda: _kept_dtypes(job), f"--out {folder}", mesh.is_main)
+        kept = on_main_rank(lambda: kept_dtypes(job), f"--out {folder}", mesh.is_main)
         config, notes = decide(config, kept)
         job = replace(job, config=config, key=job.key | {"dtype": config.dtype_of("prm")})
         console = RunConsole(mesh.rank)
@@ -154,47 +116,8 @@ def prepare(
         "dtype": config.dtype_of("prm"),
     }
     target = expanded(folder)
-    _check_key(target / KEY_NAME, {name: x for name, x in identity.items() if x != "auto"})
+    check_key(target / KEY_NAME, {name: x for name, x in identity.items() if x != "auto"})
     return Job(config, answers, selection, models, target, part_size, identity)
-
-
-def _read_key(file: Path) -> dict | None:
-    """What the scores that are there depend on; None: there are none.
-
-    Raises:
-        UserError: it cannot be read, or there are files that would be written over.
-    """
-    try:
-        return read_object(file)
-    except FileNotFoundError:
-        names = (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME, PARTS)
-        if there := [name for name in names if (file.parent / name).exists()]:
-            raise UserError(
-                f"--out: {file.parent} has {', '.join(there)}, which would be written over: "
-                "choose another folder"
-            ) from None
-        return None
-    except Unreadable as error:
-        raise UserError(f"--out: {file}: {error}; choose another folder") from None
-
-
-def _check_key(file: Path, key: dict) -> None:
-    """The scores that are there, if any, are those that would be made."""
-    found = _read_key(file)
-    if found is None:
-        return
-    other = [name for name, value in key.items() if found.get(name) != value]
-    if other:
-        raise UserError(
-            f"--out: {file.parent} holds scores with other {', '.join(other)}: choose another "
-            "folder or delete it"
-        )
-
-
-def _kept_dtypes(job: Job) -> dict[str, str]:
-    """The dtype of the scores that are there, as this goes on with them."""
-    dtype = (_read_key(job.folder / KEY_NAME) or {}).get("dtype")
-    return dict.fromkeys((MODEL_KEY, REWARD_KEY), dtype) if dtype in DTYPES else {}
 
 
 def score_answers(context: Context, job: Job) -> None:
@@ -211,7 +134,7 @@ def score_answers(context: Context, job: Job) -> None:
     for note in chat_notes(context.tokenizer, context.model_folder, system_prompt):
         context.console.line(f"note: {note}")
     context.log_selections([job.selection])
-    done = on_main_rank(lambda: _done(job), doing, context.mesh.is_main)
+    done = on_main_rank(lambda: parts_done(job), doing, context.mesh.is_main)
     if done:
         context.console.line(f"{job.folder}: {len(done)} of {job.num_parts} parts are there")
     missing = [number for number in range(job.num_parts) if number not in done]
@@ -225,8 +148,8 @@ def score_answers(context: Context, job: Job) -> None:
     with context.console.track("score", total * len(job.models)):
         for number in missing:
             tensors = _score_part(context, job, number)
-            on_all_ranks(partial(_save, job, number, tensors if writer else None), doing)
-    on_main_rank(lambda: _finish(job), doing, context.mesh.is_main)
+            on_all_ranks(partial(save_part, job, number, tensors if writer else None), doing)
+    on_main_rank(lambda: finish(job), doing, context.mesh.is_main)
     for name in (SCORES_NAME, STATISTICS_NAME, ANSWERS_NAME):
         if (job.folder / name).is_file():
             context.console.line(f"{job.folder / name}")
@@ -235,23 +158,6 @@ def score_answers(context: Context, job: Job) -> None:
             f"no {ANSWERS_NAME}: {without} of {len(job.answers)} answers are not given in 'steps', "
             "so their steps have no scores"
         )
-
-
-def _done(job: Job) -> set[int]:
-    """Parts that are there, whole."""
-    done = set()
-    for number in range(job.num_parts):
-        try:
-            counts = load_file(_part_file(job, number))["counts"]
-        except (OSError, SafetensorError, KeyError):
-            continue
-        if counts.size == len(job.part(number)):
-            done.add(number)
-    return done
-
-
-def _part_file(job: Job, number: int) -> Path:
-    return job.folder / PARTS / f"{number:06d}.safetensors"
 
 
 def _score_part(context: Context, job: Job, number: int) -> dict[str, Tensor] | None:
@@ -314,48 +220,3 @@ def _as_rollout(answers: list[GivenAnswer], numbers: list[int]) -> tuple[Rollout
         earlier=tuple(answer.turns[:-1] for answer in answers),
     )
     return rollout, prompts
-
-
-def _save(job: Job, number: int, tensors: dict[str, Tensor] | None) -> None:
-    if tensors is None:
-        return
-    for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):
-        whole = tensors["orm"][place] if "orm" in tensors else row
-        if not (row.isfinite().all() and whole.isfinite().all()):
-            where = job.answers[job.part(number)[place]].where
-            raise UserError(f"{where}: a score of this answer is not finite")
-    write_tensors(_part_file(job, number), tensors, {"format": "pt"})
-
-
-def _finish(job: Job) -> None:
-    """Puts the parts together: scores, statistics, and the steps' scores where steps are given."""
-    parts = [load_file(_part_file(job, number)) for number in range(job.num_parts)]
-    merged = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    offsets = np.concatenate([[0], np.cumsum(merged.pop("counts"))])
-    tensors = {name: torch.from_numpy(values) for name, values in merged.items()}
-    tensors["offsets"] = torch.from_numpy(offsets)
-    write_tensors(job.folder / SCORES_NAME, tensors, {"format": "pt"})
-    statistics = score_statistics(
-        merged["scores"],
-        len(job.answers),
-        job.key["models"]["prm"],
-        job.key["attribute_weights"],
-        job.key["data"],
-    )
-    write_text(job.folder / STATISTICS_NAME, statistics.as_json())
-    if not job.num_without_steps:
-        lines = dump_jsonl(_step_lines(job, merged, offsets.tolist())).decode()
-        write_text(job.folder / ANSWERS_NAME, lines)
-
-
-def _step_lines(job: Job, merged: dict[str, np.ndarray], offsets: list[int]) -> list[dict]:
-    """One line an answer, as tools/compare_supervision.py reads them."""
-    lines, outputs = [], torch.from_numpy(merged["scores"])
-    scores = step_probabilities(outputs, job.config.reward_model.output).numpy()
-    for number, answer in enumerate(job.answers):
-        ends = offsets[number] + np.array(answer.step_ends)
-        line = {**answer.extra, "step_scores": [round(float(x), 6) for x in scores[ends]]}
-        if "orm" in merged:
-            line["orm"] = float(merged["orm"][number])
-        lines.append(line)
-    return lines

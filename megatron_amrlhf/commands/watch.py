@@ -6,8 +6,9 @@ import os
 import sys
 
 from megatron_amrlhf.experience.context import Context
+from megatron_amrlhf.run.beats import Beat, read_beats
 from megatron_amrlhf.run.folder import RunFolder
-from megatron_amrlhf.run.heartbeat import Beat, Heartbeat, interval_seconds, read_beats
+from megatron_amrlhf.run.heartbeat import Heartbeat, interval_seconds
 from megatron_amrlhf.run.postmortem import first_failure, lost_partner
 from megatron_amrlhf.run.status_file import STATUS_NAME
 from megatron_amrlhf.run.stop_request import why_end_now

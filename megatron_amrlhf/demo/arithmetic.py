@@ -15,7 +15,8 @@ from fractions import Fraction
 from random import Random
 from typing import Literal
 
-from megatron_amrlhf.demo.stories import FAMILIES, Earlier, Operand, Story
+from megatron_amrlhf.demo.stories import FAMILIES
+from megatron_amrlhf.demo.story import Earlier, Operand, Story
 from megatron_amrlhf.errors import UserError
 
 INSTRUCTION = (

@@ -22,14 +22,9 @@ from megatron_amrlhf.doctor.judge_job import (
     judge_shared_files,
     links_of,
 )
-from megatron_amrlhf.doctor.judge_ranks import (
-    judge_devices,
-    judge_disks,
-    judge_limits,
-    judge_locks,
-    judge_versions,
-)
+from megatron_amrlhf.doctor.judge_ranks import judge_devices, judge_disks, judge_limits, judge_locks
 from megatron_amrlhf.doctor.judge_run import judge_run
+from megatron_amrlhf.doctor.judge_versions import judge_versions
 from megatron_amrlhf.doctor.links import LINK_BYTES, Measurement
 from megatron_amrlhf.doctor.meeting import Absent, Ended, Meeting, Unreachable
 from megatron_amrlhf.doctor.options import HOSTS_VARIABLE, read_config, run_folder

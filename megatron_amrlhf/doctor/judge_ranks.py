@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from packaging.requirements import Requirement
-
 from megatron_amrlhf.doctor.records import (
     CheckpointRoom,
     Disk,
@@ -17,10 +15,8 @@ from megatron_amrlhf.doctor.records import (
     ranks_by_host,
     ranks_text,
 )
-from megatron_amrlhf.doctor.software import Pins
 from megatron_amrlhf.sizes import GIB, in_units
 
-FEW_VERSIONS = ("torch", "megatron-core", "deepspeed", "transformers")  # named where all is well
 USED_GPU_GIB = 2.0  # more, and somebody else computes there; an own CUDA context is about 0.5
 FREE_GIB_A_RANK = 2.0
 # A rank of gloo or NCCL has a connection or two to each other one in each of its groups.
@@ -36,60 +32,9 @@ TOO_LITTLE_DISK_GIB = 0.1
 COMPILING_SECONDS = 600.0  # an extension takes a few minutes
 
 
-def judge_versions(facts: Sequence[RankFacts], pins: Pins) -> list[Finding]:
-    """Installed versions against the pins and against each other."""
-
-    def problems(each: RankFacts) -> Iterator[Finding]:
-        if not pins.python.contains(each.python):
-            yield Finding(
-                "versions",
-                "error",
-                f"Python {each.python} is not {pins.python}",
-                "make the environment with another Python (bash launch/install.sh)",
-            )
-        for wanted in pins.requirements:
-            if problem := _version_problem(wanted, each.versions[wanted.name]):
-                fix = f"pip install '{wanted}'"
-                yield Finding("versions", "error", problem + f", {pins.source} wants {wanted}", fix)
-
-    found = [*_by_host(facts, problems), *_mixed_versions(facts)]
-    if found:
-        return found
-    first = facts[0]
-    names = [name for name in FEW_VERSIONS if name in first.versions]
-    text = ", ".join([f"Python {first.python}", *(f"{x} {first.versions[x]}" for x in names)])
-    same = f", the same on all {len(facts)} ranks" if len(facts) > 1 else ""
-    return [Finding("versions", "ok", f"{text}; all as in {pins.source}{same}")]
-
-
-def _version_problem(wanted: Requirement, version: str | None) -> str:
-    if version is None:
-        return f"{wanted.name} is not installed"
-    if not wanted.specifier.contains(version, prereleases=True):
-        return f"{wanted.name} {version}"
-    return ""
-
-
-def _mixed_versions(facts: Sequence[RankFacts]) -> Iterator[Finding]:
-    columns: dict[str, list[str | None]] = {"Python": [each.python for each in facts]}
-    columns |= {name: [each.versions[name] for each in facts] for name in facts[0].versions}
-    for name, versions in columns.items():
-        if len(set(versions)) == 1:
-            continue
-        places: dict[str | None, list] = {}
-        for each, version in zip(facts, versions, strict=True):
-            places.setdefault(version, []).append((each.host, each.rank))
-        text = "; ".join(
-            f"{version or 'none'} on {places_text(x)}" for version, x in places.items()
-        )
-        yield Finding(
-            "versions", "error", f"{name} differs: {text}", "use one environment on all nodes"
-        )
-
-
 def judge_devices(facts: Sequence[RankFacts]) -> list[Finding]:
     """GPUs or CPU cores of each host for its ranks."""
-    found = [*_by_host(facts, _gpu_problems), *_shared_gpus(facts), *_mixed_devices(facts)]
+    found = [*by_host(facts, _gpu_problems), *_shared_gpus(facts), *_mixed_devices(facts)]
     for host, ranks in ranks_by_host(facts).items():
         there = [each for each in facts if each.host == host]
         if not there[0].gpus:
@@ -202,7 +147,7 @@ def judge_limits(facts: Sequence[RankFacts]) -> list[Finding]:
     def problems(each: RankFacts) -> Iterator[Finding]:
         yield from _limit_problems(each, len(facts), len(hosts[each.host]))
 
-    found = list(_by_host(facts, problems))
+    found = list(by_host(facts, problems))
     if found:
         return found
     limits = facts[0].limits
@@ -273,7 +218,7 @@ def judge_disks(facts: Sequence[RankFacts], checkpoint: CheckpointRoom | None) -
         for disk in each.disks:
             yield from _disk_problems(disk, checkpoint if disk.use == "run folder" else None)
 
-    if found := list(_by_host(facts, problems)):
+    if found := list(by_host(facts, problems)):
         return found
     text = "; ".join(f"{x.use} {x.path}: {x.free_gib:.0f} GiB free" for x in facts[0].disks)
     if checkpoint is not None:
@@ -323,7 +268,7 @@ def judge_locks(facts: Sequence[RankFacts]) -> list[Finding]:
     return findings
 
 
-def _by_host(
+def by_host(
     facts: Sequence[RankFacts], problems: Callable[[RankFacts], Iterable[Finding]]
 ) -> Iterator[Finding]:
     """Equal findings of several ranks as one that names their hosts."""

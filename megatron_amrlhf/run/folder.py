@@ -19,7 +19,7 @@ from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import clear_temporaries, free_name, write_atomic
 from megatron_amrlhf.owned import claim, refuse_other_folder
 from megatron_amrlhf.reading import Unreadable, read_text
-from megatron_amrlhf.run.heartbeat import HEARTBEAT_NAME
+from megatron_amrlhf.run.beats import HEARTBEAT_NAME
 from megatron_amrlhf.run.living import refuse_living_run
 from megatron_amrlhf.run.status_file import STATUS_NAME, State, last_attempt
 from megatron_amrlhf.run.stop_request import STOP_NAME, process_age

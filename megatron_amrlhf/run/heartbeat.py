@@ -21,26 +21,24 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated, Literal
-
-from pydantic import Field, field_validator
+from typing import Literal
 
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import write_atomic
-from megatron_amrlhf.reading import LARGEST_COUNT, Record, Unreadable, read_record, read_text
+from megatron_amrlhf.run.beats import (
+    HEARTBEAT_NAME,
+    Beat,
+    beat_path,
+    read_beats,
+)
 from megatron_amrlhf.run.stacks import error_stack, is_waiting, main_stack
 from megatron_amrlhf.run.stop_request import process_age
 
-HEARTBEAT_NAME = "heartbeat"
 LONGEST_INTERVAL_SECONDS = 5.0
 BEATS_A_LIMIT = 8  # the watchdog's limit is at least this many intervals
 SOON_SECONDS = 0.5  # between a new phase and its beat, so that short ones do not keep the disk busy
 DUMP_AFTER, AWAY_AFTER = 4, 8  # intervals without a turn of the thread
-BEAT_NAME = re.compile(r"rank-(\d{4,6})\.json", re.ASCII)
 OUR_NAMES = re.compile(r"rank-\d{4,6}\.(json|stacks\.txt)|reporter|warned", re.ASCII)
-NO_CONTENT = ("missing", "unreadable")  # states of a rank whose file says nothing
-LARGEST_PID = 1 << 22
-Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 
 
 @dataclass
@@ -76,142 +74,13 @@ class RankProgress:
         self.moved_at = time.monotonic()
 
 
-@dataclass(frozen=True)
-class Beat:
-    """The content of a heartbeat file.
-
-    Attributes:
-        rank, host, pid: the process.
-        state: ``missing`` is a rank without a file, ``unreadable`` one with a damaged file.
-        step, phase, phases, done: as in ``RankProgress``.
-        still_seconds: since the last progress.
-        waiting: whether the main thread is in a collective or waits for the device.
-        beats: rewritten so many times. Two readings with the same count mean a thread that does
-            not run, whatever the clocks of the nodes say.
-        time: when, by this host's clock (UTC, ISO 8601).
-        error: one line, where the state is ``failed``.
-        stack: of the main thread, innermost last.
-        started: when the process did, as ``time``.
-    """
-
-    rank: int
-    host: str = ""
-    pid: int = 0
-    state: Literal["running", "finished", "failed", "missing", "unreadable"] = "missing"
-    step: int = 0
-    phase: str = "start"
-    phases: int = 0
-    done: int = 0
-    still_seconds: float = 0.0
-    waiting: bool = False
-    beats: int = 0
-    time: str = ""
-    error: str = ""
-    stack: tuple[str, ...] = ()
-    started: str = ""
-
-    @property
-    def who(self) -> str:
-        """``rank 3 (host node1, pid 77)``."""
-        return f"rank {self.rank}" + (f" (host {self.host}, pid {self.pid})" if self.pid else "")
-
-    @property
-    def where(self) -> str:
-        """``phase update of step 2``, and how far it is in it."""
-        return f"phase {self.phase} of step {self.step}, {self.done} micro-batches or rounds done"
-
-
-class BeatRecord(Record):
-    """A `Beat` in its file, where every value is one that a rank can have written."""
-
-    rank: Count
-    host: str
-    pid: Annotated[int, Field(ge=1, le=LARGEST_PID)]  # 0 and less are groups of processes
-    state: Literal["running", "finished", "failed"]
-    step: Count
-    phase: str
-    phases: Count
-    done: Count
-    still_seconds: Annotated[float, Field(ge=0)]
-    waiting: bool
-    beats: Count
-    time: str
-    error: str
-    stack: list[str]
-    started: str
-
-    @field_validator("time")
-    @classmethod
-    def _is_time(cls, text: str) -> str:
-        check_time(text)
-        return text
-
-
-def check_time(text: str) -> None:
-    """Raises a ``ValueError`` unless the text is a time with its zone, of these years."""
-    moment = datetime.fromisoformat(text)
-    if moment.tzinfo is None or not 1970 < moment.year < 9999:
-        raise ValueError("is no time with a zone")
-
-
-def read_beats(folder: Path, world_size: int | None = None) -> list[Beat]:
-    """The last beats of all ranks, in their order.
-
-    Args:
-        folder: the run's folder.
-        world_size: number of ranks; None: up to the last one that has a file.
-    """
-    folder = folder / HEARTBEAT_NAME
-    if world_size is not None:
-        return [_read_beat(folder, rank) for rank in range(world_size)]
-    found = [_read_beat(folder, rank) for rank in _ranks_in(folder)]
-    # A stray file with some large number in its name makes no ranks.
-    sound = {beat.rank for beat in found if beat.state not in NO_CONTENT}
-    missing = set(range(max(sound, default=-1))) - {beat.rank for beat in found}
-    return sorted([*found, *map(Beat, missing)], key=lambda beat: beat.rank)
-
-
-def _ranks_in(folder: Path) -> list[int]:
-    """The ranks that have a file, by the names that we give."""
-    if not folder.is_dir():
-        return []
-    matches = (BEAT_NAME.fullmatch(path.name) for path in folder.iterdir())
-    ranks = {int(match[1]): match[0] for match in matches if match}
-    return [rank for rank, name in ranks.items() if _path(folder, rank).name == name]
-
-
-def _read_beat(folder: Path, rank: int) -> Beat:
-    try:
-        record = read_record(_path(folder, rank), BeatRecord)
-        if record.rank != rank:
-            raise Unreadable(f"it is of rank {record.rank}")
-        return Beat(**record.model_dump() | {"stack": tuple(record.stack)})
-    except FileNotFoundError:
-        return Beat(rank)
-    except Unreadable:
-        return Beat(rank, state="unreadable")
-
-
 def note_own_failure(folder: Path, rank: int, error: str) -> None:
     """Turns the last beat of this process, if it has one, into one of a rank that has failed."""
     beats = read_beats(folder, rank + 1)
     if beats[rank].pid == os.getpid():
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         beat = replace(beats[rank], state="failed", error=error, time=now)
-        write_atomic(_path(folder / HEARTBEAT_NAME, rank), json.dumps(asdict(beat)) + "\n")
-
-
-def seconds_since(time_text: str) -> float:
-    """From a beat's time to now, by this host's clock."""
-    return time.time() - datetime.fromisoformat(time_text).timestamp()
-
-
-def read_dump(folder: Path, rank: int) -> str:
-    """What ``faulthandler`` wrote for a rank; empty: it had no reason to."""
-    try:
-        return read_text(_path(folder / HEARTBEAT_NAME, rank).with_suffix(".stacks.txt"))
-    except (FileNotFoundError, Unreadable):
-        return ""
+        write_atomic(beat_path(folder / HEARTBEAT_NAME, rank), json.dumps(asdict(beat)) + "\n")
 
 
 def interval_seconds(limit_seconds: float) -> float:
@@ -253,7 +122,7 @@ class Heartbeat:
             on_beat: called in the thread with each beat.
             on_error: called in the main thread with the last one, where the block raised.
         """
-        self._path = _path(folder / HEARTBEAT_NAME, rank)
+        self.beat_path = beat_path(folder / HEARTBEAT_NAME, rank)
         self._rank, self._progress, self._every = rank, progress, every_seconds
         self._on_beat, self._on_error = on_beat, on_error
         started = datetime.now(UTC) - timedelta(seconds=process_age())
@@ -265,8 +134,8 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Heartbeat:
-        self._path.parent.mkdir(exist_ok=True)
-        dumps = self._path.with_suffix(".stacks.txt")
+        self.beat_path.parent.mkdir(exist_ok=True)
+        dumps = self.beat_path.with_suffix(".stacks.txt")
         write_atomic(dumps, "")  # never through a link
         self._dumps = dumps.open("w")
         self._had_faulthandler = faulthandler.is_enabled()
@@ -319,9 +188,9 @@ class Heartbeat:
         self._beats += 1
         beat = self._now(stack)
         try:
-            write_atomic(self._path, json.dumps(asdict(beat)) + "\n")
+            write_atomic(self.beat_path, json.dumps(asdict(beat)) + "\n")
         except OSError as error:  # a full disk ends the run where it needs the disk, not here
-            line = f"warning: {self._path}: {error.strerror}"
+            line = f"warning: {self.beat_path}: {error.strerror}"
             print(printable(line), file=sys.stderr, flush=True)
         return beat
 
@@ -345,7 +214,3 @@ class Heartbeat:
             stack=tuple(stack),
             started=self._started,
         )
-
-
-def _path(folder: Path, rank: int) -> Path:
-    return folder / f"rank-{rank:04d}.json"

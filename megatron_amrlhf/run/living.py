@@ -7,12 +7,8 @@ import time
 from pathlib import Path
 
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.run.heartbeat import (
-    LONGEST_INTERVAL_SECONDS,
-    Beat,
-    read_beats,
-    seconds_since,
-)
+from megatron_amrlhf.run.beats import Beat, read_beats, seconds_since
+from megatron_amrlhf.run.heartbeat import LONGEST_INTERVAL_SECONDS
 from megatron_amrlhf.run.stop_request import STOP_NAME
 
 RECENT_SECONDS = 30.0  # far more than an interval: the clocks of two hosts differ

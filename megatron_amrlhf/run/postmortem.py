@@ -8,13 +8,7 @@ from pathlib import Path
 
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.reading import Unreadable, read_text
-from megatron_amrlhf.run.heartbeat import (
-    HEARTBEAT_NAME,
-    Beat,
-    read_beats,
-    read_dump,
-    seconds_since,
-)
+from megatron_amrlhf.run.beats import HEARTBEAT_NAME, Beat, read_beats, read_dump, seconds_since
 from megatron_amrlhf.run.living import living
 from megatron_amrlhf.run.status_file import STATUS_NAME, read_status
 from megatron_amrlhf.run.way import WATCHDOG_NAME

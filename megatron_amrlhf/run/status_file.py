@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import write_atomic
 from megatron_amrlhf.reading import LARGEST_COUNT, Record, Unreadable, read_record
-from megatron_amrlhf.run.heartbeat import check_time
+from megatron_amrlhf.run.beats import check_time
 
 State = Literal["running", "finished", "failed", "stopped", "preempted"]
 STATUS_NAME = "status.json"

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_amrlhf.files import write_atomic
+from megatron_amrlhf.run.beats import HEARTBEAT_NAME, Beat, read_beats, read_dump
 from megatron_amrlhf.run.folder import RunFolder
-from megatron_amrlhf.run.heartbeat import HEARTBEAT_NAME, Beat, read_beats, read_dump
 from megatron_amrlhf.run.status_file import note_failure
 
 EXIT_STALLED = 3

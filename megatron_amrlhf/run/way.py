@@ -9,7 +9,8 @@ from pathlib import Path
 from megatron_amrlhf.errors import UserError, printable
 from megatron_amrlhf.files import clear_temporaries, free_name
 from megatron_amrlhf.owned import claim, is_ours, make_folder
-from megatron_amrlhf.run.heartbeat import HEARTBEAT_NAME, OUR_NAMES
+from megatron_amrlhf.run.beats import HEARTBEAT_NAME
+from megatron_amrlhf.run.heartbeat import OUR_NAMES
 from megatron_amrlhf.run.status_file import STATUS_NAME, read_status
 from megatron_amrlhf.run.stop_request import STOP_NAME
 

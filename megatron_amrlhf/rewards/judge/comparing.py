@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_amrlhf.rewards.judge.brackets import split
 from megatron_amrlhf.rewards.judge.formulas import (
     compare_formulas,
     compare_with_formula,
@@ -30,7 +31,6 @@ from megatron_amrlhf.rewards.judge.kinds import (
     assigned,
     name_of,
     read,
-    split,
 )
 from megatron_amrlhf.rewards.judge.outcomes import Doubt, Outcome, all_of
 from megatron_amrlhf.rewards.judge.plain import (

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from megatron_amrlhf.rewards.judge.brackets import (
+    closes_at_end,
+    split,
+)
 from megatron_amrlhf.rewards.judge.quantities import Number, read_number, read_unit
-from megatron_amrlhf.rewards.judge.text import closing, tidy
+from megatron_amrlhf.rewards.judge.text import tidy
 
 
 @dataclass(frozen=True)
@@ -130,8 +134,6 @@ _BOUNDED = re.compile(
     r"(?:\\[lg]e(?![A-Za-z])|[<>])=?\s*([A-Za-z])(?![A-Za-z])"
 )
 _RELATION = re.compile(r"\\le(?![A-Za-z])|\\ge(?![A-Za-z])|<=|>=|<|>")
-_SEPARATORS = re.compile(r"\s*(?:;|,)\s*(?:and\s+|or\s+)?|\s+(?:and|or)\s+")
-_THOUSAND = re.compile(r"(?<!\d\d\d)\d,\d{3}(?!\d)")
 _WORDY = re.compile(r"[A-Za-z][A-Za-z'.,\s-]*")
 _UNIT = re.compile(
     r"(?P<value>.*?[\d)}]|.*\\pi)\s*(?P<unit>\^\s*\{?\s*\\circ\s*\}?|"
@@ -143,7 +145,7 @@ _UNIT = re.compile(
 def read(text: str) -> Kind:
     """The kind of a tidied answer."""
     text = assigned(text)
-    if text[:1] == "(" and _closes_at_end(text) and len(split(text[1:-1], True)) == 1:
+    if text[:1] == "(" and closes_at_end(text) and len(split(text[1:-1], True)) == 1:
         inner = tidy(text[1:-1])
         return read(inner) if len(inner) > 1 or inner.isdigit() else Letter(inner.upper())
     date = _DATE.fullmatch(text)
@@ -237,7 +239,7 @@ def _intervals(text: str) -> Intervals | None:
 
 
 def _interval(text: str) -> tuple[str, str, str] | None:
-    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and _closes_at_end(text):
+    if text[:1] in ("(", "[") and text[-1:] in (")", "]") and closes_at_end(text):
         items = split(text[1:-1], True)
         if len(items) != 2:
             return None
@@ -272,7 +274,7 @@ def _interval(text: str) -> tuple[str, str, str] | None:
 def _group(text: str) -> Group | None:
     brackets = {"(": ")", "[": "]", r"\{": r"\}"}
     for opening, ending in brackets.items():
-        if text.startswith(opening) and text.endswith(ending) and _closes_at_end(text):
+        if text.startswith(opening) and text.endswith(ending) and closes_at_end(text):
             items = split(text[len(opening) : -len(ending)], True)
             kind = "{}" if opening == r"\{" else "[]" if opening == "[" else "()"
             if len(items) > 1 or kind == "{}":
@@ -289,45 +291,3 @@ def _group(text: str) -> Group | None:
 def _is_sentence(item: str) -> bool:
     words = re.findall(r"(?<!\\)\b[A-Za-z]{2,}", item.lower())
     return len(words) > 2 or "not" in words
-
-
-def _closes_at_end(text: str) -> bool:
-    """Whether the bracket that a text begins with closes at its end."""
-    depth = 0
-    for place, char in enumerate(text.removeprefix("\\")):
-        depth += (char in "([{") - (char in ")]}")
-        if depth == 0:
-            return place == len(text.removeprefix("\\")) - 1
-    return False
-
-
-def split(text: str, in_brackets: bool = False) -> list[str]:
-    """A text's parts between commas, semicolons, ``and`` and ``or`` outside of brackets.
-
-    In brackets a comma between digits separates; elsewhere it may be a thousand's.
-    """
-    parts, start, place = [], 0, 0
-    while place < len(text):
-        if text[place] == "{" and text[place - 1 : place] != "\\" or text[place] in "([":
-            end = _matching(text, place)
-            place = end + 1 if end > 0 else place + 1
-            continue
-        found = _SEPARATORS.match(text, place)
-        is_thousand = not in_brackets and _THOUSAND.match(text, max(place - 1, 0))
-        if found and found.end() > place and not is_thousand:
-            parts.append(text[start:place])
-            start = place = found.end()
-            continue
-        place += 1
-    return [part for part in [*parts, text[start:]] if part.strip()]
-
-
-def _matching(text: str, start: int) -> int:
-    if text[start] == "{":
-        return closing(text, start)
-    depth = 0
-    for place in range(start, len(text)):
-        depth += (text[place] in "([") - (text[place] in ")]")
-        if depth == 0:
-            return place
-    return -1

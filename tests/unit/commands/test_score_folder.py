@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_amrlhf.commands.score import ANSWERS_NAME, KEY_NAME, PARTS, _check_key
+from megatron_amrlhf.commands.score_job import ANSWERS_NAME, KEY_NAME, PARTS, _check_key
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.rewards.offline import SCORES_NAME, STATISTICS_NAME
 

@@ -10,7 +10,8 @@ from random import Random
 import pytest
 
 from megatron_amrlhf.demo.arithmetic import generate_problems, plant_error, solve
-from megatron_amrlhf.demo.stories import FAMILIES, Earlier, Plan, Story
+from megatron_amrlhf.demo.stories import FAMILIES
+from megatron_amrlhf.demo.story import Earlier, Plan, Story
 
 NUMBER = r"(\d+(?:\.\d+)?)"
 EQUATION = re.compile(rf"{NUMBER} ([-+*/]) {NUMBER} = {NUMBER}")

@@ -9,8 +9,8 @@ import pytest
 
 from megatron_amrlhf import cli
 from megatron_amrlhf.doctor import command, machine, software
-from megatron_amrlhf.doctor.judge_ranks import judge_versions
 from megatron_amrlhf.doctor.judge_run import judge_run
+from megatron_amrlhf.doctor.judge_versions import judge_versions
 from tests.helpers_models import CHATML, make_tiny_model, tiny_tokenizer
 from tests.unit.config.samples import PRM, make_config
 from tests.unit.doctor.samples import facts, only

@@ -2,13 +2,8 @@
 
 import pytest
 
-from megatron_amrlhf.doctor.judge_ranks import (
-    judge_devices,
-    judge_disks,
-    judge_limits,
-    judge_locks,
-    judge_versions,
-)
+from megatron_amrlhf.doctor.judge_ranks import judge_devices, judge_disks, judge_limits, judge_locks
+from megatron_amrlhf.doctor.judge_versions import judge_versions
 from megatron_amrlhf.doctor.records import CheckpointRoom, Disk, Lock, listed, ranks_text
 from tests.unit.doctor.samples import PINS, VERSIONS, facts, gpu, gpu_facts, only
 

@@ -14,13 +14,8 @@ import pytest
 
 from megatron_amrlhf.report.console import RunConsole
 from megatron_amrlhf.run import heartbeat as heartbeats
-from megatron_amrlhf.run.heartbeat import (
-    Heartbeat,
-    RankProgress,
-    interval_seconds,
-    read_beats,
-    read_dump,
-)
+from megatron_amrlhf.run.beats import read_beats, read_dump
+from megatron_amrlhf.run.heartbeat import Heartbeat, RankProgress, interval_seconds
 from megatron_amrlhf.run.stacks import is_waiting
 from tests.patience import PATIENCE_SECONDS
 

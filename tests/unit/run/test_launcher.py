@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_amrlhf.run import launcher
+from megatron_amrlhf.run.beats import read_beats
 from megatron_amrlhf.run.folder import RunFolder
-from megatron_amrlhf.run.heartbeat import read_beats
 from megatron_amrlhf.run.launcher import ends_with_launcher, has_launcher
 from megatron_amrlhf.run.postmortem import find_cause
 from megatron_amrlhf.run.status_file import read_status

@@ -11,8 +11,8 @@ import pytest
 
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.run import living
+from megatron_amrlhf.run.beats import Beat
 from megatron_amrlhf.run.folder import RunFolder
-from megatron_amrlhf.run.heartbeat import Beat
 from megatron_amrlhf.run.living import refuse_living_run
 from tests.unit.config.samples import PPO, make_config
 

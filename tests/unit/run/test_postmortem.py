@@ -9,7 +9,7 @@ import pytest
 
 from megatron_amrlhf import cli
 from megatron_amrlhf.run import living
-from megatron_amrlhf.run.heartbeat import Beat, read_beats
+from megatron_amrlhf.run.beats import Beat, read_beats
 from megatron_amrlhf.run.postmortem import find_cause, first_failure
 
 START = 0.0

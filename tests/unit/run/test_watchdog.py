@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 
 import pytest
 
+from megatron_amrlhf.run.beats import Beat
 from megatron_amrlhf.run.folder import RunFolder
-from megatron_amrlhf.run.heartbeat import Beat
 from megatron_amrlhf.run.watchdog import EXIT_STALLED, Watchdog, find_laggard
 from tests.unit.config.samples import PRM, make_config
 
