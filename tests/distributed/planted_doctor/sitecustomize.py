@@ -5,7 +5,7 @@ keeps it from the first all-reduce, "die" ends it before the network is measured
 themselves for another host, whose clock is SKEW_SECONDS ahead.
 """
 
-import importlib
+import builtins
 import os
 import socket
 import time
@@ -13,7 +13,7 @@ import time
 COMMAND = "megatron_amrlhf.doctor.command"
 SKEW_SECONDS, DELAY_SECONDS = 5.0, 0.1
 RANK = int(os.environ["RANK"])
-real_import, real_time = importlib.import_module, time.time
+real_import, real_time = builtins.__import__, time.time
 
 
 def plant(name: str) -> None:
@@ -37,14 +37,19 @@ def plant(name: str) -> None:
         dist.init_process_group = lambda *arguments, **options: os._exit(9)
 
 
-def import_module(name: str, package: str | None = None):
-    module = real_import(name, package)
-    if name == COMMAND and RANK == int(os.environ["PLANT_RANK"]):
+planted = []
+
+
+def import_and_plant(name, *arguments, **options):
+    """Python's own import; the fault comes once the doctor has been imported."""
+    found = real_import(name, *arguments, **options)
+    if name == COMMAND and not planted and RANK == int(os.environ["PLANT_RANK"]):
+        planted.append(name)
         plant(os.environ["PLANT"])
-    return module
+    return found
 
 
-importlib.import_module = import_module
+builtins.__import__ = import_and_plant
 socket.gethostname = lambda: f"node{1 + RANK // 2}"
 if RANK >= 2:
     time.time = lambda: real_time() + SKEW_SECONDS

@@ -9,7 +9,7 @@ import torch
 from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.engine.integrity import NotFinite
 from megatron_amrlhf.errors import UserError
-from megatron_amrlhf.experience import rewarding
+from megatron_amrlhf.experience import failures
 from megatron_amrlhf.experience.maker import treat_truncated
 from megatron_amrlhf.experience.rewarding import end_as_before
 from megatron_amrlhf.experience.rewards import JUDGED, without_failures
@@ -156,9 +156,9 @@ def test_where_every_answer_is_truncated(kind):
 
 def stop(monkeypatch, rewards, step, weights, trained=True):
     """What ends a run with these rewards, or an empty text."""
-    monkeypatch.setattr(rewarding, "gather_objects", lambda x, group: [x, x])  # two alike replicas
-    monkeypatch.setattr(rewarding, "broadcast_object_from_last_stage", lambda x, mesh: x)
-    monkeypatch.setattr(rewarding, "not_finite_weights", lambda role: weights)
+    monkeypatch.setattr(failures, "gather_objects", lambda x, group: [x, x])  # two alike replicas
+    monkeypatch.setattr(failures, "broadcast_object_from_last_stage", lambda x, mesh: x)
+    monkeypatch.setattr(failures, "not_finite_weights", lambda role: weights)
     spec = SimpleNamespace(trainable=trained, folder="FOLDER")
     roles = {name: SimpleNamespace(spec=spec) for name in ("actor", "reference", "critic", "prm")}
     context = SimpleNamespace(
@@ -168,7 +168,7 @@ def stop(monkeypatch, rewards, step, weights, trained=True):
         console=SimpleNamespace(line=print),
     )
     try:
-        rewarding.stop_on_failures(context, rewards, step)
+        failures.stop_on_failures(context, rewards, step)
     except (UserError, NotFinite) as error:
         return f"{type(error).__name__}: {error}"
     return ""

@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_amrlhf.launching import outcome
+from megatron_amrlhf.launching import left_behind, outcome
+from megatron_amrlhf.launching.left_behind import (
+    Status,
+    completed_steps,
+    noted_cause,
+    read_status_of,
+)
 from megatron_amrlhf.launching.outcome import (
     LAUNCHER_KILLED,
     LAUNCHER_LOST,
@@ -15,13 +21,9 @@ from megatron_amrlhf.launching.outcome import (
     JobOutcome,
     Outcome,
     Start,
-    Status,
-    completed_steps,
     count_fruitless,
     judge_job,
     judge_run,
-    noted_cause,
-    read_status_of,
     refusal,
 )
 
@@ -234,7 +236,9 @@ def evaluated(text: str, names: str) -> list[str]:
 
 def test_what_train_sh_evaluates(logs, monkeypatch, capsys):
     evil = "rank 1 (host $(touch x), pid 7) failed: it's `that`"
-    monkeypatch.setattr(outcome, "find_cause", lambda folder, since: evil if since == 5 else None)
+    monkeypatch.setattr(
+        left_behind, "find_cause", lambda folder, since: evil if since == 5 else None
+    )
     command = ["run", "--command", "train", "--node-rank", "0", "--folder", str(logs)]
     command += ["--logs", str(logs), "--last-attempt", "0", "--code"]
     assert outcome.main([*command, "1", "--since", "5"]) == 0
