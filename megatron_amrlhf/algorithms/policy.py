@@ -36,7 +36,7 @@ from megatron_amrlhf.experience.scoring import read_logprobs
 from megatron_amrlhf.experience.sources import AnswerSource, RolloutSource, make_generator
 from megatron_amrlhf.losses.reduce import Metrics, kl_scale
 from megatron_amrlhf.losses.targets import AnswerTargets, KlTargets
-from megatron_amrlhf.types import MaskedBatch, RolloutBatch, TrainBatch
+from megatron_amrlhf.types import MaskedBatch, TrainBatch
 
 S = TypeVar("S", bound=PolicySection)
 K = TypeVar("K", bound=KlTargets)
@@ -199,7 +199,9 @@ class PolicyAlgorithm(ABC, Generic[S]):
             learned, engine_metrics = self.update(train, step)
         known = {x: y for x, y in metrics.items() if not x.startswith(source.unknown_metrics)}
         published = context.publish(known | advantage_metrics | learned)
-        return published | engine_metrics | step_timings(context, answers, batch.rollout)
+        updated = sum(row.numel() for row in batch.rollout.rows)
+        timings = context.timings(updated, int(answers.response_lengths.sum()))
+        return published | engine_metrics | timings
 
     def train_batch(
         self, batch: MaskedBatch, rows: Tensor, experience: Experience | None
@@ -287,25 +289,3 @@ class PolicyAlgorithm(ABC, Generic[S]):
 def all_rows(experience: Experience) -> Tensor:
     """Indices of all answers."""
     return torch.arange(len(experience.rollout.rows))
-
-
-def step_timings(
-    context: Context, answers: RolloutBatch, learned: RolloutBatch
-) -> dict[str, float]:
-    """The time and throughput metrics of a step: this rank's clock, all replicas' tokens.
-
-    Entered by every rank.
-
-    Args:
-        context: the run, whose step is over.
-        answers: of this replica.
-        learned: those of them that it has learned from.
-    """
-    seconds = context.seconds
-    named = {f"time/{name}_seconds": value for name, value in seconds.items()}
-    tokens = context.over_replicas(int(answers.response_lengths.sum()))
-    if "rollout" in seconds:
-        named["throughput/rollout_tokens_per_second"] = tokens / seconds["rollout"]
-    updated = context.over_replicas(sum(row.numel() for row in learned.rows))
-    named["throughput/update_tokens_per_second"] = updated / max(seconds["update"], 1e-9)
-    return named

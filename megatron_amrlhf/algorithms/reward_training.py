@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import ClassVar, Generic, Protocol, TypeVar, cast
@@ -121,17 +120,13 @@ class RewardTraining(ABC, Generic[Example, S]):
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step on ``batch_size`` examples. Entered by every rank."""
-        context, start = self.context, time.perf_counter()
-        batch, at = self.batch(self.rows_of_replica(self.examples, self.position.indices(step)))
-        metrics, engine = run_updates(
-            context, [batch], {self.role: lambda part: self.train_step(part, at)}
-        )
-        seconds = time.perf_counter() - start
-        tokens = context.over_replicas(sum(row.numel() for row in batch.rows))
-        timings = {
-            "time/update_seconds": seconds,
-            "throughput/update_tokens_per_second": tokens / seconds,
-        }
+        context = self.context
+        with context.phase("update"):
+            batch, at = self.batch(self.rows_of_replica(self.examples, self.position.indices(step)))
+            metrics, engine = run_updates(
+                context, [batch], {self.role: lambda part: self.train_step(part, at)}
+            )
+        timings = context.timings(sum(row.numel() for row in batch.rows))
         return context.publish(metrics) | engine | timings
 
     def evaluate(self) -> dict[str, float]:

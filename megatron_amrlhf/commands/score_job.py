@@ -85,7 +85,11 @@ def read_key(file: Path) -> dict | None:
 
 
 def check_key(file: Path, key: dict) -> None:
-    """The scores that are there, if any, are those that would be made."""
+    """Checks that the scores that are there, if any, are those that would be made.
+
+    Raises:
+        UserError: they are others, or `read_key`'s errors.
+    """
     found = read_key(file)
     if found is None:
         return
@@ -121,6 +125,11 @@ def _part_file(job: Job, number: int) -> Path:
 
 
 def save_part(job: Job, number: int, tensors: dict[str, Tensor] | None) -> None:
+    """Writes a part's scores; None: this rank has none of them.
+
+    Raises:
+        UserError: a score is not finite.
+    """
     if tensors is None:
         return
     for place, row in enumerate(tensors["scores"].split(tensors["counts"].tolist())):

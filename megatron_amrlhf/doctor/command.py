@@ -44,7 +44,6 @@ from megatron_amrlhf.interrupts import loading
 from megatron_amrlhf.parallel.dtypes import bfloat16_factor, own_choice
 from megatron_amrlhf.slurm import host_names
 
-# They load transformers and megatron-core; only for a CONFIG.yaml.
 START_SECONDS = 3600.0  # in which rank 0 reads the run's data
 
 

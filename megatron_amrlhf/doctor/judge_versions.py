@@ -7,11 +7,7 @@ from collections.abc import Iterator, Sequence
 from packaging.requirements import Requirement
 
 from megatron_amrlhf.doctor.judge_ranks import by_host
-from megatron_amrlhf.doctor.records import (
-    Finding,
-    RankFacts,
-    places_text,
-)
+from megatron_amrlhf.doctor.records import Finding, RankFacts, places_text
 from megatron_amrlhf.doctor.software import Pins
 
 FEW_VERSIONS = ("torch", "megatron-core", "deepspeed", "transformers")  # named where all is well

@@ -55,12 +55,33 @@ class Context:
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Enters a phase of the step, such as ``mask``, and times it."""
-        self.console.progress.enter(name)
+    def phase(self, name: str, total: int | None = None) -> Iterator[None]:
+        """Enters a phase of the step, such as ``mask``, and times it.
+
+        Args:
+            name: of the phase.
+            total: units of work that are shown; None: none here.
+        """
         start = time.perf_counter()
-        yield
+        with self.console.track(name, total):
+            yield
         self.seconds[name] = time.perf_counter() - start
+
+    def timings(self, updated: int, sampled: int = 0) -> dict[str, float]:
+        """The time and throughput metrics of a step: this rank's clock, all replicas' tokens.
+
+        Entered by every rank, after the phase ``update``.
+
+        Args:
+            updated: tokens of the rows that this replica has learned from.
+            sampled: tokens that it has sampled, where there was a phase ``rollout``.
+        """
+        named = {f"time/{name}_seconds": value for name, value in self.seconds.items()}
+        for phase, tokens in (("rollout", sampled), ("update", updated)):
+            if phase in self.seconds:
+                rate = self.over_replicas(tokens) / max(self.seconds[phase], 1e-9)
+                named[f"throughput/{phase}_tokens_per_second"] = rate
+        return named
 
     @property
     def vocab_size(self) -> int:

@@ -83,7 +83,7 @@ class ExperienceMaker:
         """
         context, roles = self.context, self.context.engine.roles
         total = len(rollout.rows) * len(roles)
-        with context.phase("score"), context.console.track("score", total):
+        with context.phase("score", total):
 
             def run(role: str, read: Reader) -> Tensor | None:
                 check_stop(context)

@@ -72,10 +72,7 @@ class RolloutSource:
         """Answers of policy and reference: the phase ``rollout``. Entered by every rank."""
         context, section = self.context, self.context.config.rollout
         samples, by_reference = section.samples_per_prompt, section.reference_samples_per_prompt
-        with (
-            context.phase("rollout"),
-            context.console.track("rollout", len(prompts.rows) * samples),
-        ):
+        with context.phase("rollout", len(prompts.rows) * samples):
             return until_stopped(
                 context, lambda: self.generator.generate(prompts, step, samples, by_reference)
             )

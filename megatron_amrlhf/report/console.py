@@ -66,15 +66,19 @@ class RunConsole:
         self._show: Callable[[int], None] = _nothing
 
     @contextmanager
-    def track(self, phase: str, total: int) -> Iterator[None]:
-        """Shows a phase while its block runs.
+    def track(self, phase: str, total: int | None) -> Iterator[None]:
+        """Enters a phase, and shows it while its block runs.
 
         Args:
             phase: its name, such as ``rollout``.
-            total: units of work that ``tick`` will count.
+            total: units of work that ``tick`` will count; None: it is too short to be shown.
         """
         self.progress.enter(phase)
-        showing = self._view.phase(phase, total) if self._enabled else nullcontext(_nothing)
+        showing = (
+            self._view.phase(phase, total)
+            if self._enabled and total is not None
+            else nullcontext(_nothing)
+        )
         with showing as self._show:
             try:
                 yield

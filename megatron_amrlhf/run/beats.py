@@ -150,4 +150,5 @@ def read_dump(folder: Path, rank: int) -> str:
 
 
 def beat_path(folder: Path, rank: int) -> Path:
+    """A rank's file in the folder of heartbeats."""
     return folder / f"rank-{rank:04d}.json"
