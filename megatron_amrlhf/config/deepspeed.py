@@ -12,12 +12,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_amrlhf.config.deepspeed_keys import bf16_problems, zero_problems
+from megatron_amrlhf.config.deepspeed_models import section_problems
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.files import expanded, why_no_file
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SHIPPED = REPOSITORY / "configs/deepspeed/zero3.json"  # right, as a test says
 ZERO_STAGE = 3
 # Derived from the run's YAML, so the JSON may only say "auto" (or the same value).
 _ONE = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -50,6 +51,8 @@ def resolve_deepspeed(
     """
     path, template = read_deepspeed(config.engine.deepspeed)
     problems = _problems(template, config, data_parallel_size, config.dtype_of(role))
+    if path.resolve() != SHIPPED:
+        problems += section_problems(template)
     if problems:
         raise UserError(f"{path}: {'; '.join(problems)}")
     resolved = copy.deepcopy(template)
@@ -69,8 +72,8 @@ def resolve_deepspeed(
         ("offload_optimizer", section.offload_optimizer),
     ):
         if device != "none":  # files are the host's memory to DeepSpeed (engine/disk.py)
-            zero[key] = zero.get(key, {}) | {"device": "cpu"}
-    if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            zero[key] = (zero.get(key) or {}) | {"device": "cpu"}
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         # torch's AdamW steps on the CPU too, without a compiled op.
         resolved["zero_force_ds_cpu_optimizer"] = False
     if not trainable:
@@ -133,7 +136,19 @@ def _problems(
             f"zero_optimization.stage must be {ZERO_STAGE} (got {zero.get('stage')!r}): other "
             "stages are engine.zero_stage in the run's YAML and need no JSON"
         )
-    return [*problems, *zero_problems(zero), *bf16_problems(template.get("bf16", {}), dtype)]
+    for key, ours in (
+        ("offload_param", "offload_parameters"),
+        ("offload_optimizer", "offload_optimizer"),
+    ):
+        section = zero.get(key)
+        if isinstance(section, dict) and section.get("device") == "nvme":
+            problems.append(f"remove zero_optimization.{key}: nvme is engine.roles.ROLE.{ours}")
+    bf16 = template.get("bf16", {})
+    if not isinstance(bf16, dict):
+        problems.append(f"bf16 must be an object (got {bf16!r})")
+    elif dtype != "auto" and bf16.get("enabled", "auto") is (dtype != "bfloat16"):
+        problems.append(f'bf16.enabled contradicts model.dtype: {dtype}, set it to "auto"')
+    return problems
 
 
 def _refuse_left_auto(node: Any, path: Path, key: str = "") -> None:

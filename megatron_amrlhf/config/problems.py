@@ -23,11 +23,15 @@ _MUST_BE = {
     "less_than": "must be < {lt:g}",
     "less_than_equal": "must be <= {le:g}",
     "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
     "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
     "float_type": "must be a number",
     "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
     "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
     "string_type": "must be text, in quotes if it looks like a number",
     "string_too_short": "must not be empty",
     "tuple_type": "must be a list such as [A, B]",
@@ -69,8 +73,13 @@ def _describe(item: ErrorDetails, path: str, kind: str | None) -> str:
         case "union_tag_invalid":
             kinds = list(algorithm_models())
             tag = str(item["ctx"]["tag"])
-            hint = _did_you_mean(tag, kinds)
+            hint = did_you_mean(tag, kinds)
             return f"algorithm.kind: must be one of {', '.join(kinds)} (got '{tag}'){hint}"
+    return wrong_value(item, path)
+
+
+def wrong_value(item: ErrorDetails, path: str) -> str:
+    """What a value must be, and what it is."""
     must_be = _MUST_BE.get(item["type"])
     text = must_be.format(**item.get("ctx", {})) if must_be else " ".join(item["msg"].split())
     return f"{path}: {text} (got {shortened(format_value(item['input']))})"
@@ -103,7 +112,8 @@ def _unknown_key(path: str, kind: str | None) -> str:
     return f"{path}: unknown key, {where} has {', '.join(siblings)}"
 
 
-def _did_you_mean(word: str, choices: list[str]) -> str:
+def did_you_mean(word: str, choices: list[str]) -> str:
+    """``, did you mean X?`` with the nearest of the choices, empty where none is near."""
     close = difflib.get_close_matches(word, choices, n=1)
     return f", did you mean {close[0]}?" if close else ""
 

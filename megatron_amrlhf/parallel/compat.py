@@ -19,22 +19,22 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async, state_
 from megatron.core.pipeline_parallel import p2p_communication, schedules
 from megatron.core.tensor_parallel import layers, mappings
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+from megatron_amrlhf.config.deepspeed_models import named_accelerator
 
-import deepspeed
-from deepspeed.runtime.zero import (
-    parameter_offload,
-    partition_parameters,
-    partitioned_param_coordinator,
-    stage3,
-)
+with named_accelerator():
+    import deepspeed
+    from deepspeed.runtime.zero import (
+        parameter_offload,
+        partition_parameters,
+        partitioned_param_coordinator,
+        stage3,
+    )
 
 from megatron_amrlhf.parallel import without_compiler
 from megatron_amrlhf.sizes import GIB, KIB
 
 with without_compiler():  # deepspeed.initialize imports it for every optimizer
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 MEGATRON_MODULES = (
     schedules,

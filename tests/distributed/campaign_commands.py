@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from tests.distributed.runs import step_lines, write_lines
+from tests.signals import signals_as_usual
 
 WAITS = (0.05, 0.5, 3.0, 9.0)  # seconds until the signal
 PATIENCE_SECONDS = 120.0
@@ -73,8 +74,7 @@ def interrupt(name: str, stage) -> dict:
             text=True,
             errors="replace",
             start_new_session=True,
-            # A shell lets what it starts in the background ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            preexec_fn=signals_as_usual,
         )
         time.sleep(wait)
         if process.poll() is None:

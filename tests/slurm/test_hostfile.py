@@ -13,6 +13,7 @@ import pytest
 
 from tests.distributed.processes import run_on
 from tests.distributed.runs import numbers, read_metrics, run_config
+from tests.signals import signals_as_usual
 from tests.slurm.jobs import ROOT, environment, living, wait_until
 from tests.slurm.nodes import HEAD, NODES, Nodes, why_not
 
@@ -81,8 +82,7 @@ class Launch:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
-                # Tests that run in the background ignore it, and what they start would too.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=signals_as_usual,
             )
 
     def wait(self) -> int:

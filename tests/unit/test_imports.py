@@ -14,7 +14,12 @@ ORDER = (
     "run report experience algorithms studies commands doctor cli_options cli launching __main__"
 ).split()
 MEGATRON_MAY = ("parallel/", "models/", "rollout/", "conversion/torch_dist.py")
-DEEPSPEED_MAY = ("engine/", "parallel/compat.py", "conversion/deepspeed_folder.py")
+DEEPSPEED_MAY = (
+    "engine/",
+    "parallel/compat.py",
+    "conversion/deepspeed_folder.py",
+    "config/deepspeed_models.py",
+)
 TORCH_ONLY = ("mask", "losses")
 FILES = sorted(ROOT.rglob("*.py"))
 

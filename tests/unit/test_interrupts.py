@@ -12,6 +12,7 @@ import pytest
 from megatron_amrlhf import interrupts
 from megatron_amrlhf.interrupts import EXIT_INTERRUPTED, as_usual, end_at_once, loading
 from tests.patience import PATIENCE_SECONDS
+from tests.signals import signals_as_usual
 
 ROOT = Path(__file__).parents[2]
 LAUNCHING = ("demonstration", "estimate", "outcome", "prepare", "start")
@@ -50,7 +51,7 @@ def test_a_program_that_loads_ends_at_once_and_says_nothing(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=signals_as_usual,
     )
     assert process.stdout.readline() == "loading\n"
     process.send_signal(signal.SIGINT)

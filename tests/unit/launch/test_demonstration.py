@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_amrlhf.config.algorithm_section import PolicySection
+from megatron_amrlhf.config.algorithms import algorithm_models
 from megatron_amrlhf.errors import UserError
 from megatron_amrlhf.launching import demonstration
 from megatron_amrlhf.launching.demonstration import Layout, choose_layout, plan, suffix_of
@@ -117,3 +119,15 @@ def test_the_help_names_the_default_model_and_the_scripts_options():
     script = (ROOT / "launch" / "quickstart.sh").read_text()
     for option in re.findall(r"^  (--[a-z]+)", text, re.MULTILINE):
         assert option in script, option
+
+
+def test_the_script_knows_every_algorithm_of_a_policy():
+    """It tells a wrong one before anything is installed that could tell it."""
+    models = algorithm_models().items()
+    kinds = {kind for kind, model in models if issubclass(model, PolicySection)}
+    script = (ROOT / "launch" / "quickstart.sh").read_text()
+    (listed,) = re.findall(r'--algorithm\)\n +one_of "\$1" "\$2" ([a-z_ ]+)\n', script)
+    assert set(listed.split()) == kinds
+    text = (ROOT / "launch" / "help" / "quickstart.txt").read_text()
+    (told,) = re.findall(r"--algorithm A +([a-z_, ]+)\n", text)
+    assert set(told.replace(" or ", ", ").split(", ")) == kinds

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_amrlhf.run.stop_request import Reason, _asked_by, why_end_now
 from tests.patience import PATIENCE_SECONDS
+from tests.signals import signals_as_usual
 
 ROOT = Path(__file__).parents[3]
 LAUNCHER = """\
@@ -25,12 +26,6 @@ status() {
 }
 """
 WAIT_FOR_STOP = 'for _ in {1..99}; do [[ ! -e "$FOLDER/stop" ]] || break; sleep 0.1; done'
-
-
-def signals_as_usual() -> None:
-    """Bash takes no signal that was ignored when it started, as in a shell's background."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 class Launch:
