@@ -47,8 +47,10 @@ class Grpo(SurrogateAlgorithm[GrpoAlgorithm]):
         advantages, std = self.advantages(experience)
         counted = denominator_mask(scored.response_mask, batch.mask, config.loss.denominator)
         by_row = self.section.length_normalise == "sequence"
+        # As kl_scale only until with_kl_scale sees the rows of an optimizer step.
         one_B1 = torch.ones_like(advantages)[:, None]
         targets = GrpoTargets(
+            # A mean over answers of their tokens' means counts answers.
             denominator=scored.has_reward[:, None] if by_row else counted,
             mask=batch.mask,
             valid=scored.response_mask,

@@ -118,6 +118,7 @@ class Kto(PolicyAlgorithm[KtoAlgorithm]):
     def actor_step(self, part: KtoBatch):
         """One optimizer step of the policy."""
         algorithm = self.section
+        # z0 is of the whole optimizer step, before it: no micro-batch or layout changes it.
         loss = partial(
             kto_loss,
             z0=cast(Tensor, self.reference_point(part)),  # it is, where the loss is called
@@ -165,6 +166,7 @@ def mismatched_pairs(
     answers = [row[length:] for row, length in zip(rollout.rows, lengths, strict=True)]
     kept = [mask[:count] for mask, count in zip(batch.mask.cpu(), counts, strict=True)]
     counted = batch.has_reward.tolist()
+    # Pairs cross replicas for the last prompt alone: it needs the next replica's first.
     firsts = gather_objects((answers[:samples], kept[:samples], counted[:samples]), mesh.dp_group)
     next_answers, next_kept, next_counted = firsts[(mesh.dp_rank + 1) % mesh.dp_size]
     answers, kept = answers[samples:] + next_answers, kept[samples:] + next_kept
@@ -173,4 +175,5 @@ def mismatched_pairs(
     rows = tuple(torch.cat([row[:length], answer]) for row, length, answer in parts)
     mismatched = replace(rollout, rows=rows)
     valid = mismatched.response_mask
+    # masked_scatter fills row by row, in the order of the answers.
     return mismatched, torch.zeros_like(valid).masked_scatter(valid, torch.cat(kept)), has_reward

@@ -64,6 +64,7 @@ class Orm(RewardTraining[EncodedPair, OrmAlgorithm]):
         """Accuracy and margin on held-out pairs."""
         metrics = {}
         if outputs is not None:
+            # [2 P], in turn, to [P, 2], to a row of each kind.
             chosen, rejected = outputs.to(self.context.mesh.device)[:, 0].unflatten(0, (-1, 2)).T
             margins = chosen - rejected
             accuracy = pair_accuracy(margins, larger_size(chosen, rejected)).sum()

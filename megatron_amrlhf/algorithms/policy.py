@@ -191,6 +191,7 @@ class PolicyAlgorithm(ABC, Generic[S]):
                 experience = maker.cut(answers, scored)
                 picked, mask_metrics = maker.mask(experience, *self.choose(experience, step))
                 metrics |= mask_metrics
+            # Rows first: from them the other stages know the shape of the mask.
             rows = broadcast_rows(context, picked)
             batch = broadcast_mask(context, answers.select(rows), picked)
         log_samples(context, step, prompts=prompts, experience=experience, rows=rows, batch=batch)

@@ -36,7 +36,7 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
             rewards,
             kind,
             rollout.group_ids.to(scored.values.device),
-            values=scored.values[:, 0],
+            values=scored.values[:, 0],  # of the prompt, before any token
             group=self.context.mesh.dp_group,
             has_reward=scored.has_reward,
         )
@@ -66,9 +66,10 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
         valid = scored.response_mask
         advantages, returns = self.advantages(experience)
         if algorithm.whiten_advantages:
+            # Over all response tokens: eq. 14 masks the terms, not what A is made of.
             advantages = whiten(advantages, valid, self.context.mesh.dp_group)
         targets = PpoTargets(
-            denominator=valid,
+            denominator=valid,  # the critic's; actor_step takes that of loss.denominator
             mask=batch.mask,
             valid=valid,
             reference_logprobs=scored.reference_logprobs,
@@ -76,7 +77,7 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
             advantages=advantages,
             returns=returns,
             old_values=scored.values,
-            kl_scale=torch.ones_like(returns[:, :1]),
+            kl_scale=torch.ones_like(returns[:, :1]),  # until with_kl_scale sees the optimizer step
         )
         return targets, {"ppo/returns": count_metric(returns.sum(), valid.sum())}
 
@@ -103,5 +104,6 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
     def critic_step(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the critic, on all response tokens."""
         loss = partial(ppo_value_loss, clip_eps=self.section.value_clip_eps)
+        # Whole rows, unlike the policy's: the value loss reads tokens that the mask drops.
         at, read = response_places(part), read_value()
         return optimizer_step(self.context, "critic", part, at, read, loss=loss, name="value")

@@ -27,7 +27,7 @@ from megatron_amrlhf.parallel.collectives import (
 )
 from megatron_amrlhf.types import TrainBatch
 
-THRESHOLDS = {"bce": 0.0, "mse": 0.5}
+THRESHOLDS = {"bce": 0.0, "mse": 0.5}  # above it a step is right: of a logit, of a value in [0, 1]
 
 
 class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
@@ -82,6 +82,7 @@ class Prm(RewardTraining[PrmExample, PrmAlgorithm]):
 def label_outputs(examples: list[PrmExample]) -> OutputPlaces:
     """An output at the last token of every labelled step; column = number of the step."""
     counts = [example.label_positions.numel() for example in examples]
+    # A replica may have no examples, and torch.cat takes no empty list.
     empty = torch.zeros(0, dtype=torch.int64)
     return OutputPlaces(
         rows=torch.cat([empty, *(torch.full((n,), i) for i, n in enumerate(counts))]),

@@ -28,6 +28,7 @@ class RejectionSampling(SelectionAlgorithm[RejectionSamplingAlgorithm]):
         else:  # best: k is 1
             counts = torch.full_like(scores[:, 0], algorithm.k, dtype=torch.int64)
         if algorithm.control == "random":
+            # The counts stay, so that the control differs in which answers, not in how many.
             chance = self.random_scores(experience, step).view_as(scores).to(scores.device)
             scores = torch.where(scores.isnan(), torch.nan, chance)
         rows = top_rows(scores, counts)
@@ -46,6 +47,7 @@ class RejectionSampling(SelectionAlgorithm[RejectionSamplingAlgorithm]):
         return self.section.kl_coef == 0
 
     def record(self, answers: AnswerTargets) -> SelectedTargets:
+        # Ones until with_kl_scale sees the rows of an optimizer step.
         one_B1 = torch.ones_like(answers.reference_logprobs[:, :1])
         return SelectedTargets(**vars(answers), kl_scale=one_B1)
 

@@ -145,6 +145,7 @@ class RewardTraining(ABC, Generic[Example, S]):
                 lambda outputs, micro_batch: micro_batch.rectangle(outputs.float(), at.width),
             )
         if outputs is not None:
+            # [B, width, D] to [n, D], without the cells that hold no output.
             outputs = outputs.cpu()[at.rows, at.columns]
         return self.heldout_metrics(examples, outputs)
 

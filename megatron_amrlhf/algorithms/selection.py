@@ -47,6 +47,7 @@ class SelectionAlgorithm(PolicyAlgorithm[S]):
         Answers whose reward failed are not among them, nor are the other answers of their pairs.
         """
         if self.is_offline:
+            # Chosen and rejected lie in turn: all rows for pairs, every other one for answers.
             rows = torch.arange(0, len(experience.rollout.rows), 2 // self.rows_per_unit)
             labels = (rows % 2 == 0).to(self.context.mesh.device)
         else:

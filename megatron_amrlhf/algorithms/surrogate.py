@@ -22,6 +22,7 @@ class SurrogateAlgorithm(PolicyAlgorithm[C]):
 
     def logprob_temperature(self) -> float:
         """The policy that acts is the softmax at the sampling temperature."""
+        # Greedy decoding (0) has no softmax of its own.
         return self.context.config.rollout.temperature or 1.0
 
     @abstractmethod

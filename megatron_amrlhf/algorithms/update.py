@@ -57,22 +57,27 @@ def optimizer_step(
     Returns:
         What the engine did, and the merged (sum, count) metrics (empty but on last stages).
     """
+    # After the cut to kept tokens, so replicas are evened out by what is left.
     batch, at = balance(batch, at, together, context.mesh)
     count, uncounted = None, {}
     if batch.targets is not None:
         counted = global_sum(batch.targets.denominator, context.mesh.dp_group)
         count = divisor(counted)
+        # The divisor is at least 1: where nothing is counted, the logged mean has the 1 from here,
+        # once over all replicas.
         missing = (count - counted) * (context.mesh.dp_rank == 0)
         uncounted = {f"loss/{name}": count_metric(0.0, missing)}
 
     def scaled_loss(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Metrics]:
         read_out = read.outputs(outputs[: micro_batch.num_outputs], micro_batch)
+        # As wide as the targets, which are of the whole rollout.
         values = micro_batch.rectangle(read_out, at.width)
         assert count is not None and batch.targets is not None, "this is a last stage"
         targets = batch.targets.select(micro_batch.row_index)
         out = loss(values, targets)
         total = out.terms.sum()
         scaled = scale_for_engine(total, count, context.mesh.dp_size)
+        # Not divided: finish_metrics divides the global sum by the global count.
         logged = count_metric(total.detach(), targets.denominator.sum())
         return scaled, {**out.metrics, f"loss/{name}": logged}
 

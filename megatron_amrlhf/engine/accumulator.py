@@ -33,6 +33,7 @@ class Span:
 
     def rows(self, flat: Tensor, num_rows: int) -> Tensor:
         """``[num_rows, size]`` of a parameter's elements, padded with 0."""
+        # Row r is what rank r has of it; the last rows may be padding alone.
         padding = num_rows * self.size - self.numel
         return F.pad(flat.reshape(-1), (0, padding)).view(num_rows, self.size)
 
@@ -83,6 +84,7 @@ class GradientAccumulator:
     def begin(self) -> None:
         """Starts a step's sum."""
         assert self._sum is None, "the step before has not ended"
+        # Reduced at each micro-batch, a rank keeps no row but its own.
         held = self._whole or self._reduce == "step"
         rows = self._mesh.dp_size if held else 1
         self._sum = torch.zeros(rows, self._width, device=self._mesh.device)
@@ -92,11 +94,15 @@ class GradientAccumulator:
         ranks = self._mesh.dp_size
         assert parameter.grad is not None, "autograd has just left it"
         rows = self.spans[name].rows(parameter.grad, ranks)
+        # At once: autograd would add the next micro-batch to it, and this one would count twice.
         parameter.grad = None
         columns = self.spans[name].columns
+        # The sum is float32, so a bfloat16 gradient is added in float32.
         if self._reduce == "step" or ranks == 1:
             self._sum[:, columns] += rows
             return
+        # Over ranks in float32 too. All of them come here for each parameter: they have as many
+        # micro-batches, and every parameter is in the graph of each one.
         rows = rows.float()
         if self._whole:
             dist.all_reduce(rows, group=self._mesh.dp_group)
@@ -121,6 +127,7 @@ class GradientAccumulator:
                 own = total.new_empty(self._width)
                 dist.reduce_scatter_tensor(own, total.view(-1), group=self._mesh.dp_group)
                 total = self._sum = own[None]
+        # The mean, as ZeRO takes it: the losses have the factor DP (losses/reduce.py).
         total /= ranks
 
     def drop(self) -> None:
@@ -137,6 +144,7 @@ class GradientAccumulator:
 
     def own_flat(self) -> Tensor:
         """This rank's partitions of all gradients, in order."""
+        # After a reduce-scatter there is one row, and it is this rank's.
         return self._open[self._mesh.dp_rank if self._open.shape[0] > 1 else 0]
 
     def whole_flat(self) -> Tensor:

@@ -39,10 +39,12 @@ def balance(
     own = [row.numel() for row in batch.rows]
     everyone = gather_objects(own, mesh.dp_group)
     loads = [sum(lengths) for lengths in everyone]
+    # All replicas have the same lengths before them, so all stay or all send.
     if max(loads) * mesh.dp_size <= sum(loads) * TOLERATED:
         return batch, at
     lengths = [length for part in everyone for length in part]
     members = spread_rows(lengths, together, mesh.dp_size)[mesh.dp_rank]
+    # Pickled on a GPU, a tensor would come up again on its sender's device.
     targets = batch.targets.each(Tensor.cpu) if batch.targets else None
     sent = (replace(batch, targets=targets), at)
     parts = gather_objects(sent, mesh.dp_group)
@@ -66,10 +68,12 @@ def _join(
     )
     index = torch.tensor(members, dtype=torch.int64)
     starts = torch.tensor([0, *(len(batch.rows) for batch in batches)]).cumsum(0)
+    # starts has one more than there are parts: where a next one would begin.
     rows = torch.cat([at.rows + start for at, start in zip(places, starts, strict=False)])
     inside = torch.isin(rows, index)
     positions, columns = (
         torch.cat([getattr(at, name) for at in places])[inside] for name in ("positions", "columns")
     )
+    # members ascend, as outputs do by row, so this is each row's place among them.
     here = OutputPlaces(torch.searchsorted(index, rows[inside]), positions, columns, width)
     return everything.select(index), here

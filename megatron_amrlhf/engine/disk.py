@@ -45,6 +45,7 @@ class Disk:
             UserError: the disk has no room, or the folder cannot be written.
         """
         assert tensor.dim() == 1, tensor.shape
+        # Neither room on a disk nor a mapping can be of 0 bytes.
         if not tensor.numel():
             return torch.zeros_like(tensor, device="cpu")
         num_bytes = tensor.numel() * tensor.element_size()

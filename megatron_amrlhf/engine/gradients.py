@@ -26,6 +26,7 @@ def sum_copies(
         norms = [entry.local for entry in entries if entry.is_summed(mesh.sequence_parallel)]
         parts = [gradients.held(name) for name in norms]
         if parts:
+            # One all-reduce for all of them; they are views of columns, not contiguous.
             joined = torch.cat(parts, dim=1)
             dist.all_reduce(joined, group=mesh.tp_group)
             for part, summed in zip(
@@ -58,9 +59,12 @@ def global_norm(
             continue
         if entry.local == tied and not mesh.is_first_stage:
             continue
+        # Its partition alone, also where this rank holds the whole: the other ranks add theirs.
         own = gradients.own(entry.local)
         total += torch.linalg.vector_norm(own, dtype=torch.float64).square()
     if not losses_are_finite:
+        # By the same all-reduce every rank learns of it: a loss is known on last stages only.
         total.fill_(torch.nan)
+    # Over the world: partitions, tensor shards and stages add up to the model.
     dist.all_reduce(total)
     return float(total.sqrt())

@@ -30,6 +30,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     """Hex digest of the tensors' bits, one after the other."""
     digest = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
+        # As bytes, since numpy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -79,6 +80,7 @@ def check_copies(roles: dict[str, Role], mesh: Mesh) -> str | None:
             if len(set(gather_objects(digest, mesh.tp_group))) > 1:
                 drifted.append(name)
         if role.tied is not None:
+            # In this group are the first and last stage only, where role.tied is not None.
             digests = gather_objects(checksum([bits[role.tied]]), mesh.tie_group)
             if len(set(digests)) > 1:
                 untied.append(name)
@@ -108,6 +110,7 @@ def not_finite_weights(role: Role) -> str:
 def _names(mine: list[str]) -> str:
     """The first of all ranks' names, and how many more there are."""
     everyone = gather_objects(mine, dist.group.WORLD)
+    # Each once: ranks that hold parts of one tensor all name it.
     names = list(dict.fromkeys(name for names in everyone for name in names))
     more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     return ", ".join(names[:MAX_NAMES]) + more

@@ -40,6 +40,7 @@ def response_outputs(lengths: Tensor, prompt_lengths: Tensor, where: Outputs) ->
     """Outputs for every response token: ``before`` it (log-prob, value) or ``at`` it (reward)."""
     counts = lengths - prompt_lengths
     width = int(counts.max()) if counts.numel() else 0
+    # In order of rows, which searchsorted below and last_output_of_row rely on.
     rows, columns = (torch.arange(width)[None] < counts[:, None]).nonzero(as_tuple=True)
     shift = 1 if where == "before" else 0
     return OutputPlaces(rows, prompt_lengths[rows] + columns - shift, columns, width)
@@ -114,12 +115,14 @@ def pack_micro_batches(
     lengths = [row.numel() for row in rows]
     tokens = section.micro_batch_tokens
     packed = pack_rows(lengths, together, None if tokens else section.micro_batch_size, tokens)
+    # One at least, also without rows: tensor ranks and stages meet in each forward.
     count = max(len(packed), 1)
     if equal:
         count = max_over(count, mesh.dp_group, mesh.device)
     # A multiple of PP is the interleaved schedule's demand.
     multiple = mesh.pp_size if mesh.cut.virtual > 1 else 1
     packed = even_blocks(lengths, together, packed, count, multiple)
+    # Sequence parallelism cuts the positions into TP equal parts.
     unit = mesh.tp_size if mesh.sequence_parallel else 1
     num_positions = block_positions(lengths, packed, unit)
     return [_pack(rows, at, members, num_positions, mesh) for members in packed]
@@ -136,8 +139,10 @@ def _pack(
     index = torch.tensor(members, dtype=torch.int64)
     inside = torch.isin(at.rows, index)
     output_rows = at.rows[inside]
+    # members ascend, so this is the row's place among them.
     places = torch.searchsorted(index, output_rows)
     outputs = starts[places] + at.positions[inside]
+    # Nobody reads the target behind a row's last token (rewards, values): any one will do.
     targets = tokens[(outputs + 1).clamp(max=num_positions - 1)]
     if not outputs.numel():
         outputs = targets = torch.zeros(1, dtype=torch.int64)
@@ -148,6 +153,7 @@ def _pack(
     return MicroBatch(
         tokens=move(tokens[None]),
         positions=move(positions[None]),
+        # Rows that are cut to nothing are rows of the loss, but none of the attention.
         packing=Packing(tuple(n for n in lengths.tolist() if n)),
         row_index=move(index),
         output_index=move(outputs),

@@ -34,6 +34,7 @@ class LossLog:
 
     @property
     def is_finite(self) -> bool:
+        # Stacked: the device is waited for once, not for each micro-batch.
         return not self.values or bool(torch.stack(self.values).isfinite().all())
 
     def wrong_rows(self) -> list[int]:

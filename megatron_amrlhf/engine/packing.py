@@ -23,6 +23,7 @@ def pack_rows(
     by_rows = -(-len(lengths) // max_rows) if max_rows else 1
     by_tokens = -(-sum(lengths) // max_tokens) if max_tokens else 1
     count = max(min(max(by_rows, by_tokens), len(lengths) // together), 1)
+    # Ends at the latest where there are as many of them as units: a unit alone always fits.
     while True:
         micro_batches = spread_rows(lengths, together, count, max_rows)
         if all(
@@ -47,6 +48,7 @@ def spread_rows(
     ]
     micro_batches: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
+    # Ties go by index: every rank makes the same cut by itself.
     for tokens, start in sorted(units, key=lambda unit: (-unit[0], unit[1])):
         limit = max_rows or len(lengths)
         place = min(

@@ -72,6 +72,7 @@ class PartitionedWeights(Weights):
         self.module, self.gradients, self._mesh = module, gradients, mesh
         self._plain, self._trainer = plain, trainer
         self.stage = trainer or module
+        # By identity: one twin may serve for both.
         for twin in {id(x): x for x in (plain, trainer) if x is not None}.values():
             release(twin)
         optimizer = scheduler = None
@@ -89,6 +90,7 @@ class PartitionedWeights(Weights):
             )
         except ValidationError as error:
             raise _refused(error) from None
+        # DeepSpeed names files by it; its own choice, the tensor rank, is the same on all stages.
         self.engine.checkpoint_mp_rank = mesh.tp_rank + mesh.tp_size * mesh.pp_rank
         self._disk: Disk | None = None  # of masters and moments
         if gradients is not None:
@@ -117,7 +119,9 @@ class PartitionedWeights(Weights):
         elif parameters:
             zero = self.engine.optimizer
             for index, flat in enumerate(zero.fp16_partitioned_groups_flat):
+                # In .data, so that it stays the tensor that the optimizer knows.
                 flat.data = disk.copy_of(flat)
+                # The parameters' partitions are views of the flat tensor: these anew.
                 zero._unflatten_partitioned_parameters(index)
             zero.param_groups_fp16_flat_cpu_memory.clear()  # where the flat ones were
         if optimizer and trained:
@@ -131,6 +135,7 @@ class PartitionedWeights(Weights):
     def window(self):
         sources = list(self.module.parameters())
         with torch.no_grad(), deepspeed.zero.GatheredParameters(sources):
+            # The twin has no hooks of DeepSpeed, which would gather each layer at each forward.
             with lent(sources, self._plain):
                 yield self._plain.eval()
 
@@ -164,13 +169,15 @@ class PartitionedWeights(Weights):
             names = {parameter: name for name, parameter in self.module.named_parameters()}
             for index, group in enumerate(zero.fp16_groups):
                 zero.averaged_gradients[index] = [own(names[parameter]) for parameter in group]
+        # Without offload DeepSpeed has views of the sum: its memory goes in the step.
         self.trained_gradients.drop()
         if self._disk is not None and not self._has_moments:
-            self._make_moments(0.0)
+            self._make_moments(0.0)  # AdamW would make them in memory
         self.engine.step()
 
     def skip(self) -> None:
         super().skip()
+        # What DeepSpeed does itself where it finds an overflow.
         self.engine.optimizer.zero_grad()
         self.engine.optimizer.averaged_gradients = {}
 
@@ -201,6 +208,7 @@ class PartitionedWeights(Weights):
         for name, place in self.slices().items():
             parameter = self.module.get_parameter(name)
             for kind in kinds:
+                # Without the padding, which depends on the number of ranks.
                 tensors[f"{name}.{kind}"] = _get(parameter, kind)[: place.length].detach().cpu()
         return tensors
 
@@ -243,6 +251,7 @@ class PartitionedWeights(Weights):
         if step is None:
             return
         zeros_like = torch.zeros_like if self._disk is None else self._disk.zeros_like
+        # DeepSpeed steps each flat master on its own, so torch's state is by these.
         for flat in self._flat_masters:
             self._state[flat] = {"step": adam_step(step, flat)}
             self._state[flat] |= {moment: zeros_like(flat) for moment in MOMENTS}
@@ -250,6 +259,8 @@ class PartitionedWeights(Weights):
     def _refresh_weights(self) -> None:
         """Makes the weights anew from the masters, as DeepSpeed's optimizer step does."""
         optimizer = self.engine.optimizer
+        # Small parameters, which DeepSpeed keeps whole, are cut before and gathered after: the
+        # masters are copied into partitions.
         if optimizer.persistent_parameters:
             optimizer._partition_all_parameters()
         for index in range(len(optimizer.fp16_groups)):

@@ -51,6 +51,7 @@ class Course:
         if kind == "constant":
             return 1.0
         if kind == "linear":
+            # Not 1 - progress, which rounds otherwise than the rates of transformers do.
             left = max(0.0, (self.end - step) / max(1, self.end - self.start))
             return (1 - self.behind) * left
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * self.progress(step))))
@@ -157,6 +158,7 @@ class Schedule:
     def _place(self, done: int) -> float:
         """Stands after ``done`` optimizer steps; gives the factor on the peak there."""
         scheduler, factor = self.scheduler, self.course.factor(self._kind, done)
+        # By hand: the scheduler's step() goes on by one, and it has counted one at its start.
         scheduler.last_epoch, scheduler._step_count = done, done + 1
         scheduler._last_lr = [base * factor for base in scheduler.base_lrs]
         for group, rate in zip(self._optimizer.param_groups, scheduler._last_lr, strict=True):

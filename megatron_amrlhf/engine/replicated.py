@@ -64,6 +64,7 @@ class ReplicatedWeights(Weights):
     @torch.no_grad()
     def _flatten(self) -> Tensor:
         """``[DP, P]`` float32: the weights, a row for each rank's partition."""
+        # Padding is 0 and stays so: neither its gradient nor weight decay moves it.
         rows = [
             self._spans[name].rows(parameter, self._mesh.dp_size)
             for name, parameter in self.module.named_parameters()
@@ -90,6 +91,7 @@ class ReplicatedWeights(Weights):
         self._master.grad = gradients.own_flat() if self._sharded else gradients.whole_flat()
         self.optimizer.step()
         self.schedule.scheduler.step()
+        # A view, which would keep the sum alive.
         self._master.grad = None
         gradients.drop()
         self._refresh_weights()
@@ -99,6 +101,7 @@ class ReplicatedWeights(Weights):
         """Makes the weights of the masters."""
         ranks = self._mesh.dp_size
         dtype = next(self.module.parameters()).dtype
+        # Rounded before it is sent: half the bytes in bfloat16, and the same bits everywhere.
         flat = self._master.to(dtype)
         if self._sharded and ranks > 1:
             own, flat = flat, flat.new_empty(ranks * flat.numel())
@@ -106,6 +109,7 @@ class ReplicatedWeights(Weights):
         rows = flat.view(ranks, -1)
         for name, parameter in self.module.named_parameters():
             span = self._spans[name]
+            # All ranks' partitions one after the other, without the padding at the end.
             whole = rows[:, span.columns].reshape(-1)[: span.numel]
             parameter.copy_(whole.view_as(parameter))
 
@@ -139,6 +143,7 @@ class ReplicatedWeights(Weights):
         step = counters["optimizer_step"]
         self.optimizer.state.clear()
         flats: dict[str, Tensor] = {MASTER: self._master}
+        # A checkpoint from before the first step has no moments.
         if step is not None:
             state = {moment: torch.zeros_like(self._master) for moment in MOMENTS}
             flats |= state
@@ -161,6 +166,7 @@ class ReplicatedWeights(Weights):
     def _spread(self, flat: Tensor) -> None:
         """Gives every rank the others' rows of a whole flat state."""
         if not self._sharded and self._mesh.dp_size > 1:
+            # A copy: it is a part of what the gather writes.
             own = self._own(flat).clone()
             dist.all_gather_into_tensor(flat.detach(), own, group=self._mesh.dp_group)
 

@@ -87,6 +87,7 @@ class Role:
         )
         module = self._build(options).requires_grad_(spec.trainable)
         load_stage(module, spec.head_outputs, ShardedWeights(spec.folder), mesh)
+        # Now, while this rank has the tensors whole: ZeRO-3 cuts them next.
         self.loaded_not_finite = self.not_finite(module)
         self.weights = self._share(module, options, config)
 
@@ -112,6 +113,7 @@ class Role:
         optimizer = gradients = None
         if spec.trainable:
             sizes = {name: x.numel() for name, x in module.named_parameters()}
+            # At stage 0 each rank steps all masters, from the whole gradient.
             whole = section.zero_stage == 0
             gradients = GradientAccumulator(sizes, mesh, config.engine.reduce, whole)
             optimizer = partial(
@@ -135,6 +137,7 @@ class Role:
         trainer = plain = None
         if spec.trainable and config.engine.gather == "step":
             trainer = self._build(options)
+        # Without gradients nothing is recomputed, so the trainer can serve for both.
         plain = self._plain(options) if options.sequence_parallel else trainer
         plain = plain or self._plain(options)
         ds_config = resolve_deepspeed(config, mesh.dp_size, spec.name, spec.trainable)

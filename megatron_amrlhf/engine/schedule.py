@@ -72,6 +72,7 @@ def run_forward(
             tick(micro_batch.num_rows)
 
         def keep(output: Tensor, non_loss_data: bool = True) -> object:
+            # Behind these may be the one output that stands in where there is none.
             return collect(output[: micro_batch.num_outputs], micro_batch)
 
         return output, keep
@@ -112,6 +113,8 @@ def run_forward_backward(
 
         def scaled(output: Tensor):
             value, extra = loss(output, micro_batch)
+            # Of two results megatron-core would divide the loss by the number of micro-batches; of
+            # three it does not, and adds up the second one, an int on the device, for nobody.
             return value, value.new_ones(()).int(), extra
 
         return output, scaled

@@ -153,6 +153,7 @@ def release(twin: nn.Module) -> None:
 @contextmanager
 def lent(sources: Iterable[nn.Parameter], twin: nn.Module):
     """Inside, the twin's parameters are the sources' whole weights, without a copy."""
+    # Built alike, so the parameters pair up in order.
     for source, target in zip(sources, twin.parameters(), strict=True):
         target.data = source.data
     try:

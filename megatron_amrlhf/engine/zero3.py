@@ -109,6 +109,7 @@ class Zero3Engine:
         """
         mesh = self.mesh
         self._assert_embedded(name, rows)
+        # Replicas may have different numbers of them: in the window weights are whole.
         micro_batches = pack_micro_batches(rows, at, self.config.engine, mesh)
         with self.roles[name].window() as stage:
             pieces = run_forward(
@@ -174,16 +175,16 @@ class Zero3Engine:
                 loss=logged,
                 tick=self.tick,
             )
-        sum_copies(gradients, role.entries, role.tied, mesh)
+        sum_copies(gradients, role.entries, role.tied, mesh)  # first: the norm is of the sums
         norm = global_norm(gradients, role.entries, role.tied, mesh, losses.is_finite)
-        rate = weights.schedule.rate
-        if not math.isfinite(norm):
+        rate = weights.schedule.rate  # before the update moves it on
+        if not math.isfinite(norm):  # on every rank or on none, as the norm is the model's
             why = describe(losses, ids, gradients)
             self._skip(role, why)
             return StepResult(extras, norm, rate, f"{name}: {why}")
         limit = self.config.optimizer.max_grad_norm
         if limit and norm > limit:
-            gradients.scale(limit / (norm + 1e-6))
+            gradients.scale(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
         weights.update()
         self._skipped_in_a_row[name] = 0
         return StepResult(extras, norm, rate, None)

@@ -70,7 +70,7 @@ def make_dense(
         rewards = whiten(rewards, valid, group)
     elif config.reward.normalise == "offline":
         assert offline is not None, "read at the start"
-        rewards, offline = _whiten_offline(rewards, valid, offline)
+        rewards, offline = _whiten_offline(rewards, valid, offline)  # the baseline moves along
     kind, units, shaped = config.mask.message_reward, None, rewards
     if config.reward.granularity != "message":
         units = _units(context, rollout, valid, cut_steps)
@@ -92,6 +92,7 @@ def make_dense(
         group=group,
     )
     if config.mask.threshold == "offline" and offline is not None:
+        # delta counts deviations of the same scores that the baseline is of.
         std = torch.full_like(std, offline.std)
     delta = delta_in_signal_units(config.mask.delta, config.mask.delta_unit, std)
     sign = signs(signal, valid, baseline, delta, config.mask.neutral)
@@ -115,9 +116,11 @@ def _whiten_offline(
     rewards: Tensor, valid: Tensor, offline: OfflineScores
 ) -> tuple[Tensor, OfflineScores]:
     """Eq. 11 by the moments of a scored data set: rewards and that data set's scores whitened."""
+    # 0 for scores without variance, as `whiten` has it.
     scale = 1 / offline.std if offline.std > 0 else 0.0
     whitened = torch.where(valid, (rewards - offline.mean) * scale, 0.0)
     baseline = (offline.baseline - offline.mean) * scale
+    # Whitened scores deviate by 1, or by 0 where all are equal.
     return whitened, OfflineScores(baseline=baseline, mean=0.0, std=float(scale > 0))
 
 
@@ -140,6 +143,7 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tens
         return rewards
     if kind == "implicit":
         assert isinstance(algorithm, PolicySection), kind
+        # Eq. 3 with the reference as the zero: beta log pi / pi_ref.
         return algorithm.implicit_beta * (scored.logprobs - scored.reference_logprobs)
     assert isinstance(algorithm, CriticSection), kind
     after = scored.bootstrap_values
@@ -155,6 +159,7 @@ def _units(
 ) -> Tensor:
     """``[B, R]`` number of the sequence, step or token that each token is in."""
     granularity = context.config.reward.granularity
+    # Numbers only tell units of a row apart; those behind the answer are not read.
     if granularity == "sequence":
         return torch.zeros_like(valid, dtype=torch.int64)
     if granularity == "token":

@@ -86,6 +86,7 @@ class ExperienceMaker:
         with context.phase("score", total):
 
             def run(role: str, read: Reader) -> Tensor | None:
+                # Between passes, which may take minutes: before its updates a step can be left.
                 check_stop(context)
                 return score_tokens(context, role, rollout, "before", read)
 
@@ -97,9 +98,11 @@ class ExperienceMaker:
             if "critic" in roles:
                 check_stop(context)
                 states = self.critic_states(rollout)
+        # Before failures are counted: log-probs and values that are not finite are failures too.
         if rewards is not None:
             rewards = rewards.where_finite(actor=policy, reference=reference, critic=states)
         stop_on_failures(context, rewards, step)
+        # Other stages leave here, after the last collective.
         if rewards is None or policy is None or reference is None:
             return None, {}
         metrics = _sampled_metrics(rollout, rewards, policy, reference)
@@ -108,7 +111,8 @@ class ExperienceMaker:
         rewards = treat_truncated(context.config.rollout, rewards, rollout)
         valid = rewards.valid
         if states is None:
-            states = F.pad(torch.zeros_like(rewards.tokens), (0, 1))
+            states = F.pad(torch.zeros_like(rewards.tokens), (0, 1))  # [B, R + 1], as of a critic
+        # Column n of an answer of n tokens: the state after its last one.
         after = states.gather(1, valid.sum(dim=1, keepdim=True))[:, 0]
         scored = ScoredBatch(
             token_rewards=rewards.tokens,
@@ -116,6 +120,7 @@ class ExperienceMaker:
             logprobs=policy[..., 0],
             reference_logprobs=reference,
             values=torch.where(valid, states[:, :-1], 0.0),
+            # An answer that ended by itself has no next state.
             bootstrap_values=torch.where(rollout.ended.to(valid.device), 0.0, after),
             response_mask=valid,
         )

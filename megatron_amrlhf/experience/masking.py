@@ -42,9 +42,11 @@ def broadcast_mask(context: Context, answers: RolloutBatch, picked: Picked | Non
         The answers with mask and labels, on the compute device.
     """
     device, (rows, width) = context.mesh.device, answers.response_mask.shape
+    # A byte for each label and a bit for each token: one broadcast of R / 8 + 2 bytes a row.
     packed = torch.zeros(rows, -(-width // 8) + 2, dtype=torch.uint8, device=device)
     if picked is not None:
         packed[:, 0], packed[:, 1] = picked.chosen, picked.has_reward
+        # Behind `width` there is only padding of the picked answers.
         packed[:, 2:] = pack_bits(picked.mask[:, :width])
     broadcast_from_last_stage(packed, context.mesh)
     return MaskedBatch(
@@ -65,11 +67,13 @@ def broadcast_rows(context: Context, picked: Picked | None) -> Tensor:
         picked: on the last stage, None elsewhere.
     """
     device = context.mesh.device
+    # First how many: who has not picked must make room for the broadcast.
     count = torch.tensor([0 if picked is None else picked.rows.numel()], device=device)
     broadcast_from_last_stage(count, context.mesh)
     rows = torch.zeros(int(count), dtype=torch.int64, device=device)
     if picked is not None:
         rows.copy_(picked.rows)
+    # The count is the same on the whole replica by now, so all enter or none.
     if rows.numel():
         broadcast_from_last_stage(rows, context.mesh)
     return rows.cpu()

@@ -86,10 +86,12 @@ class Rewarder:
                 self.context, rollout, found["prm"], valid, self.cut_steps
             )
         if "orm" in found:
+            # read_reward gives an outcome model's one reward to all tokens: any would do.
             last = (valid.sum(dim=1) - 1).clamp(min=0)[:, None]
             sequences += (whole := weights.orm_weight * found["orm"].gather(1, last)[:, 0])
             tokens += whole[:, None]
         if weights.verifiable_weight:
+            # NaN where an answer is not judged: without_failures then takes all of it out.
             verdicts = self.verdicts(rollout, prompts)
             sequences += (whole := weights.verifiable_weight * verdicts.rewards)
             tokens += whole[:, None]
@@ -112,10 +114,12 @@ class Rewarder:
             rollout.ended.tolist(),
             strict=True,
         ):
+            # Judging has a time limit, so two ranks could differ: one judges, the others make room.
             if mesh.tp_rank != 0:
                 found.append((0.0, JUDGED))
                 continue
             text = answer_text(self.context.tokenizer, row[length:].tolist(), ended)
+            # The ids of a replica's prompts are consecutive.
             gold = prompts.answers[group - first]
             verdict = NO_REFERENCE if gold is None else self.verifier.judge(gold, text)
             if verdict.reward is None:

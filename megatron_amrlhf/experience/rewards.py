@@ -83,6 +83,7 @@ class Rewards:
                 finite &= is_finite
         left = without_failures(
             self.tokens,
+            # A NaN reward is what a failure is to all that follows.
             torch.where(finite, self.sequences, torch.nan),
             self.valid,
             self.not_judged,

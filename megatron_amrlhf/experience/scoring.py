@@ -68,6 +68,7 @@ def score_states(context: Context, rollout: RolloutBatch) -> Tensor | None:
     after its last token.
     """
     lengths = rollout.prompt_lengths + rollout.response_lengths
+    # As if one more token followed: "before" it is the state after the last one.
     at = response_outputs(lengths + 1, rollout.prompt_lengths, "before")
     return score_outputs(context, "critic", rollout, at, read_value())
 
@@ -82,6 +83,7 @@ def score_outputs(
     """``[B, at.width, ...]`` float32 values where ``at`` says on last stages, else None."""
 
     def collect(outputs: Tensor, micro_batch: MicroBatch) -> Tensor:
+        # A step's records are float32 (types.py).
         return micro_batch.rectangle(read.outputs(outputs, micro_batch).float(), at.width)
 
     return context.engine.score(role, rollout.rows, at, read.logits, collect)

@@ -32,6 +32,7 @@ def sequence_rewards(
     if config.reward.outcome == "tokens":
         whole = torch.zeros(valid.shape, dtype=torch.int64, device=valid.device)
         kind = config.mask.message_reward
+        # One unit: each valid token has its reward, the first one too.
         return unit_rewards(token_rewards, whole, valid, kind)[:, 0]
     assert cut_steps is not None, config.reward.outcome
     parts = (cut_steps.blanks_apart(rollout), rollout.ended, cut_steps.blanks(rollout))

@@ -70,6 +70,7 @@ def translate(
         steps or [None] * len(rollout.rows),
         strict=True,
     ):
+        # The ids of a replica's prompts are consecutive.
         head = row[:length].tolist() if is_own else heads[group - first]
         answer = row[length:].tolist()
         if marker is None:
@@ -100,11 +101,13 @@ def _answer(
     if not there:  # no text at all: everything is read at the end token
         return [end_id], [0] * len(ids)
     places = align(token_ends(tokenizer, text_ids), there_ends)
+    # The end token reads the end token, which is in no text.
     return there + end, places + [len(there)] * len(end)
 
 
 def read_back(scores: Tensor, texts: Translation, rollout: RolloutBatch) -> Tensor:
     """``[B, R']`` scores of the translated answers to ``[B, R]`` at the policy's tokens."""
+    # 0 behind an answer, which is dropped below.
     places = torch.zeros(rollout.response_mask.shape, dtype=torch.int64)
     for row, index in enumerate(texts.index):
         places[row, : index.numel()] = index

@@ -59,7 +59,9 @@ def dpo_loss(logprobs: Tensor, targets: PairTargets, *, beta: float, form: str) 
     chosen, rejected = ([x[side::2] for x in (logprobs, reference, read)] for side in (0, 1))
     chosen_P, rejected_P = beta * _logratio_sums(*chosen), beta * _logratio_sums(*rejected)
     margin_P = chosen_P - rejected_P
+    # The margin is a difference of sums of this size: less than their rounding is a tie.
     size_P = beta * (logprob_sizes(*chosen) + logprob_sizes(*rejected))
+    # Masked before, not only weighted: 0 times the term of an infinite margin would be nan.
     terms_P = -F.logsigmoid(masked(margin_P, weight_P > 0)) * weight_P
     every_P = torch.ones_like(margin_P, dtype=torch.bool)
     metrics = {
@@ -73,6 +75,7 @@ def dpo_loss(logprobs: Tensor, targets: PairTargets, *, beta: float, form: str) 
 
 def _logratio_sums(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) -> Tensor:
     """``[P, R]`` to ``[P]``: sum of log pi / pi_ref where ``mask``."""
+    # Each is masked before the difference: where both are -inf it would be nan.
     return (masked(logprobs, mask) - masked(reference_logprobs.detach(), mask)).sum(dim=1)
 
 
@@ -85,6 +88,7 @@ def logprob_sizes(logprobs: Tensor, reference_logprobs: Tensor, mask: Tensor) ->
 def _kept_share(targets: PairTargets) -> Tensor:
     """``[P]``: M(x, y_w, y_l), kept tokens of both answers / response tokens of both answers."""
     num_kept_B, num_tokens_B = (targets.mask & targets.valid).sum(1), targets.valid.sum(1)
+    # The sum of both sides, not the mean of two shares: a long answer counts by its tokens.
     num_kept_P = num_kept_B[0::2] + num_kept_B[1::2]
     num_tokens_P = num_tokens_B[0::2] + num_tokens_B[1::2]
     return num_kept_P / num_tokens_P.clamp(min=1)

@@ -55,17 +55,22 @@ def group_advantages(
         (float64 if given that); the deviation is exactly 0 where the group has no spread.
     """
     dtype = torch.promote_types(rewards.dtype, torch.float32)
+    # In float64 the mean of equal rewards is exactly that reward, so that they centre to 0.
     rewards_B1, ids_B = rewards.detach().double()[:, None], group_ids.to(rewards.device)
     has_reward_B = torch.ones_like(ids_B, dtype=torch.bool) if has_reward is None else has_reward
     has_reward_B1 = has_reward_B[:, None]
     centred_B1 = rewards_B1 - group_means(rewards_B1, has_reward_B1, ids_B)[:, None]
     _, index_B = torch.unique(ids_B, return_inverse=True)
+    # [B]: how many answers of each answer's group have a reward.
     size_B = torch.zeros_like(ids_B).index_add(0, index_B, has_reward_B.to(ids_B.dtype))[index_B]
     mean_square_B = group_means(centred_B1.square(), has_reward_B1, ids_B)
+    # Bessel: n / (n - 1). The clamp is for an answer alone, whose mean square is 0.
     std_B = (mean_square_B * size_B / (size_B - 1).clamp(min=1)).sqrt()
+    # Root mean square of the group's rewards: rounding is relative to their size.
     scale_B = group_means(rewards_B1.square(), has_reward_B1, ids_B).sqrt()
     is_flat_B = std_B <= RELATIVE_TIE * scale_B
     std_B = torch.where(is_flat_B, 0.0, std_B)
+    # Exactly 0: rounding divided by STD_OFFSET would be an advantage.
     advantages_B = torch.where(is_flat_B | ~has_reward_B, 0.0, centred_B1[:, 0])
     if scale_rewards:
         advantages_B = advantages_B / (std_B + STD_OFFSET)

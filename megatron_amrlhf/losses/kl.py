@@ -41,6 +41,7 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     minus KL(pi_ref || pi). Overflows where pi_ref / pi does; not clamped.
     """
     negative_logratio = reference_logprobs - logprobs
+    # expm1: near 0, where most tokens are, exp(x) - 1 - x would cancel to rounding.
     return torch.expm1(negative_logratio) - negative_logratio
 
 
@@ -99,6 +100,7 @@ def with_kl(
     if not kl_coef:
         return loss
     valid = targets.valid
+    # Masked before the estimator: between two zeros each one is 0, and so is its gradient.
     reference_logprobs = masked(targets.reference_logprobs.detach(), valid)
     kl = KL_ESTIMATORS[estimator](masked(logprobs, valid), reference_logprobs)
     terms = loss.terms + kl_coef * (kl * targets.kl_scale)

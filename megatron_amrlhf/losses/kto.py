@@ -62,6 +62,7 @@ def reference_point(
     """
     logratio_B = (masked(logprobs, mask) - masked(reference_logprobs, mask)).sum(dim=1)
     if has_reward is not None:
+        # Taken out, not set to 0: zeros would count in the mean and pull z0 down.
         logratio_B = logratio_B[has_reward]
     return global_mean(logratio_B.detach(), group).clamp(min=0.0)
 
@@ -97,6 +98,7 @@ def kto_loss(
     mask, chosen, every_B = targets.mask, targets.chosen, targets.denominator[:, 0]
     reference = masked(targets.reference_logprobs.detach(), mask)
     logratio_B = (masked(logprobs, mask) - reference).sum(dim=1)
+    # z0 carries no gradient: it is where the sigmoid is centred, not what is learned.
     gain_B = torch.where(chosen, logratio_B - z0, z0 - logratio_B)
     loss_B = torch.sigmoid(-beta * gain_B)  # 1 - sigmoid(beta gain), exact for large gains too
     weight_B = torch.full_like(loss_B, undesirable_weight).masked_fill(chosen, desirable_weight)

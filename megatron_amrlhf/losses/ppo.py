@@ -93,6 +93,7 @@ def clipped_surrogate(
     ratio = logratio.exp()
     advantages = masked(advantages.detach(), mask)
     low, high = 1 - clip_eps, 1 + (clip_eps if clip_eps_high is None else clip_eps_high)
+    # The min of eq. 14 as a loss; no gradient flows where the clamped side is taken.
     terms = torch.maximum(-ratio * advantages, -ratio.clamp(low, high) * advantages)
     metrics = {
         "policy/approx_kl": metric(torch.expm1(logratio) - logratio, mask),

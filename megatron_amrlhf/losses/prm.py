@@ -52,4 +52,5 @@ def prm_loss(outputs: Tensor, targets: StepTargets, *, kind: str) -> LossOutput:
         metrics = {"prm/absolute_error": metric((outputs - labels).abs(), mask_BTD)}
     else:
         raise ValueError(f"unknown PRM loss {kind!r}")
+    # Masked again: the cross-entropy of a logit that was masked to 0 is not 0.
     return LossOutput(masked(terms_BTD.mean(dim=2), mask), metrics)

@@ -37,11 +37,13 @@ class LossOutput:
 def masked(x: Tensor, mask: Tensor) -> Tensor:
     """``x`` (at least float32) where ``mask``, else 0 with zero gradient, even if inf or nan."""
     assert x.shape == mask.shape, (x.shape, mask.shape)
+    # Not x * mask: 0 times inf is nan, in the value and in the gradient.
     return torch.where(mask, x.to(torch.promote_types(x.dtype, torch.float32)), 0.0)
 
 
 def metric(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """(sum, count) of ``x`` where ``mask``: detached 0-dim float64."""
+    # float64: micro-batches and ranks may add it up in any order.
     return masked(x.detach(), mask).double().sum(), mask.sum().double()
 
 
@@ -111,7 +113,9 @@ def kl_scale(
         group: data-parallel group; None: this process only. Enters two all-reduces unless by row.
     """
     if by_row:
+        # The loss multiplies the row by row_weights(counted), which this takes back.
         return row_weights(valid) / row_weights(counted)
+    # The loss divides by the first count, which this takes back.
     ratio = global_count(counted, group) / global_count(valid, group)
     return ratio.expand(len(valid), 1)
 
@@ -123,6 +127,7 @@ def global_mean(x: Tensor, group: ProcessGroup | None = None) -> Tensor:
         x: detached, any shape, empty too.
         group: data-parallel group; None: this process only. Enters one all-reduce.
     """
+    # Sum and count together: a mean of the ranks' means would weigh them alike.
     sums = torch.zeros(2, dtype=torch.float64, device=x.device)
     sums[0], sums[1] = x.double().sum(), x.numel()
     if group is not None:
@@ -174,6 +179,7 @@ def finish_metrics(
     Returns:
         A float a key, sorted by key; nan where the global count is 0 (nothing was measured).
     """
+    # Sorted: the all-reduce adds by place, and ranks may have met the keys in any order.
     names = sorted(merged if keys is None else keys)
     assert set(merged) <= set(names), (sorted(merged), names)
     sums = torch.zeros(len(names), 2, dtype=torch.float64, device=device)

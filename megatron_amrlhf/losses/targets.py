@@ -72,4 +72,5 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     if tensors[0].dim() == 1:
         return torch.cat(tensors)
     width = max(x.shape[1] for x in tensors)
+    # F.pad counts dims from the last one; R is dim 1. A mask is padded with False.
     return torch.cat([F.pad(x, (0, 0) * (x.dim() - 2) + (0, width - x.shape[1])) for x in tensors])

@@ -25,6 +25,7 @@ def adaptive_mask(signs: Tensor, chosen: Tensor, valid: Tensor) -> Tensor:
     Returns:
         ``[B, R]`` bool.
     """
+    # [B, 1]: +1 for Y_c, -1 for Y_r. A neutral token's 0 is wanted by neither.
     wanted_B1 = chosen.to(torch.int8)[:, None] * 2 - 1
     return (signs == wanted_B1) & valid
 

@@ -20,6 +20,7 @@ def pack_bits(mask: Tensor) -> Tensor:
     num_rows, width = mask.shape
     num_bytes = (width + 7) // 8
     bits = F.pad(mask.to(torch.uint8), (0, num_bytes * 8 - width)).view(num_rows, num_bytes, 8)
+    # The 8 bits of a byte are at different places, so their sum is their union: at most 255.
     return (bits << _bit_positions(mask.device)).sum(dim=2, dtype=torch.uint8)
 
 

@@ -31,11 +31,14 @@ def signs(
     assert signal.shape == valid.shape, (signal.shape, valid.shape)
     delta = torch.as_tensor(delta, dtype=baseline.dtype, device=baseline.device)
     good = signal > baseline + delta
+    # Eq. 13 rejects the tie, eq. 17 has it neutral. By torch.where, without an if: delta may lie
+    # on the device, and asking for it would wait.
     bad = torch.where(delta == 0, signal <= baseline, signal < baseline - delta)
     signs_BR = (good.to(torch.int8) - bad.to(torch.int8)) * valid
     if neutral == "drop":
         return signs_BR
     if neutral == "hold":
+        # Else the last sign would be held on through the padding.
         return hold_last_sign(signs_BR) * valid
     raise ValueError(f"unknown neutral {neutral!r}")
 

@@ -54,6 +54,7 @@ def masked_moments(x: Tensor, valid: Tensor, group: ProcessGroup | None = None) 
         The moments, equal on all ranks of the group.
     """
     assert x.shape == valid.shape, (x.shape, valid.shape)
+    # A failed reward is NaN outside `valid`: chosen away, since NaN times 0 is NaN.
     entries = torch.where(valid, x.detach().double(), 0.0)
     sums = torch.stack([entries.sum(), entries.square().sum(), valid.sum().double()])
     if group is not None:
@@ -61,6 +62,7 @@ def masked_moments(x: Tensor, valid: Tensor, group: ProcessGroup | None = None) 
     total, total_square, count = sums.unbind()
     denominator = count.clamp(min=1.0)
     mean, mean_square = total / denominator, total_square / denominator
+    # From sums, so that one all-reduce will do; what cancels here is cut off below.
     variance = mean_square - mean.square()
     # A NaN compares False here and so stays visible in the result.
     is_constant = variance <= RELATIVE_ZERO_VARIANCE * mean_square
@@ -115,6 +117,7 @@ def group_means(x: Tensor, valid: Tensor, group_ids: Tensor) -> Tensor:
     Returns:
         ``[B]`` float64; 0 where a whole group is empty.
     """
+    # Ids are global and start anywhere: places among the groups of this rank instead.
     _, index_B = torch.unique(group_ids.to(x.device), return_inverse=True)
     entries = torch.where(valid, x.detach().double(), 0.0)
     zeros = torch.zeros(group_ids.shape[0], dtype=torch.float64, device=x.device)

@@ -83,6 +83,7 @@ def baseline_and_std(
     Raises:
         ValueError: unknown kind.
     """
+    # For every kind: delta may be in standard deviations, and all ranks meet in this one.
     moments = masked_moments(signal, valid, group)
     num_rows = signal.shape[0]
     if kind in ("fixed", "offline"):

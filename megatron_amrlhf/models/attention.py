@@ -46,12 +46,14 @@ class KVCache:
         assert layer == len(self.keys)
         shape = (*key.shape[:2], self.capacity, key.shape[3])
         for store, new in ((self.keys, key), (self.values, value)):
+            # At its full size from the start: growing it would copy it for each token.
             buffer = new.new_zeros(shape)
             buffer[:, :, : new.shape[2]] = new
             store.append(buffer)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Writes a token a row ``[B, kv, 1, d]`` at the row's length; returns all keys, values."""
+        # Rows have different lengths, so each writes at a column of its own.
         rows = torch.arange(key.shape[0], device=key.device)
         self.keys[layer][rows, :, self.lengths] = key[:, :, 0]
         self.values[layer][rows, :, self.lengths] = value[:, :, 0]
@@ -98,19 +100,24 @@ class RotarySdpaAttention(SelfAttention):
 
     def _core(self, query, key, value, rotary: Tensor, rows: KVCache | Packing | None) -> Tensor:
         """``[T, B, heads * d]`` of ``[T, B, heads, d]`` queries, keys and values."""
+        # megatron-core's [T, B, heads, d] to [B, heads, T, d], which SDPA takes.
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         cos, sin = rotary
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
         bias, causal = None, True
+        # Prompts fill the cache layer by layer: only then is this layer the next one in it. Their
+        # padding is on the right, where causal attention keeps it from their tokens.
         if isinstance(rows, KVCache) and self.cache_index == len(rows.keys):
             rows.prefill(self.cache_index, key, value)
         elif isinstance(rows, KVCache):
             key, value = rows.append(self.cache_index, key, value)
             positions = torch.arange(key.shape[2], device=key.device)
+            # [B, 1, 1, T]: a row sees what it had before and, at its length, the token itself.
             bias = (positions[None, :] <= rows.lengths[:, None])[:, None, None, :]
             causal = False
         groups = query.shape[1] // key.shape[1]
         if groups > 1:
+            # Query heads of one KV head stand side by side (mapping.py), hence interleaved.
             key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if isinstance(rows, Packing):
             out = _attend_within_rows(query, key, value, rows.lengths)
@@ -128,6 +135,7 @@ def _attend_within_rows(
     padding = query.shape[2] - sum(lengths)
     if not lengths:
         return (query + key + value) * 0  # in the graph, as every parameter must be
+    # The last part is the padding: no attention is computed for it.
     sizes = [*lengths, padding]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
     rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in list(parts)[:-1]]

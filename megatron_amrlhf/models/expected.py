@@ -52,6 +52,7 @@ def expected_shapes(
         raise UserError(f"config.json: transformers refuses it ({one_line(error)})") from None
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_word_embeddings or head_outputs:
+        # A tied head is in state_dict() under its own name too, but need not be in the files.
         shapes.pop(LM_HEAD, None)
     if head_outputs:
         sizes = (head_outputs, config.hidden_size), (head_outputs,)
@@ -90,6 +91,7 @@ def check_weights(folder: str | Path, head_outputs: int | None) -> None:
                 f"{shape}"
             )
     others = [name for name in found if name not in expected and not is_beside(name)]
+    # A head that is not used may lie there; check_tied compares that of a tied model.
     if others := [name for name in others if name != LM_HEAD]:
         raise UserError(
             f"{folder} has {len(others)} of {len(found)} tensors that are no part of its "

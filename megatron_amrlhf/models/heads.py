@@ -42,8 +42,10 @@ def with_form(
     if form is not None:
         assert outputs is not None, f"a model of the form {form} has a linear head"
         architecture = architecture.replace("ForCausalLM", CLASSES[form])
+        # transformers counts the outputs by these: num_labels is their number.
         config["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
         config["label2id"] = {f"LABEL_{i}": i for i in range(outputs)}
+        # Where it is missing, a token classifier drops 0.1 in training.
         config["classifier_dropout"] = 0.0
     if form == "sequence-classification":
         if any(bias):

@@ -108,6 +108,8 @@ class LmHead(ColumnParallelLinear):
             gather_output=False,
             skip_weight_param_allocation=not own,
         )
+        # The stage has gathered the positions already. Each rank's columns give a part of the
+        # input's gradient: the sum makes it whole, as the gather expects it.
         self.sequence_parallel, self.allreduce_dgrad = False, tp_size > 1
 
     def forward(
@@ -129,6 +131,7 @@ class LmHead(ColumnParallelLinear):
         """
 
         def logits(hidden: Tensor) -> Tensor:
+            # megatron-core wants [positions, batch, H] and gives (output, bias).
             return super(LmHead, self).forward(hidden[:, None], weight=weight)[0][:, 0]
 
         if function is None:
@@ -143,4 +146,5 @@ class LmHead(ColumnParallelLinear):
         # Nearly equal chunks: products of few rows round otherwise than those of many.
         count = -(-hidden_NH.shape[0] // positions)
         chunks = zip(hidden_NH.tensor_split(count), targets.tensor_split(count), strict=True)
+        # Checkpointed, so that between forward and backward no chunk's logits are held.
         return torch.cat([checkpoint(read, *chunk, **NO_DROPOUT) for chunk in chunks])

@@ -34,8 +34,10 @@ def load_stage(
         if is_head and entry.hf[0] not in weights:
             parameter.zero_()
             if parameter.ndim == 1:
+                # transformers' sequence classifiers have no bias: ours lies in config.json.
                 parameter.copy_(bias_beside(weights.folder, len(parameter)))
             continue
+        # Read whole and cut, one entry at a time: no rank ever holds the whole model.
         tensors = [weights.get(name) for name in entry.hf]
         shard = entry.layout.split(tensors, mesh.tp_size, model.shape)[mesh.tp_rank]
         if shard.shape != parameter.shape:

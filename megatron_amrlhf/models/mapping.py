@@ -43,6 +43,7 @@ def _split_qkv(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[T
     rest = query.shape[1:]
     query = query.reshape(shape.num_kv_heads, per_group * shape.head_dim, *rest)
     key, value = (x.reshape(shape.num_kv_heads, shape.head_dim, *rest) for x in (key, value))
+    # A chunk over TP then holds whole KV groups; TP divides the number of KV heads.
     fused = torch.cat([query, key, value], dim=1)
     return [group.reshape(-1, *rest) for group in fused.chunk(tp_size)]
 
@@ -57,6 +58,7 @@ def _merge_qkv(shards: list[Tensor], shape: ModelShape) -> list[Tensor]:
 
 def _split_gate_up(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[Tensor]:
     gate, up = (x.chunk(tp_size) for x in tensors)
+    # A shard is its part of the gate and then its part of up: the MLP halves its own output.
     return [torch.cat(pair) for pair in zip(gate, up, strict=True)]
 
 
@@ -67,6 +69,7 @@ def _merge_gate_up(shards: list[Tensor], shape: ModelShape) -> list[Tensor]:
 
 def _split_vocab(tensors: list[Tensor], tp_size: int, shape: ModelShape) -> list[Tensor]:
     (weight,) = tensors
+    # No token has a row of the padding; as columns of the head they are taken for -inf.
     missing = shape.padded_vocab(tp_size) - weight.shape[0]
     padded = torch.cat([weight, weight.new_zeros(missing, *weight.shape[1:])])
     return list(padded.chunk(tp_size))
@@ -158,6 +161,7 @@ def _head_entries(
         return [norm, *parts]
     if not shape.tied:
         return [norm, Entry(f"{here}{HEAD}", ("lm_head.weight",), VOCAB)]
+    # At PP 1 a tied head is the embedding itself and no parameter of its own.
     return [norm, Entry(f"{here}{HEAD}", (HF_EMBEDDING,), VOCAB)] if cut.stages > 1 else [norm]
 
 

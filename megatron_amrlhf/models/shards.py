@@ -73,6 +73,7 @@ class MergedShards:
             shards = [self._shard(stage, rank, entry.local) for rank in range(self._tensor)]
             merged = entry.layout.merge(shards, self._shape)
             self._last = (key, dict(zip(entry.hf, merged, strict=True)))
+        # Handed over, not kept: as a rule each name is asked for once.
         return self._last[1].pop(name) if name in self._last[1] else self._again(name)
 
     def _again(self, name: str) -> Tensor:

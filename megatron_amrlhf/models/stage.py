@@ -72,7 +72,7 @@ def transformer_config(
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=mesh.device.type == "cpu",
-        perform_initialization=False,
+        perform_initialization=False,  # load_stage fills every parameter
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -124,7 +124,7 @@ class StageChunk(GPTModel):
             pre_process=chunk.has_embedding,
             post_process=chunk.has_head,
             share_embeddings_and_output_weights=shared,
-            position_embedding_type="none",
+            position_embedding_type="none",  # rotated in our attention
             vp_stage=index if mesh.cut.virtual > 1 else None,
         )
         self.shape, self.head_outputs, self.options = shape, head_outputs, options
@@ -145,6 +145,7 @@ class StageChunk(GPTModel):
 
     def rotary_tables(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
         """``[2, B or 1, T, head_dim]`` cos and sin of ``[B or 1, T]`` positions."""
+        # transformers' module takes the dtype of its tables from a tensor.
         probe = torch.empty(0, dtype=dtype, device=positions.device)
         return torch.stack(self._rotary[0](probe, positions))
 
@@ -174,11 +175,13 @@ class StageChunk(GPTModel):
             chunk ``[N, V_padded / TP]`` logits, ``[N, ...]`` of ``function``, or
             ``[N, head_outputs]`` head outputs.
         """
+        # The decoder of a later chunk takes what set_input_tensor gave it instead.
         hidden_TBH = None
         if self.pre_process:
             hidden_TBH = self.embedding(input_ids=tokens, position_ids=None)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        # megatron-core hands mask and rotary tables on to our attention as they are.
         hidden_TBH = self.decoder(
             hidden_states=hidden_TBH,
             attention_mask=rows,
@@ -191,8 +194,10 @@ class StageChunk(GPTModel):
             hidden_TBH = gather_from_sequence_parallel_region(
                 hidden_TBH, tensor_parallel_output_grad=False
             )
+        # [T, B, H] to [B * T, H], row by row: as output_index counts.
         hidden_NH = hidden_TBH.transpose(0, 1).reshape(-1, hidden_TBH.shape[-1])
         if output_index is not None:
+            # Before the head, so that prompts and padding never have logits.
             hidden_NH = hidden_NH[output_index]
         if self.head_outputs is not None:
             return self.output_layer(hidden_NH)

@@ -17,9 +17,11 @@ def broadcast_from_last_stage(tensor: Tensor, mesh: Mesh) -> Tensor:
     Entered by every rank of the replica with a tensor of the same shape and dtype.
     """
     if mesh.pp_size > 1:
+        # Each tensor rank's pipeline on its own, so first the values of its own last stage.
         source = dist.get_process_group_ranks(mesh.pp_group)[-1]
         dist.broadcast(tensor, source, group=mesh.pp_group)
     if mesh.tp_size > 1:
+        # Tensor ranks may have rounded differently: after this all hold the bits of TP rank 0.
         source = dist.get_process_group_ranks(mesh.tp_group)[0]
         dist.broadcast(tensor, source, group=mesh.tp_group)
     return tensor

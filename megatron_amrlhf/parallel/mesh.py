@@ -90,7 +90,7 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         ("WORLD_SIZE", "1"),
         ("LOCAL_RANK", "0"),
         ("MASTER_ADDR", "127.0.0.1"),
-        ("MASTER_PORT", "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""),
+        ("MASTER_PORT", "0" if os.environ.get("WORLD_SIZE", "1") == "1" else ""),  # 0: a free one
     ):
         if name not in os.environ:
             os.environ[name] = value
@@ -129,6 +129,7 @@ def build_mesh(
     """
     cut = PipelineCut(cut) if isinstance(cut, int) else cut
     pipeline = cut.stages
+    # megatron-core's groups are globals, and setting them up a second time is an error.
     if parallel_state.is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -141,11 +142,13 @@ def build_mesh(
     pp_group = parallel_state.get_pipeline_model_parallel_group()
     dp_group = parallel_state.get_data_parallel_group()
     pipelines: list = [None] * dist.get_world_size()
+    # Every rank has to make all groups, in one order: so each learns of all pipelines.
     dist.all_gather_object(pipelines, dist.get_process_group_ranks(pp_group))
     token_group, _ = dist.new_subgroups_by_enumeration(
         [list(ranks) for ranks in sorted({tuple(ranks) for ranks in pipelines})],
         timeout=timedelta(seconds=timeout_seconds),
     )
+    # Before DeepSpeed traces its first forward; see the function for what would hang.
     compat.scope_trace_check(dp_group)
     pp_rank, pp_size = dist.get_rank(pp_group), pipeline
     tied_stage = pp_size > 1 and pp_rank in (0, pp_size - 1)

@@ -53,7 +53,7 @@ def run_pipeline(
         data_iterator=iterators if interleaved else iterators[0],
         model=chunks if interleaved else chunks[0],
         num_microbatches=num_blocks,
-        seq_length=num_positions,
+        seq_length=num_positions,  # megatron-core divides it by TP in sequence parallelism
         micro_batch_size=1,
         forward_only=forward_only,
         collect_non_loss_data=forward_only,

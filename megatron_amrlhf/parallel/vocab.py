@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# float32 [256, V / TP] at a time: 154 MB for a vocabulary of 150,000 at TP 1.
 CHUNK_POSITIONS = 256
 
 
@@ -25,7 +26,9 @@ def wide(
     logits: Tensor, first_column: int, vocab_size: int, usable: Tensor | None = None
 ) -> Tensor:
     """A float32 (float64 stays) copy of ``logits`` with the columns of no token at -inf."""
+    # A copy even of float32: -inf is written into it, and the caller goes on with its own.
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    # 0 on a tensor rank that holds nothing but padding.
     num_true = min(max(vocab_size - first_column, 0), logits.shape[-1])
     logits[..., num_true:] = float("-inf")
     if usable is not None:
@@ -36,6 +39,7 @@ def wide(
 
 def _log_sum_exp(wide_logits: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``[n]`` log-sum-exp over all columns of the group."""
+    # The peak of all ranks is finite also where this one has only -inf: no inf - inf below.
     peak = _all_reduce(wide_logits.amax(dim=-1), dist.ReduceOp.MAX, group)
     total = (wide_logits - peak[:, None]).exp().sum(dim=-1)
     return peak + _all_reduce(total, dist.ReduceOp.SUM, group).log()
@@ -50,6 +54,7 @@ class _TokenLogProbs(torch.autograd.Function):
         first_column = dist.get_rank(group) * columns
         local = targets - first_column
         here = (local >= 0) & (local < columns)
+        # A column that exists, for gather; what it finds is dropped where the target is elsewhere.
         safe = torch.where(here, local, 0)
         pieces, lse_pieces = [], []
         for start in range(0, logits.shape[0], CHUNK_POSITIONS):
@@ -58,8 +63,10 @@ class _TokenLogProbs(torch.autograd.Function):
             lse = _log_sum_exp(chunk, group)
             own = chunk.gather(-1, safe[part, None])[:, 0]
             own = torch.where(here[part], own, torch.zeros_like(own))
+            # One rank has the target's column: the sum over the ranks is its logit.
             pieces.append(_all_reduce(own, dist.ReduceOp.SUM, group) - lse)
             lse_pieces.append(lse)
+        # The logits in their own dtype and [N] numbers: a float32 softmax is not kept.
         ctx.save_for_backward(logits, here, safe, torch.cat(lse_pieces))
         ctx.first_column, ctx.vocab_size, ctx.temperature = first_column, vocab_size, temperature
         ctx.usable = usable
@@ -73,6 +80,8 @@ class _TokenLogProbs(torch.autograd.Function):
             part = slice(start, start + CHUNK_POSITIONS)
             chunk = wide(logits[part], ctx.first_column, ctx.vocab_size, ctx.usable)
             chunk = chunk / ctx.temperature
+            # d log softmax[target] / d logit = 1[target] - softmax. lse is of all ranks already, so
+            # the backward needs no collective.
             out = chunk.sub_(lse[part, None]).exp_().neg_()
             out.scatter_add_(-1, safe[part, None], here[part, None].to(out.dtype))
             grad_logits[part] = out * (grad[part, None] / ctx.temperature)
@@ -103,6 +112,7 @@ def token_logprobs(
         ``[N]`` float32 (float64 for float64 logits) log-probs in nats, equal on all ranks.
     """
     assert targets.shape == logits.shape[:1], (targets.shape, logits.shape)
+    # A label such as -100 would be on no rank, and its log-prob -lse without a word.
     assert not targets.numel() or (int(targets.min()) >= 0 and int(targets.max()) < vocab_size)
     if not targets.numel():
         return logits.sum(dim=-1).to(torch.promote_types(logits.dtype, torch.float32))
@@ -121,7 +131,9 @@ def entropy(
         chunk = wide(logits[start : start + CHUNK_POSITIONS], first_column, vocab_size, usable)
         lse = _log_sum_exp(chunk, group)
         probs = (chunk - lse[:, None]).exp()
+        # At -inf the probability is 0, and 0 log 0 is 0 here; 0 times -inf would be nan.
         mean = (probs * chunk.masked_fill(probs == 0, 0.0)).sum(dim=-1)
+        # H = -sum p log p = lse - sum p logit, as log p is logit - lse.
         pieces.append((lse - _all_reduce(mean, dist.ReduceOp.SUM, group)).float())
     return torch.cat(pieces)
 

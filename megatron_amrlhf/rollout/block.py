@@ -43,11 +43,13 @@ class DecodeBlock:
         lengths = torch.tensor([prompt.numel() for prompt in prompts], dtype=torch.int64)
         room = (settings.max_row_tokens - lengths).clamp(max=settings.max_new_tokens)
         self._limit = dict(zip(places, room.tolist(), strict=True))
+        # Padded on the right: decoded tokens take the place of the padding in the cache.
         tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : prompt.numel()] = prompt
         self._tokens = tokens.to(device)
         self._live = torch.ones(len(prompts), dtype=torch.bool)
+        # Rows that have ended run along, so the longest prompt may meet the largest room.
         capacity = int(lengths.max()) + int(room.max())
         self.caches = [KVCache(lengths.to(device), capacity) for _ in module.chunks]
 
@@ -69,15 +71,17 @@ class DecodeBlock:
         lengths = cache.lengths
         if cache.keys:
             out = stage(self._tokens, positions=lengths[:, None], rows=cache)
-            cache.lengths = lengths + 1
+            cache.lengths = lengths + 1  # only now: every layer has written at the old one
             return out
         width = self._tokens.shape[1]
+        # The prompts' last tokens in the flattened [b, T]: what follows them is sampled.
         index = torch.arange(lengths.numel(), device=self.device) * width + lengths - 1
         return stage(self._tokens, output_index=index, rows=cache)
 
     def draw(self) -> Tensor:
         """``[b]`` uniforms for the token that comes next in each row."""
         counts = [len(self.answers[place]) for place in self.places.tolist()]
+        # A row that has ended may have used up its numbers; what it gets is not read.
         index = torch.tensor(counts).clamp(max=self.uniform.shape[1] - 1)
         return self.uniform.gather(1, index[:, None])[:, 0]
 
@@ -97,6 +101,7 @@ class DecodeBlock:
                 self._live[row] = False
                 newly_done += 1
         self._tokens = tokens.to(self.device)[:, None]
+        # Dropping rows copies the cache, so not for each one that ends.
         if not self.done and int(self._live.sum()) * 2 <= self._live.numel():
             self._drop_ended()
         return newly_done

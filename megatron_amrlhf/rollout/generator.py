@@ -85,6 +85,7 @@ class EngineGenerator:
         repeated = [row for row in prompts.rows for _ in range(samples)]
         within = torch.arange(samples).repeat(len(prompts.rows))
         groups = prompts.group_ids.repeat_interleave(samples)
+        # Of the step, not of this replica: an answer's randomness goes by it on every layout.
         sample_ids = groups * samples + within
         from_reference = within >= samples - reference_samples
         random = uniforms(self.seed, step, sample_ids, self.settings.max_new_tokens)
@@ -96,6 +97,7 @@ class EngineGenerator:
                     continue
                 module = windows.enter_context(self.engine.roles[name].window())
                 places = mine.nonzero()[:, 0].tolist()
+                # Prompts of like lengths together: a block is as wide as its longest.
                 places.sort(key=lambda place: repeated[place].numel())
                 for start in range(0, len(places), self.micro_batch_size):
                     part = places[start : start + self.micro_batch_size]
@@ -133,6 +135,7 @@ def decode(
     while live and not why:
         for chunk in range(mesh.cut.virtual):
             for index, block in live:
+                # The wait is here, a round later: until then the other blocks went on.
                 if index in awaited:
                     tokens, work = awaited.pop(index)
                     if work is not None:
@@ -145,6 +148,7 @@ def decode(
                 if chunk == mesh.cut.virtual - 1:
                     awaited[index] = _exchange_tokens(block, output, mesh, settings, wants_stop)
         live = [(index, block) for index, block in live if not block.done]
+    # Before the windows close: no transfer may be left when other collectives begin.
     for work in [*sent, *(work for _, work in awaited.values() if work is not None)]:
         work.wait()
     if why:
@@ -190,6 +194,7 @@ def _exchange_tokens(
         tokens = next_tokens(logits, block.draw().to(mesh.device), settings)
         tokens = torch.cat([tokens, tokens.new_tensor([int(wants_stop())])])
         if mesh.tp_size > 1:
+            # Logits are equal on the tensor ranks; whether to stop need not be seen by all at once.
             dist.broadcast(tokens, group=mesh.tp_group, group_src=0)
     else:
         tokens = torch.empty(block.hidden_shape[1] + 1, dtype=torch.int64, device=mesh.device)

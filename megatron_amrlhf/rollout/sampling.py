@@ -64,10 +64,13 @@ def next_tokens(logits: Tensor, uniform: Tensor, settings: SamplingSettings) -> 
     count = min(settings.top_k or logits.shape[-1], logits.shape[-1])
     values, tokens = logits.topk(count, dim=-1)
     probs = (values.double() / settings.temperature).softmax(dim=-1)
+    # The mass before a token decides, so the likeliest one stays whatever top_p is.
     before = probs.cumsum(dim=-1) - probs
     probs = probs * (before < settings.top_p)
     cumulative = probs.cumsum(dim=-1)
+    # Times what is left of the mass, in place of dividing the probabilities by it.
     target = uniform[:, None] * cumulative[:, -1:]
     last = (probs > 0).sum(dim=-1, keepdim=True) - 1  # where rounding makes target the whole sum
     choice = torch.searchsorted(cumulative, target, right=True).minimum(last)
+    # -1 where no token has mass: logits that are NaN.
     return tokens.gather(-1, choice.clamp(min=0))[:, 0]
