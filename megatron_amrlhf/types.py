@@ -110,7 +110,8 @@ class ScoredBatch:
     Attributes:
         token_rewards: scalar reward of each response token (raw reward units).
         sequence_rewards: ``[B]`` reward of each answer (raw units); NaN if it failed.
-        logprobs: log-probs of the policy at the start of the step, nats.
+        logprobs: log-probs of the policy at the start of the step, nats; None where nothing reads
+            them (``PolicySection.reads_policy``).
         reference_logprobs: log-probs of the reference, nats.
         values: critic values of the state before each token; zeros without a critic.
         bootstrap_values: ``[B]`` critic value of the state after the last token, for answers that
@@ -120,7 +121,7 @@ class ScoredBatch:
 
     token_rewards: Tensor
     sequence_rewards: Tensor
-    logprobs: Tensor
+    logprobs: Tensor | None
     reference_logprobs: Tensor
     values: Tensor
     bootstrap_values: Tensor
@@ -130,8 +131,14 @@ class ScoredBatch:
         shape = self.response_mask.shape
         assert self.bootstrap_values.shape == shape[:1], (self.bootstrap_values.shape, shape)
         for field in (self.token_rewards, self.logprobs, self.reference_logprobs, self.values):
-            assert field.shape == shape, (field.shape, shape)
+            assert field is None or field.shape == shape, (field, shape)
         assert self.sequence_rewards.shape == shape[:1]
+
+    @property
+    def policy_logprobs(self) -> Tensor:
+        """``logprobs`` where ``reads_policy`` has said that they are read."""
+        assert self.logprobs is not None, "reads_policy says that nothing reads them"
+        return self.logprobs
 
     @property
     def has_reward(self) -> Tensor:

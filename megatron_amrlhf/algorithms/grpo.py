@@ -82,7 +82,7 @@ class Grpo(SurrogateAlgorithm[GrpoAlgorithm]):
             kl_coef=algorithm.kl_coef,
             estimator=algorithm.kl_estimator,
         )
-        return self.policy_step(part, loss)
+        return self.policy_step(part, self.on_policy(loss))
 
 
 def one_a_group(x: Tensor, group_ids: Tensor, has_reward: Tensor) -> Tensor:

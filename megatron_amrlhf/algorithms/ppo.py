@@ -46,8 +46,8 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
         """Advantages and returns of dense rewards, maybe with the KL in them (last stages)."""
         algorithm, scored = self.section, experience.scored
         rewards = experience.dense.shaped
-        if algorithm.kl_in == "reward":
-            both = (scored.logprobs, scored.reference_logprobs)
+        if algorithm.kl_in == "reward" and algorithm.kl_coef > 0:
+            both = (scored.policy_logprobs, scored.reference_logprobs)
             rewards = rewards - algorithm.kl_coef * reward_penalty(*both, algorithm.kl_estimator)
         return gae(
             torch.where(scored.response_mask, rewards, 0.0),
@@ -99,7 +99,7 @@ class Ppo(SurrogateAlgorithm[PpoAlgorithm]):
         if algorithm.kl_in == "loss":
             part = self.with_kl_scale(part)
             loss = partial(loss, kl_coef=algorithm.kl_coef, estimator=algorithm.kl_estimator)
-        return self.policy_step(part, loss)
+        return self.policy_step(part, self.on_policy(loss))
 
     def critic_step(self, part: TrainBatch[PpoTargets]):
         """One optimizer step of the critic, on all response tokens."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -140,6 +141,13 @@ class PolicySection(AlgorithmSection):
         """Factor of the log-ratio in ``mask.signal: implicit``."""
         return 1.0
 
+    def reads_policy(self, config: Config) -> bool:
+        """Whether loss or mask reads the policy's log-probs at the start of a step.
+
+        Else they are computed for metrics alone, of some answers.
+        """
+        return config.mask.kind == "adaptive" and config.mask.signal == "implicit"
+
     def fewest_units(self, samples: int) -> int:
         """Units of rows (``rows_together``) of a prompt that are learned from, at least."""
         return samples if self.labels_answers else 1
@@ -191,10 +199,13 @@ class PolicySection(AlgorithmSection):
             yield Pass("rollout", "actor", prompts * samples - by_reference)
             if by_reference:
                 yield Pass("rollout", "reference", by_reference)
-        for name in (*(role.name for role in roles), *config.reward_folders):
-            reads = LOGPROB_AND_ENTROPY if name == "actor" else LOGPROB
-            yield Pass("score", name, prompts * samples, reads=reads)
-        yield from self.more_passes(prompts * samples)
+        answers = prompts * samples
+        measured = answers if self.reads_policy(config) else measured_rows(config, answers)
+        if measured:
+            yield Pass("score", "actor", measured, reads=LOGPROB_AND_ENTROPY)
+        for name in (*(role.name for role in roles[1:]), *config.reward_folders):
+            yield Pass("score", name, answers)
+        yield from self.more_passes(answers)
         together, chosen = self.rows_together, prompts * self.most_rows(samples)
         rows = max(-(-chosen // together // self.minibatches), 1) * together
         for role in roles:
@@ -204,6 +215,11 @@ class PolicySection(AlgorithmSection):
     def more_passes(self, answers: int) -> Iterator[Pass]:
         """What it scores beside every answer by every model."""
         yield from ()
+
+
+def measured_rows(config: Config, answers: int) -> int:
+    """Answers of a replica that the policy is measured on for the log, about."""
+    return math.ceil(answers * config.run.policy_metrics)
 
 
 def not_divided(key: str, value: int, replicas: int) -> str:

@@ -63,6 +63,13 @@ class SurrogateSection(PolicySection):
     def updates_per_step(self) -> int:
         return self.epochs * self.minibatches
 
+    def reads_policy(self, config: Config) -> bool:
+        """The ratio does, but where the policy that sampled every answer is the one that learns."""
+        is_on_policy = (
+            self.updates_per_step == 1 and not config.rollout.reference_samples_per_prompt
+        )
+        return not is_on_policy or super().reads_policy(config)
+
 
 class CriticSection(SurrogateSection):
     """A kind with a critic, whose values are discounted sums of rewards."""
@@ -90,6 +97,9 @@ class PpoAlgorithm(CriticSection):
         "k1", description="KL estimator: k1 or abs in the reward, k2 or k3 in the loss"
     )
     whiten_advantages: bool = Field(True, description="zero mean, unit variance, global over DP")
+
+    def reads_policy(self, config: Config) -> bool:
+        return (self.kl_in == "reward" and self.kl_coef > 0) or super().reads_policy(config)
 
     def problems(self, config: Config) -> Iterator[str]:
         place, estimator = self.kl_in, self.kl_estimator

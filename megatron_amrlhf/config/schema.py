@@ -49,6 +49,11 @@ class RunSection(Section):
         description="answers a step written to samples.jsonl, the first ones of the first replica, "
         "whether they are learned from or not",
     )
+    policy_metrics: Fraction = Field(
+        0.25,
+        description="share of the answers whose kl/ref_nats and policy/entropy_nats are measured "
+        "where no loss or mask reads the policy's log-probs, which takes a forward pass; 0: none",
+    )
 
     @property
     def path(self) -> Path:

@@ -144,7 +144,7 @@ def _signal(context: Context, scored: ScoredBatch, rewards: Tensor, shaped: Tens
     if kind == "implicit":
         assert isinstance(algorithm, PolicySection), kind
         # Eq. 3 with the reference as the zero: beta log pi / pi_ref.
-        return algorithm.implicit_beta * (scored.logprobs - scored.reference_logprobs)
+        return algorithm.implicit_beta * (scored.policy_logprobs - scored.reference_logprobs)
     assert isinstance(algorithm, CriticSection), kind
     after = scored.bootstrap_values
     if kind == "td_error":

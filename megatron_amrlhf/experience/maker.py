@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_amrlhf.config.algorithm_section import PolicySection
 from megatron_amrlhf.config.algorithms import CriticSection
 from megatron_amrlhf.config.schema import RolloutSection
 from megatron_amrlhf.experience.context import Context, count_metric
@@ -31,6 +32,8 @@ from megatron_amrlhf.mask.messages import message_counts
 from megatron_amrlhf.mask.threshold import RunningBaseline
 from megatron_amrlhf.rewards.offline import OfflineScores
 from megatron_amrlhf.types import PromptBatch, RolloutBatch, ScoredBatch
+
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,9 @@ class ExperienceMaker:
     ):
         self.context, self.temperature = context, temperature
         self.rewarder, self.offline = rewarder, offline
+        section = context.config.algorithm
+        assert isinstance(section, PolicySection), "it learns from answers"
+        self.reads_policy = section.reads_policy(context.config)
         self.running = RunningBaseline(decay=context.config.mask.running_decay)
 
     def score(
@@ -82,16 +88,22 @@ class ExperienceMaker:
             given: ``[B, R]`` raw rewards that stand for a PRM's; None: there are none.
         """
         context, roles = self.context, self.context.engine.roles
-        total = len(rollout.rows) * len(roles)
+        measured = rollout.select(self.measured(rollout, step))
+        total = len(rollout.rows) * (len(roles) - 1) + len(measured.rows)
         with context.phase("score", total):
 
-            def run(role: str, read: Reader) -> Tensor | None:
+            def run(role: str, answers: RolloutBatch, read: Reader) -> Tensor | None:
                 # Between passes, which may take minutes: before its updates a step can be left.
                 check_stop(context)
-                return score_tokens(context, role, rollout, "before", read)
+                return score_tokens(context, role, answers, "before", read)
 
-            policy = run("actor", read_logprobs_and_entropy(context, self.temperature))
-            reference = run("reference", read_logprobs(context, self.temperature))
+            policy = None
+            if (
+                self.reads_policy or context.config.run.policy_metrics
+            ):  # whatever the replica's rows
+                read = read_logprobs_and_entropy(context, self.temperature)
+                policy = run("actor", measured, read)
+            reference = run("reference", rollout, read_logprobs(context, self.temperature))
             check_stop(context)
             rewards = self.rewarder.score(rollout, prompts, given)
             states = None
@@ -100,12 +112,15 @@ class ExperienceMaker:
                 states = self.critic_states(rollout)
         # Before failures are counted: log-probs and values that are not finite are failures too.
         if rewards is not None:
-            rewards = rewards.where_finite(actor=policy, reference=reference, critic=states)
+            of_all = policy if self.reads_policy else None
+            rewards = rewards.where_finite(actor=of_all, reference=reference, critic=states)
         stop_on_failures(context, rewards, step)
         # Other stages leave here, after the last collective.
-        if rewards is None or policy is None or reference is None:
+        if rewards is None or reference is None:
             return None, {}
-        metrics = _sampled_metrics(rollout, rewards, policy, reference)
+        metrics = _sampled_metrics(rollout, rewards)
+        if policy is not None:
+            metrics |= self.policy_metrics(rollout, policy, reference, rewards.valid, step)
         if context.config.reward.verifiable_weight:
             metrics |= rewards.reasons()
         rewards = treat_truncated(context.config.rollout, rewards, rollout)
@@ -117,7 +132,7 @@ class ExperienceMaker:
         scored = ScoredBatch(
             token_rewards=rewards.tokens,
             sequence_rewards=rewards.sequences,
-            logprobs=policy[..., 0],
+            logprobs=policy[..., 0] if policy is not None and self.reads_policy else None,
             reference_logprobs=reference,
             values=torch.where(valid, states[:, :-1], 0.0),
             # An answer that ended by itself has no next state.
@@ -125,6 +140,40 @@ class ExperienceMaker:
             response_mask=valid,
         )
         return scored, metrics
+
+    def measured(self, rollout: RolloutBatch, step: int) -> Tensor:
+        """Indices of the answers whose log-probs by the policy are computed: all that are read.
+
+        Else ``run.policy_metrics`` of those that it sampled, in every layout the same:
+        multiples of the golden ratio lie evenly in [0, 1), so each sample has its turn.
+        """
+        if self.reads_policy:
+            return torch.arange(len(rollout.rows))
+        place = ((rollout.sample_ids.double() + 1) * GOLDEN_RATIO + step * GOLDEN_RATIO**0.5) % 1
+        is_measured = (place < self.context.config.run.policy_metrics) & ~rollout.from_reference
+        return is_measured.nonzero()[:, 0]
+
+    def policy_metrics(
+        self, rollout: RolloutBatch, policy: Tensor, reference: Tensor, valid: Tensor, step: int
+    ) -> Metrics:
+        """What the measured answers that the policy has sampled say of it, on a last stage.
+
+        Args:
+            rollout: all answers.
+            policy: ``[M, R', 2]`` log-probs and entropies of the measured ones.
+            reference: ``[B, R]`` log-probs of all.
+            valid: ``[B, R]`` bool, response tokens whose reward did not fail.
+            step: as of ``measured``.
+        """
+        rows, width = self.measured(rollout, step).to(valid.device), policy.shape[1]
+        by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
+        by_policy = by_policy[rows, :width]
+        logratio = torch.where(by_policy, policy[..., 0] - reference[rows, :width], 0.0)
+        count = by_policy.sum()
+        return {
+            "kl/ref_nats": count_metric(logratio.sum(), count),
+            "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), count),
+        }
 
     def critic_states(self, rollout: RolloutBatch) -> Tensor | None:
         """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
@@ -188,23 +237,15 @@ def treat_truncated(section: RolloutSection, rewards: Rewards, rollout: RolloutB
     return rewards
 
 
-def _sampled_metrics(
-    rollout: RolloutBatch, rewards: Rewards, policy: Tensor, reference: Tensor
-) -> Metrics:
+def _sampled_metrics(rollout: RolloutBatch, rewards: Rewards) -> Metrics:
     """Of the sampled answers, those that are not learned from too (last stages).
 
     Args:
         rollout: the answers.
         rewards: before the truncated ones are treated apart.
-        policy: ``[B, R, 2]`` log-probs and entropies.
-        reference: ``[B, R]`` log-probs.
     """
     failed, rows = rewards.failed, len(rollout.rows)
-    by_policy = rewards.valid & ~rollout.from_reference.to(failed.device)[:, None]
-    logratio = torch.where(by_policy, policy[..., 0] - reference, 0.0)
     return {
-        "kl/ref_nats": count_metric(logratio.sum(), by_policy.sum()),
-        "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), by_policy.sum()),
         "reward/failed_fraction": count_metric(failed.sum(), rows),
         "reward/mean": count_metric(rewards.sequences[~failed].sum(), (~failed).sum()),
         "rollout/response_tokens": count_metric(rollout.response_lengths.sum(), rows),

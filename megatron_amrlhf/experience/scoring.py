@@ -102,7 +102,7 @@ def read_logprobs(context: Context, temperature: float) -> Reader:
 
 
 def read_logprobs_and_entropy(context: Context, temperature: float) -> Reader:
-    """``[n, 2]``: log-prob of each token, and entropy of the softmax it was drawn from."""
+    """``[n, 2]``: log-prob of each token, and entropy of the softmax at temperature 1."""
     mesh, vocab_size, usable = context.mesh, context.vocab_size, context.usable
     logprobs = read_logprobs(context, temperature).logits
     assert logprobs is not None, "it reads logits"

@@ -44,9 +44,8 @@ def score(folder: str, tensor: int, pipeline: int, bootstrap: bool):
     context = make_context(make_config(folder, mesh, algorithm), mesh)
     for role, head in (("actor", None), ("reference", None), ("prm", 1), ("critic", 1)):
         context.role(role, Path(folder), head)
-    maker = object.__new__(ExperienceMaker)
-    maker.context, maker.temperature = context, 1.0
-    maker.rewarder = prm_rewarder(context)
+    rewarder = prm_rewarder(context)
+    maker = ExperienceMaker(context, temperature=1.0, rewarder=rewarder, offline=None)
     scored, _ = maker.score(shard_rollout(whole_rollout(), mesh), NO_PROMPTS, 1)
     if scored is None or mesh.tp_rank:
         return None

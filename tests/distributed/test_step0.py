@@ -108,9 +108,8 @@ def _update(algorithm, context, rollout, index, logprobs):
 
 
 def kl_to_itself(context, rollout) -> float:
-    maker = object.__new__(ExperienceMaker)
-    maker.context, maker.temperature = context, TEMPERATURE
-    maker.rewarder = prm_rewarder(context)
+    rewarder = prm_rewarder(context)
+    maker = ExperienceMaker(context, temperature=TEMPERATURE, rewarder=rewarder, offline=None)
     _, metrics = maker.score(rollout, NO_PROMPTS, 1)
     return context.publish(metrics)["kl/ref_nats"]
 

@@ -19,7 +19,7 @@ RECIPES = {x["title"]: x["diff"] for x in RECIPE.finditer(PAGE.read_text())}
 MOST_FILES = {
     "A variant of a loss": 2,
     "A signal or a threshold": 2,
-    "A data format": 2,
+    "A format of step labels": 2,
     "A reward": 2,
     "A model family": 1,
     "An algorithm": 4,
@@ -36,7 +36,10 @@ def copy(tmp_path_factory) -> Path:
         applied = subprocess.run(
             ["git", "apply", "-"], input=diff, text=True, cwd=copy, capture_output=True
         )
-        assert applied.returncode == 0, f"{title}: {applied.stderr}"
+        assert applied.returncode == 0, (
+            f"docs/extending.md, {title}: the example's context lines are no longer those of the "
+            f"code, bring them up to date there: {applied.stderr}"
+        )
     return copy
 
 

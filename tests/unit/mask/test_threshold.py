@@ -70,8 +70,8 @@ def test_running_baseline_follows_its_recursion_and_survives_a_checkpoint():
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="median"):
-        baseline_and_std(SIGNAL, VALID, "median")
+    with pytest.raises(ValueError, match="no_such_kind"):
+        baseline_and_std(SIGNAL, VALID, "no_such_kind")
     with pytest.raises(ValueError, match="percent"):
         delta_in_signal_units(0.5, "percent", torch.tensor(2.0))
 
