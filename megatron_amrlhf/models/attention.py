@@ -32,23 +32,25 @@ class KVCache:
 
     ``keys[layer]`` and ``values[layer]`` are ``[B, num_kv_heads / TP, capacity, head_dim]``.
     ``lengths`` ``[B]`` int64 counts the tokens of each row that are in the cache, ``used`` those of
-    the longest with the one that is being decoded.
+    the longest with the one that is being decoded. Rows with the same prompt share its prefill:
+    ``prompts`` ``[B]`` int64 is each row's place among the prompts that go in.
     """
 
     lengths: Tensor
+    prompts: Tensor
     capacity: int
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     used: int = 0
 
     def prefill(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Stores the prompts' ``[B, kv, T, d]``; padding is overwritten later."""
+        """Stores the prompts' ``[P, kv, T, d]`` for each row; padding is overwritten later."""
         assert layer == len(self.keys)
-        shape = (*key.shape[:2], self.capacity, key.shape[3])
+        shape = (self.prompts.numel(), key.shape[1], self.capacity, key.shape[3])
         for store, new in ((self.keys, key), (self.values, value)):
             # At its full size from the start: growing it would copy it for each token.
             buffer = new.new_zeros(shape)
-            buffer[:, :, : new.shape[2]] = new
+            buffer[:, :, : new.shape[2]] = new[self.prompts]
             store.append(buffer)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,7 +106,7 @@ class RotarySdpaAttention(SelfAttention):
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         cos, sin = rotary
         query, key = apply_rotary(query, cos, sin), apply_rotary(key, cos, sin)
-        bias, causal = None, True
+        bias = None
         # Prompts fill the cache layer by layer: only then is this layer the next one in it. Their
         # padding is on the right, where causal attention keeps it from their tokens.
         if isinstance(rows, KVCache) and self.cache_index == len(rows.keys):
@@ -114,18 +116,37 @@ class RotarySdpaAttention(SelfAttention):
             positions = torch.arange(key.shape[2], device=key.device)
             # [B, 1, 1, T]: a row sees what it had before and, at its length, the token itself.
             bias = (positions[None, :] <= rows.lengths[:, None])[:, None, None, :]
-            causal = False
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:
-            # Query heads of one KV head stand side by side (mapping.py), hence interleaved.
-            key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         if isinstance(rows, Packing):
             out = _attend_within_rows(query, key, value, rows.lengths)
+        elif bias is None:
+            out = causal_attention(query, key, value)
         else:
-            out = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=bias, is_causal=causal
-            )
+            out = _attend_to_cache(query, key, value, bias)
         return out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
+
+
+def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``[B, heads, T, d]`` of as many queries, and keys and values ``[B, kv_heads, T, d]``.
+
+    Query heads of one KV head stand side by side (``mapping.py``). The fused kernels of CPUs, and
+    of GPUs in half precision, read grouped heads as they are; for those of float32 on a GPU keys
+    and values are repeated, which takes their memory ``heads / kv_heads`` times.
+    """
+    groups = query.shape[1] // key.shape[1]
+    reads_groups = query.device.type == "cpu" or query.dtype in (torch.bfloat16, torch.float16)
+    if groups > 1 and not reads_groups:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        groups = 1
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+
+
+def _attend_to_cache(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Of a token a row, ``[B, heads, 1, d]``; no key or value is copied.
+
+    To attention the queries of one KV head are as so many positions: all see the same keys.
+    """
+    grouped = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=bias).reshape(query.shape)
 
 
 def _attend_within_rows(
@@ -134,9 +155,10 @@ def _attend_within_rows(
     """Causal attention inside each packed row of ``[1, heads, T, d]``; 0 at padding."""
     padding = query.shape[2] - sum(lengths)
     if not lengths:
-        return (query + key + value) * 0  # in the graph, as every parameter must be
+        # In the graph, as every parameter must be.
+        return query * 0 + (key.sum() + value.sum()) * 0
     # The last part is the padding: no attention is computed for it.
     sizes = [*lengths, padding]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value)), strict=True)
-    rows = [F.scaled_dot_product_attention(q, k, v, is_causal=True) for q, k, v in list(parts)[:-1]]
+    rows = [causal_attention(*row) for row in list(parts)[:-1]]
     return F.pad(torch.cat(rows, dim=2), (0, 0, 0, padding))

@@ -59,11 +59,8 @@ def rollout_transient(
     places = [len(part) * (part[-1] + new_tokens) for part in parts]
     cache = sum(places) * 2 * _keys(spec) * spec.num_layers * spec.weight_bytes
     prefill = forward_bytes(spec, max(len(part) * part[-1] for part in parts))
-    # A token a row reads all keys and values, which are given to each of a group's queries.
-    grouped = _keys(spec) < _queries(spec)
-    decoding = grouped * max(places) * 2 * _queries(spec) * spec.weight_bytes
     sampling = max(map(len, parts)) * spec.shape.padded_vocab(1) * FLOAT32_BYTES * SAMPLING_COPIES
-    moments = [Transient(cache=cache, activations=max(prefill, decoding))]
+    moments = [Transient(cache=cache, activations=prefill)]
     if spec.has_head:
         moments.append(Transient(cache=cache, logits=sampling))
     return max(moments, key=lambda moment: moment.total)
@@ -131,11 +128,10 @@ def layer_bytes(spec: StageSpec, positions: int, recompute: str) -> int:
     """What autograd keeps of a layer, ``recompute`` none or selective."""
     shape, b = spec.shape, spec.weight_bytes
     queries, keys = _queries(spec), _keys(spec)
-    grouped = keys < queries
     if recompute == "selective":
-        attention = ((3 if grouped else 2) * queries + 2 * keys) * b
+        attention = (2 * queries + 2 * keys) * b
     else:
-        attention = (5 * queries if grouped else 4 * queries + 3 * keys) * b
+        attention = (4 * queries + 3 * keys) * b
         attention += shape.num_heads // spec.tensor * FLOAT32_BYTES  # log-sum-exp of the softmax
     if shape.qk_norm:
         attention += 2 * (queries + keys) * b

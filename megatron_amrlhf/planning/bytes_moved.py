@@ -95,7 +95,11 @@ def score_bytes(spec: StageSpec, batch: BatchShape, reductions: int = 1) -> Volu
 
 
 def rollout_bytes(
-    spec: StageSpec, prompt_lengths: Sequence[int], new_tokens: int, micro_batch_size: int
+    spec: StageSpec,
+    prompt_lengths: Sequence[int],
+    new_tokens: int,
+    micro_batch_size: int,
+    samples: int = 1,
 ) -> Volumes:
     """Bytes that a rank sends while a model decodes answers of ``new_tokens`` tokens each.
 
@@ -106,10 +110,17 @@ def rollout_bytes(
         prompt_lengths: tokens of the prompt of each answer of this replica.
         new_tokens: tokens of each answer.
         micro_batch_size: rows a decoding micro-batch.
+        samples: so many answers after each other have a prompt in common.
     """
-    parts = decoding_blocks(prompt_lengths, micro_batch_size)
-    # Prompts of a micro-batch are padded to its longest, then a token a row at a time.
-    positions = sum(len(part) * (part[-1] + new_tokens - 1) for part in parts)
+    parts, positions, first = decoding_blocks(prompt_lengths, micro_batch_size), 0, 0
+    for part in parts:
+        after = first + len(part)
+        prompts = (
+            -(-after // samples) - first // samples
+        )  # a micro-batch may cut a prompt's answers
+        # Prompts of a micro-batch are padded to its longest, then a token a row at a time.
+        positions += prompts * part[-1] + len(part) * (new_tokens - 1)
+        first = after
     volumes = _gathers(spec, 1) + _forward_passes(spec, positions)
     sampled = len(prompt_lengths) * new_tokens
     if spec.has_head:

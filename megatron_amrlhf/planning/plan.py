@@ -190,7 +190,8 @@ def _stage(
         phase, spec = phase_of(each), by_role[each.role]
         if each.phase == "rollout":
             prompts = [lengths.prompt] * each.rows
-            moved[phase] += rollout_bytes(spec, prompts, lengths.response, size)
+            samples = each.rows // max(config.rollout.prompts_per_step // spec.data, 1)
+            moved[phase] += rollout_bytes(spec, prompts, lengths.response, size, samples)
         elif each.phase == "score":
             memory[phase] = score_memory(specs, each.role, batches[phase])
             moved[phase] += score_bytes(spec, batches[phase], each.reads)

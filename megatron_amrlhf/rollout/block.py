@@ -43,23 +43,37 @@ class DecodeBlock:
         lengths = torch.tensor([prompt.numel() for prompt in prompts], dtype=torch.int64)
         room = (settings.max_row_tokens - lengths).clamp(max=settings.max_new_tokens)
         self._limit = dict(zip(places, room.tolist(), strict=True))
+        # A prompt goes in once, whatever the number of its answers.
+        first_rows: dict[bytes, int] = {}
+        of_row = [first_rows.setdefault(x.numpy().tobytes(), len(first_rows)) for x in prompts]
+        distinct = {place: prompt for place, prompt in zip(of_row, prompts, strict=True)}
         # Padded on the right: decoded tokens take the place of the padding in the cache.
-        tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : prompt.numel()] = prompt
+        tokens = torch.zeros(len(distinct), int(lengths.max()), dtype=torch.int64)
+        for place, prompt in distinct.items():
+            tokens[place, : prompt.numel()] = prompt
         self._tokens = tokens.to(device)
+        self._prompts = torch.tensor(of_row, dtype=torch.int64, device=device)
+        self._prompt_lengths = torch.tensor([distinct[x].numel() for x in range(len(distinct))])
         self._live = torch.ones(len(prompts), dtype=torch.bool)
         # Rows that have ended run along, so the longest prompt may meet the largest room.
         capacity = int(lengths.max()) + int(room.max())
-        self.caches = [KVCache(lengths.to(device), capacity) for _ in module.chunks]
+        self.caches = [KVCache(lengths.to(device), self._prompts, capacity) for _ in module.chunks]
 
     @property
     def done(self) -> bool:
         return not bool(self._live.any())
 
     @property
+    def num_rows(self) -> int:
+        """``b``, the rows that a token is sampled for."""
+        return self.places.numel()
+
+    @property
     def hidden_shape(self) -> tuple[int, int, int]:
-        """``[T, b, H]`` of the activations that the next forward passes between stages."""
+        """``[T, b, H]`` of the activations that the next forward passes between stages.
+
+        While prompts go in, ``b`` counts distinct ones.
+        """
         return (self._tokens.shape[1], self._tokens.shape[0], self.module.config.hidden_size)
 
     def forward(self, chunk: int, hidden: Tensor | None) -> Tensor:
@@ -73,10 +87,11 @@ class DecodeBlock:
             out = stage(self._tokens, positions=lengths[:, None], rows=cache)
             cache.lengths = lengths + 1  # only now: every layer has written at the old one
             return out
-        width = self._tokens.shape[1]
-        # The prompts' last tokens in the flattened [b, T]: what follows them is sampled.
-        index = torch.arange(lengths.numel(), device=self.device) * width + lengths - 1
-        return stage(self._tokens, output_index=index, rows=cache)
+        count, width = self._tokens.shape
+        # The prompts' last tokens in the flattened [P, T]: what follows them is sampled.
+        index = torch.arange(count) * width + self._prompt_lengths - 1
+        out = stage(self._tokens, output_index=index.to(self.device), rows=cache)
+        return out[self._prompts] if stage.post_process else out
 
     def draw(self) -> Tensor:
         """``[b]`` uniforms for the token that comes next in each row."""

@@ -68,8 +68,8 @@ class EngineGenerator:
         settings: sampling settings.
         seed: the run's seed.
         micro_batch_size: rows a decoding micro-batch.
-        wants_stop: not 0 to leave before the answers are complete; asked a token and block, on one
-            rank of the replica.
+        wants_stop: not 0 to leave before the answers are complete; asked a token and block, by the
+            ranks of the last stage, of which the first tensor rank's answer counts.
     """
 
     engine: Zero3Engine
@@ -197,7 +197,7 @@ def _exchange_tokens(
             # Logits are equal on the tensor ranks; whether to stop need not be seen by all at once.
             dist.broadcast(tokens, group=mesh.tp_group, group_src=0)
     else:
-        tokens = torch.empty(block.hidden_shape[1] + 1, dtype=torch.int64, device=mesh.device)
+        tokens = torch.empty(block.num_rows + 1, dtype=torch.int64, device=mesh.device)
     if mesh.pp_size == 1:
         return tokens, None
     work = dist.broadcast(tokens, group=mesh.token_group, group_src=mesh.pp_size - 1, async_op=True)

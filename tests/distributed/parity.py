@@ -46,14 +46,19 @@ TARGETS = {
     "rejection_sampling": SelectedTargets,
 }
 # loss -> (algorithm of the config, role, outputs of the linear head or None)
+# "epochs": 2 has the ratio to other log-probs than the policy's own.
 LOSSES: dict[str, tuple[dict, str, int | None]] = {
     "prm_bce": ({"kind": "prm", "num_attributes": 5, "loss": "bce"}, "prm", 5),
     "prm_mse": ({"kind": "prm", "num_attributes": 1, "loss": "mse"}, "prm", 1),
     "ppo_actor": ({"kind": "ppo"}, "actor", None),
-    "ppo_actor_kl": ({"kind": "ppo", "kl_in": "loss", "kl_estimator": "k2"}, "actor", None),
+    "ppo_actor_kl": (
+        {"kind": "ppo", "kl_in": "loss", "kl_estimator": "k2", "epochs": 2},
+        "actor",
+        None,
+    ),
     "ppo_critic": ({"kind": "ppo"}, "critic", 1),
-    "grpo_token": ({"kind": "grpo", "length_normalise": "token"}, "actor", None),
-    "grpo_sequence": ({"kind": "grpo", "length_normalise": "sequence"}, "actor", None),
+    "grpo_token": ({"kind": "grpo", "length_normalise": "token", "epochs": 2}, "actor", None),
+    "grpo_sequence": ({"kind": "grpo", "length_normalise": "sequence", "epochs": 2}, "actor", None),
     "kto": ({"kind": "kto"}, "actor", None),
     "orm": ({"kind": "orm"}, "orm", 1),
     "dpo_inside": ({"kind": "dpo", "form": "inside"}, "actor", None),

@@ -91,7 +91,7 @@ def test_wrong_key_value_or_file_is_one_line(folder, overrides, words):
 
 def test_what_deepspeed_refuses_is_one_line(folder, tmp_path):
     content = json.loads((ROOT / "configs/deepspeed/zero3.json").read_text())
-    content["zero_optimization"]["leaf_module"] = {"fast": True}
+    content["tensorboard"] = {"fast": True}
     (tmp_path / "zero.json").write_text(json.dumps(content))
     overrides = [f"engine.deepspeed={tmp_path / 'zero.json'}", f"run.folder={tmp_path / 'late'}"]
     assert_refused(

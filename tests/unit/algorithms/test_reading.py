@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from megatron_amrlhf.algorithms.grpo import Grpo
 from megatron_amrlhf.algorithms.selection import SelectionAlgorithm
 from megatron_amrlhf.commands.train import ALGORITHMS
 from megatron_amrlhf.config.algorithms import algorithm_models
 from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.experience.maker import ExperienceMaker
+from megatron_amrlhf.losses.grpo import GrpoTargets, grpo_loss
 from tests.distributed.contexts import random_rollout
 
 NEEDED = {"run": {"name": "x"}, "model": {"path": "x"}, "data": {"train": "x"}}
@@ -78,6 +81,37 @@ def test_a_share_of_the_answers_is_measured_whatever_the_layout():
     assert seen == set(whole.sample_ids[~whole.from_reference].tolist())
     assert measured(whole, 0.0, 1) == []
     assert measured(whole, 0.0, 1, reads_policy=True) == whole.sample_ids.tolist()
+
+
+@pytest.mark.parametrize(("minibatches", "is_own"), [(1, True), (2, False)])
+def test_the_ratio_of_an_only_step_is_that_of_the_policy_to_itself(minibatches, is_own):
+    algorithm, run = object.__new__(Grpo), config("grpo", {"minibatches": minibatches})
+    algorithm.section, algorithm.context = run.algorithm, SimpleNamespace(config=run)
+    loss = partial(grpo_loss, clip_eps=0.2, clip_eps_high=None, kl_coef=0.1, estimator="k3")
+    random = torch.Generator().manual_seed(3)
+    logprobs, reference = -torch.rand(2, 3, 5, generator=random, dtype=torch.float64)
+    valid = torch.rand(3, 5, generator=random) < 0.8
+    targets = GrpoTargets(
+        denominator=valid,
+        mask=valid,
+        valid=valid,
+        reference_logprobs=reference,
+        kl_scale=torch.ones(3, 1),
+        behaviour_logprobs=torch.full((3, 5), torch.nan),
+        advantages=torch.tensor([1.0, -2.0, 0.5]),
+        weight=torch.ones(3, 1),
+    )
+    found = []
+    for read, given in (
+        (algorithm.on_policy(loss), targets),
+        (loss, replace(targets, behaviour_logprobs=logprobs.clone())),
+    ):
+        leaf = logprobs.clone().requires_grad_()
+        total = read(leaf, given).terms.sum()
+        found.append((total.detach(), torch.autograd.grad(total, leaf)[0]))
+    (own, own_gradient), (told, told_gradient) = found
+    assert torch.equal(own, told) is is_own
+    assert torch.equal(own_gradient, told_gradient) is is_own and told_gradient.any()
 
 
 @pytest.mark.parametrize("kind", ALGORITHMS)

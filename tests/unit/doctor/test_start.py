@@ -44,7 +44,7 @@ def drop_tensor(model: Path, name: str) -> None:
 
 
 def write_zero(folder: Path) -> None:
-    zero = {"zero_optimization": {"stage": 3, "leaf_module": {"fast": True}}}
+    zero = {"zero_optimization": {"stage": 3}, "tensorboard": {"fast": True}}
     (folder / "zero.json").write_text(json.dumps(zero))
 
 
