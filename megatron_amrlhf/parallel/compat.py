@@ -9,6 +9,7 @@ release moves what it patches.
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
@@ -45,6 +46,7 @@ MEGATRON_MODULES = (
     filesystem_async,
     state_dict_saver,
 )
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 TRACE_CHECKERS = (partition_parameters, partitioned_param_coordinator, stage3)
 ARGUMENT_PRINTERS = (parameter_offload, stage3)
 for _module in ARGUMENT_PRINTERS:
@@ -122,6 +124,21 @@ def patch_for_cpu() -> None:
     # The shared-memory all-reduce would be compiled at start: needs g++, and a killed run leaves
     # a lock file on which every later run waits for ever.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed for what is allocated next. Does nothing on a GPU.
+
+    glibc asks the kernel for each block of more than 32 MiB, logits for instance, which zeroes it
+    page by page at its first use and takes it back when it is freed. Of an update that was 8 % of
+    the time (tcmalloc saves as much, jemalloc loses a third). MALLOC_* variables have precedence.
+    """
+    libc = ctypes.CDLL(None)
+    is_set = any(name.startswith("MALLOC_") for name in os.environ)
+    if on_gpu() or is_set or not hasattr(libc, "mallopt"):
+        return
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def scope_trace_check(data_parallel_group: dist.ProcessGroup) -> None:

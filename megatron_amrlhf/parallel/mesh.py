@@ -85,6 +85,7 @@ def start_processes(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         UserError: on rank 0, where its port is taken.
     """
     compat.patch_for_cpu()
+    compat.keep_freed_memory()
     for name, value in (
         ("RANK", "0"),
         ("WORLD_SIZE", "1"),

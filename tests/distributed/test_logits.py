@@ -168,6 +168,7 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
 
     The rows have prompts and answers of different lengths; ended rows leave the cache on the way.
     """
+    torch.set_num_threads(2)  # a token a row goes through the head from the other side then
     mesh = build_mesh(tensor, 1)
     context = make_context(make_config(folder, mesh, {"kind": "ppo"}), mesh)
     context.role("actor", Path(folder))
@@ -181,6 +182,7 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
         block = DecodeBlock(
             module, places, prompts, uniform=uniform, settings=settings, device=mesh.device
         )
+        prefilled = block.hidden_shape[1]
         while not block.done:
             output = gather_logits(block.forward(0, None), VOCAB_SIZE, mesh.tp_group)
             live = block.places.tolist()
@@ -194,7 +196,7 @@ def decoded_logits(folder: str, answers: list[list[int]], prompts: list[Tensor],
                 else:
                     forced.append(0)  # the row ended but is still in the block
             block.accept(torch.tensor(forced))
-    return [torch.stack(row) for row in logits], sizes, block.answers, block.ended
+    return [torch.stack(row) for row in logits], sizes, block.answers, block.ended, prefilled
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -210,10 +212,13 @@ def test_decoding_with_the_cache_gives_the_logits_of_the_full_forward(tiny, name
     for answer in (answers[0], answers[2], answers[4]):
         answer[-1] = VOCAB_SIZE - 1  # these rows end; the others run into the limit
     answers[1] += [5] * (12 - len(answers[1]))
+    prompts.append(prompts[1].clone())  # another answer to the same prompt, which goes in once
+    answers.append([7, *answers[3][1:]])
     ranks = run_on(tensor, decoded_logits, tiny[0][name], answers, prompts, tensor)
     whole = tuple(torch.cat([p, torch.tensor(a)]) for p, a in zip(prompts, answers, strict=True))
     expected = hugging_face_logits(tiny[0][name], whole)
-    for found, sizes, accepted, ended in ranks:
+    for found, sizes, accepted, ended, prefilled in ranks:
+        assert prefilled == len(prompts) - 1
         assert sizes[0] == len(prompts) > sizes[-1], "ended rows should leave the cache"
         assert list(accepted.values()) == answers and ended == {0, 2, 4}
         for row, prompt, wanted in zip(found, prompts, expected, strict=True):

@@ -51,6 +51,36 @@ def test_cpu_stand_in_sends_cuda_tensors_to_the_cpu():
     assert stand_in.float32 is torch.float32
 
 
+FAULTS = """
+import resource, torch
+from megatron_amrlhf.parallel import compat
+compat.keep_freed_memory()
+def faults():
+    torch.ones(16 * 2**20)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = [faults() for _ in range(5)][-1]
+after = [faults() for _ in range(10)][-1]
+print(after - before)
+"""
+
+
+def test_freed_memory_is_not_zeroed_by_the_kernel_again():
+    """Each of 64 MiB would have 16,384 pages, or 32 huge ones."""
+
+    def faults(**variables: str) -> int:
+        environment = {x: y for x, y in os.environ.items() if not x.startswith("MALLOC_")}
+        done = subprocess.run(
+            [sys.executable, "-c", FAULTS],
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return int(done.stdout.splitlines()[-1])
+
+    assert faults() < 100 < 300 < faults(MALLOC_ARENA_MAX="8")  # a variable has precedence
+
+
 def test_trace_check_is_called_by_the_patched_name():
     for module in compat.TRACE_CHECKERS:
         assert "assert_ints_same_as_other_ranks(" in inspect.getsource(module), module.__name__
