@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_amrlhf.engine.accumulator import GradientAccumulator
 from megatron_amrlhf.engine.microbatch import MicroBatch
+from megatron_amrlhf.engine.schedule import LossFunction
 from megatron_amrlhf.parallel.collectives import gather_objects
 
 MAX_NAMES, MAX_RANKS = 3, 4
@@ -27,10 +28,16 @@ class LossLog:
     values: list[Tensor]
     rows: list[Tensor]
 
-    def add(self, value: Tensor, micro_batch: MicroBatch) -> None:
-        """Keeps a micro-batch's loss."""
-        self.values.append(value.detach())
-        self.rows.append(micro_batch.row_index)
+    def following(self, loss: LossFunction) -> LossFunction:
+        """``loss``, of whose every call the value is kept."""
+
+        def logged(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, object]:
+            value, extra = loss(outputs, micro_batch)
+            self.values.append(value.detach())
+            self.rows.append(micro_batch.row_index)
+            return value, extra
+
+        return logged
 
     @property
     def is_finite(self) -> bool:

@@ -14,7 +14,6 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.gradients import global_norm, sum_copies
 from megatron_amrlhf.engine.integrity import check_loaded
 from megatron_amrlhf.engine.microbatch import (
-    MicroBatch,
     OutputPlaces,
     in_row_order,
     pack_micro_batches,
@@ -160,11 +159,6 @@ class Zero3Engine:
         )
         losses = LossLog([], [])
 
-        def logged(outputs: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, object]:
-            value, extra = loss(outputs, micro_batch)
-            losses.add(value, micro_batch)
-            return value, extra
-
         with weights.training() as call:
             extras = run_forward_backward(
                 weights.stage,
@@ -172,7 +166,7 @@ class Zero3Engine:
                 mesh.cut,
                 micro_batches,
                 function=function,
-                loss=logged,
+                loss=losses.following(loss),
                 tick=self.tick,
             )
         sum_copies(gradients, role.entries, role.tied, mesh)  # first: the norm is of the sums

@@ -19,7 +19,6 @@ from megatron_amrlhf.experience.preemption import check_stop
 from megatron_amrlhf.experience.rewarding import Rewarder
 from megatron_amrlhf.experience.rewards import Rewards
 from megatron_amrlhf.experience.scoring import (
-    Reader,
     read_logprobs,
     read_logprobs_and_entropy,
     read_value,
@@ -88,22 +87,15 @@ class ExperienceMaker:
             given: ``[B, R]`` raw rewards that stand for a PRM's; None: there are none.
         """
         context, roles = self.context, self.context.engine.roles
-        measured = rollout.select(self.measured(rollout, step))
-        total = len(rollout.rows) * (len(roles) - 1) + len(measured.rows)
+        rows = self.measured(rollout, step)
+        total = len(rollout.rows) * (len(roles) - 1) + len(rows)
+        # Between passes, which may take minutes: before its updates a step can be left.
         with context.phase("score", total):
-
-            def run(role: str, answers: RolloutBatch, read: Reader) -> Tensor | None:
-                # Between passes, which may take minutes: before its updates a step can be left.
-                check_stop(context)
-                return score_tokens(context, role, answers, "before", read)
-
-            policy = None
-            if (
-                self.reads_policy or context.config.run.policy_metrics
-            ):  # whatever the replica's rows
-                read = read_logprobs_and_entropy(context, self.temperature)
-                policy = run("actor", measured, read)
-            reference = run("reference", rollout, read_logprobs(context, self.temperature))
+            check_stop(context)
+            policy = self.score_policy(rollout.select(rows))
+            check_stop(context)
+            read = read_logprobs(context, self.temperature)
+            reference = score_tokens(context, "reference", rollout, "before", read)
             check_stop(context)
             rewards = self.rewarder.score(rollout, prompts, given)
             states = None
@@ -112,15 +104,17 @@ class ExperienceMaker:
                 states = self.critic_states(rollout)
         # Before failures are counted: log-probs and values that are not finite are failures too.
         if rewards is not None:
-            of_all = policy if self.reads_policy else None
-            rewards = rewards.where_finite(actor=of_all, reference=reference, critic=states)
+            actor = _scattered(policy, rows, len(rollout.rows))
+            rewards = rewards.where_finite(actor=actor, reference=reference, critic=states)
         stop_on_failures(context, rewards, step)
         # Other stages leave here, after the last collective.
         if rewards is None or reference is None:
             return None, {}
         metrics = _sampled_metrics(rollout, rewards)
         if policy is not None:
-            metrics |= self.policy_metrics(rollout, policy, reference, rewards.valid, step)
+            here = rows.to(policy.device)
+            by_policy = rewards.valid & ~rollout.from_reference.to(policy.device)[:, None]
+            metrics |= policy_metrics(policy, reference[here], by_policy[here])
         if context.config.reward.verifiable_weight:
             metrics |= rewards.reasons()
         rewards = treat_truncated(context.config.rollout, rewards, rollout)
@@ -153,27 +147,15 @@ class ExperienceMaker:
         is_measured = (place < self.context.config.run.policy_metrics) & ~rollout.from_reference
         return is_measured.nonzero()[:, 0]
 
-    def policy_metrics(
-        self, rollout: RolloutBatch, policy: Tensor, reference: Tensor, valid: Tensor, step: int
-    ) -> Metrics:
-        """What the measured answers that the policy has sampled say of it, on a last stage.
+    def score_policy(self, measured: RolloutBatch) -> Tensor | None:
+        """``[M, R', 2]`` log-probs and entropies on last stages, None where there is no such pass.
 
-        Args:
-            rollout: all answers.
-            policy: ``[M, R', 2]`` log-probs and entropies of the measured ones.
-            reference: ``[B, R]`` log-probs of all.
-            valid: ``[B, R]`` bool, response tokens whose reward did not fail.
-            step: as of ``measured``.
+        The pass is entered by every rank, also where a replica has no answer in it.
         """
-        rows, width = self.measured(rollout, step).to(valid.device), policy.shape[1]
-        by_policy = valid & ~rollout.from_reference.to(valid.device)[:, None]
-        by_policy = by_policy[rows, :width]
-        logratio = torch.where(by_policy, policy[..., 0] - reference[rows, :width], 0.0)
-        count = by_policy.sum()
-        return {
-            "kl/ref_nats": count_metric(logratio.sum(), count),
-            "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), count),
-        }
+        if not self.reads_policy and not self.context.config.run.policy_metrics:
+            return None
+        read = read_logprobs_and_entropy(self.context, self.temperature)
+        return score_tokens(self.context, "actor", measured, "before", read)
 
     def critic_states(self, rollout: RolloutBatch) -> Tensor | None:
         """``[B, R + 1]`` values on last stages, as ``score_states`` gives them.
@@ -235,6 +217,32 @@ def treat_truncated(section: RolloutSection, rewards: Rewards, rollout: RolloutB
     if section.truncated == "penalise":
         return rewards.less(section.truncated_penalty, truncated)
     return rewards
+
+
+def policy_metrics(policy: Tensor, reference: Tensor, by_policy: Tensor) -> Metrics:
+    """What the measured answers say of the policy (last stages).
+
+    Args:
+        policy: ``[M, R', 2]`` log-probs and entropies; R' is the longest of these answers.
+        reference: ``[M, R]`` log-probs.
+        by_policy: ``[M, R]`` bool, tokens that the policy sampled and whose reward did not fail.
+    """
+    width = policy.shape[1]
+    by_policy = by_policy[:, :width]
+    logratio = torch.where(by_policy, policy[..., 0] - reference[:, :width], 0.0)
+    count = by_policy.sum()
+    return {
+        "kl/ref_nats": count_metric(logratio.sum(), count),
+        "policy/entropy_nats": count_metric(policy[..., 1][by_policy].sum(), count),
+    }
+
+
+def _scattered(values: Tensor | None, rows: Tensor, count: int) -> Tensor | None:
+    """``[count, ...]`` with ``values`` at ``rows`` and 0 elsewhere."""
+    if values is None:
+        return None
+    out = values.new_zeros(count, *values.shape[1:])
+    return out.index_copy(0, rows.to(values.device), values)
 
 
 def _sampled_metrics(rollout: RolloutBatch, rewards: Rewards) -> Metrics:
