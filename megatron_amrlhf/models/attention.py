@@ -70,14 +70,35 @@ class KVCache:
         self.values = [value[rows] for value in self.values]
 
 
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+class _Rotary(torch.autograd.Function):
+    """One new tensor a direction; by autograd the halves are copied, negated and joined again."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        cos, sin = ctx.saved_tensors
+        # The way back is a turn by the same angle in the other direction.
+        return _rotated(grads[0], cos, -sin), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``[B, heads, T, d]`` by ``[B or 1, T, d]`` tables (half-split layout, as HF)."""
-    return x * cos[:, None] + _rotate_half(x) * sin[:, None]
+    """Rotates ``[B, heads, T, d]`` by ``[B or 1, T, d]`` tables (half-split layout, as HF).
+
+    Both halves of a table are the same, as both numbers of a pair turn by one angle.
+    """
+    return _Rotary.apply(x, cos[:, None], sin[:, None])
 
 
 class RotarySdpaAttention(SelfAttention):
