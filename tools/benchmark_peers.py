@@ -1,4 +1,4 @@
-"""Rollouts beside those of generate of transformers: same model, prompts and lengths, in turns."""
+"""Rollouts beside those of transformers' generate, and training steps beside TRL's."""
 
 from __future__ import annotations
 
@@ -8,220 +8,118 @@ if __name__ == "__main__":
     end_at_once()
 
 import json
-import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from megatron_amrlhf.arguments import Parser, at_least_one
-from megatron_amrlhf.config.schema import Config
-from megatron_amrlhf.engine.role import DTYPES, RoleSpec
-from megatron_amrlhf.engine.zero3 import Zero3Engine
-from megatron_amrlhf.errors import tells_user_errors
+from megatron_amrlhf.engine.role import DTYPES
+from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.interrupts import as_usual
-from megatron_amrlhf.parallel.compat import compute_device
-from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
+from megatron_amrlhf.parallel.mesh import start_processes, stop_processes
 from megatron_amrlhf.report.console import stdout_console
-from megatron_amrlhf.rollout.generator import EngineGenerator
-from megatron_amrlhf.rollout.sampling import SamplingSettings
-from megatron_amrlhf.types import PromptBatch
+from megatron_amrlhf.studies.peer_inputs import SHAPES
+from megatron_amrlhf.studies.peer_rollouts import WORKS, rollout_rounds
+from megatron_amrlhf.studies.peer_tables import Rounds, table_of
+from megatron_amrlhf.studies.peer_training import KINDS, training_rounds
 
-TOP_K, TOP_P = 50, 0.95  # on both sides
-SHAPES = {  # random Llama shapes with tied embeddings
-    "12m": {"hidden": 288, "layers": 8, "heads": 8, "kv": 4, "ffn": 768, "vocab": 16384},
-    "125m": {"hidden": 768, "layers": 12, "heads": 12, "kv": 4, "ffn": 2048, "vocab": 49152},
-}
+LEAST_STEPS = 3
 DESCRIPTION = """\
-Samples the same number of tokens from the same random Llama by this package's rollout and by
-transformers' generate, taking turns in one process, and prints for each kind of work
+Trains the same random Llama on the same data by this package and by TRL, and samples the same
+number of tokens by this package's rollout and by transformers' generate. The sides take turns in
+each round. For each model, work and peer there is a line with
 
-  ours, generate   median seconds of a rollout, and in brackets those of all cores together
-  ratio            generate's seconds over ours: median, least and most of the rounds
+  ours, peer   median seconds of a step or rollout, and in brackets those of all cores together
+  ratio        the peer's seconds over ours: median, least and most of the rounds
+  memory       most that the process of each side held
 
-Both decode with a KV cache, top-k and top-p; no answer ends early. OMP_NUM_THREADS is the number
-of cores that both use. On a machine that does other work too the ratios alone are good."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a rollout samples.
-
-    Attributes:
-        prompts: how many.
-        prompt_tokens: of each.
-        samples: answers a prompt.
-        new_tokens: of each answer.
-    """
-
-    prompts: int
-    prompt_tokens: int
-    samples: int
-    new_tokens: int
-
-
-WORKS = {"16 prompts": Work(16, 16, 1, 128), "8 answers a prompt": Work(2, 512, 8, 128)}
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Of one rollout: by the clock, and of all cores."""
-
-    wall: float
-    cpu: float
+A step has 16 rows of 128 tokens (dpo: 8 pairs; grpo and ppo: 64 of them sampled and judged by a
+reward model; prm: labels at the ends of 5 steps). dpo-masked learns from 40 % of the tokens, beside
+TRL's plain dpo. Neither side computes activations again. A rollout has top-k and top-p, and no
+answer ends early. OMP_NUM_THREADS is the number of cores that both use, and both keep freed memory.
+On a machine that does other work too the ratios of CPU seconds are the better ones."""
+EPILOG = """\
+Example:
+  python3 -m venv trl-1.12 && trl-1.12/bin/pip install trl==1.12.0 torch requests
+  OMP_NUM_THREADS=2 .venv/bin/python tools/benchmark_peers.py --peers trl-1.12/bin/python"""
 
 
 @tells_user_errors
 def main(arguments: list[str] | None = None) -> int:
     """Run the tool; returns the exit code (2: a mistake in the arguments)."""
-    parser = Parser(description=DESCRIPTION)
+    parser = Parser(description=DESCRIPTION, epilog=EPILOG)
     add = parser.add_argument
+    works = (*WORKS, *KINDS)
+    add("--peers", nargs="+", default=[], metavar="PYTHON", help="of environments with TRL")
     add("--sizes", nargs="+", choices=SHAPES, default=["12m"], help="models (default: 12m)")
-    add("--rounds", type=at_least_one, default=5, help="rollouts of each (default %(default)s)")
-    add("--dtype", choices=DTYPES, default="float32", help="of the weights (default %(default)s)")
+    add("--works", nargs="+", choices=works, metavar="WORK", help=", ".join(works))
+    add("--rounds", type=at_least_one, default=3, help="of each (default %(default)s)")
+    add("--steps", type=at_least_one, default=6, help="of a training run (default %(default)s)")
+    add("--dtype", choices=DTYPES, default="float32", help="of the products (default %(default)s)")
     add("--out", metavar="FOLDER", help="also write benchmark_peers.json there")
     options = parser.parse_args(arguments)
+    peers = [interpreter(peer) for peer in options.peers]
+    chosen = options.works or (works if peers else tuple(WORKS))
+    trained = [work for work in chosen if work in KINDS]
+    if trained and not peers:
+        raise UserError(
+            f"--works {trained[0]}: name a Python of an environment with TRL in --peers"
+        )
+    if options.steps < LEAST_STEPS:
+        raise UserError(f"--steps: at least {LEAST_STEPS} (got {options.steps})")
     out = writable_folder(options.out, "--out") if options.out else None
     as_usual()
     logging.disable_progress_bar()
+    record: dict[str, dict[str, Rounds]] = {}
     start_processes()
     try:
-        record = {
-            size: {
-                name: rounds_of(size, work, options.rounds, options.dtype)
-                for name, work in WORKS.items()
-            }
-            for size in options.sizes
-        }
+        for size in options.sizes:
+            for work in chosen:
+                with tempfile.TemporaryDirectory() as scratch:
+                    folder = Path(scratch)
+                    many = {"rounds": options.rounds, "dtype": options.dtype}
+                    if work in KINDS:
+                        many |= {"steps": options.steps}
+                        found = training_rounds(size, work, peers, folder, **many)
+                    else:
+                        found = rollout_rounds(size, work, folder, **many)
+                record.setdefault(size, {})[work] = found
     finally:
         stop_processes()
     stdout_console().print(table_of(record))
     if out:
-        found = {"threads": torch.get_num_threads(), "dtype": options.dtype, "seconds": record}
-        write_atomic(out / "benchmark_peers.json", json.dumps(found, indent=1) + "\n")
+        write_atomic(out / "benchmark_peers.json", json.dumps(as_json(record, options.dtype)))
     return 0
 
 
-def rounds_of(size: str, work: Work, rounds: int, dtype: str) -> dict[str, list[dict]]:
-    """Seconds of both sides in each round, after a round that does not count."""
-    with tempfile.TemporaryDirectory() as scratch:
-        sides = {"ours": ours(size, work, dtype, Path(scratch))}
-        sides["generate"] = generate(work, dtype, Path(scratch))
-        found: dict[str, list[dict]] = {name: [] for name in sides}
-        for number in range(rounds + 1):
-            print(f"{size}, {work}: round {number} of {rounds}", file=sys.stderr, flush=True)
-            for name, run in sides.items():
-                seconds = timed(run)
-                if number:
-                    found[name].append(asdict(seconds))
+def interpreter(path: str) -> Path:
+    """A Python to start.
+
+    Raises:
+        UserError: there is none.
+    """
+    # Not resolved: an environment's Python is a link, and is told by its place.
+    found = Path(path).absolute()
+    if not found.is_file():
+        raise UserError(f"--peers: no such file: {path}")
     return found
 
 
-def timed(run: Callable[[], None]) -> Seconds:
-    """Runs it once."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
-
-
-def prompt_rows(work: Work, vocab: int) -> list[torch.Tensor]:
-    """Random token ids, the same on both sides."""
-    random = torch.Generator().manual_seed(1)
-    return list(torch.randint(0, vocab, (work.prompts, work.prompt_tokens), generator=random))
-
-
-def ours(size: str, work: Work, dtype: str, folder: Path) -> Callable[[], None]:
-    """A rollout by this package, of a model that it writes into ``folder``."""
-    shape = SHAPES[size]
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=shape["hidden"],
-            num_hidden_layers=shape["layers"],
-            num_attention_heads=shape["heads"],
-            num_key_value_heads=shape["kv"],
-            intermediate_size=shape["ffn"],
-            vocab_size=shape["vocab"],
-            tie_word_embeddings=True,
-        )
-    ).save_pretrained(folder)
-    config = Config.model_validate(
-        {
-            "run": {"name": "benchmark"},
-            "model": {"path": str(folder), "dtype": dtype},
-            "algorithm": {"kind": "grpo"},
-            "data": {"train": "none"},
+def as_json(record: dict[str, dict[str, Rounds]], dtype: str) -> dict:
+    """What ``--out`` gets: all rounds."""
+    seconds = {
+        size: {
+            work: {side: [asdict(x) for x in found] for side, found in sides.items()}
+            for work, sides in works.items()
         }
-    )
-    engine = Zero3Engine(config, build_mesh(1, 1))
-    engine.add_role(RoleSpec("actor", folder, DTYPES[dtype]))
-    settings = SamplingSettings(
-        max_new_tokens=work.new_tokens,
-        max_row_tokens=work.prompt_tokens + work.new_tokens,
-        temperature=1.0,
-        top_k=TOP_K,
-        top_p=TOP_P,
-        end_ids=(),
-    )
-    rows, count = prompt_rows(work, shape["vocab"]), work.prompts
-    prompts = PromptBatch(tuple(rows), torch.arange(count), ("",) * count, (None,) * count)
-    generator = EngineGenerator(engine, settings, seed=1, micro_batch_size=count * work.samples)
-    return lambda: void(generator.generate(prompts, 1, work.samples))
-
-
-def generate(work: Work, dtype: str, folder: Path) -> Callable[[], None]:
-    """The same by transformers, of the model in ``folder``."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).eval()
-    model.to(compute_device())
-    rows = prompt_rows(work, model.config.vocab_size)
-    ids = torch.stack([row for row in rows for _ in range(work.samples)]).to(model.device)
-
-    def run() -> None:
-        with torch.inference_mode():
-            model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=work.new_tokens,
-                min_new_tokens=work.new_tokens,
-                do_sample=True,
-                top_k=TOP_K,
-                top_p=TOP_P,
-                pad_token_id=0,
-            )
-
-    return run
-
-
-def void(found: object) -> None:
-    """Drops what was found."""
-
-
-def table_of(record: dict[str, dict[str, dict[str, list[dict]]]]) -> Table:
-    """A row a model and kind of work."""
-    table = Table("model", "work", "ours, s (CPU)", "generate, s (CPU)", "ratio (least to most)")
-    for size, works in record.items():
-        for name, sides in works.items():
-            pairs = zip(sides["ours"], sides["generate"], strict=True)
-            ratios = [theirs["wall"] / own["wall"] for own, theirs in pairs]
-            shown = [f"{middle(x, 'wall'):.2f} ({middle(x, 'cpu'):.2f})" for x in sides.values()]
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            table.add_row(size, name, *shown, spread)
-    return table
-
-
-def middle(found: list[dict], key: str) -> float:
-    """The median of a figure over the rounds."""
-    return statistics.median(x[key] for x in found)
+        for size, works in record.items()
+    }
+    return {"threads": torch.get_num_threads(), "dtype": dtype, "found": seconds}
 
 
 if __name__ == "__main__":
