@@ -21,7 +21,6 @@ from megatron_amrlhf.engine.role import DTYPES
 from megatron_amrlhf.errors import UserError, tells_user_errors
 from megatron_amrlhf.files import writable_folder, write_atomic
 from megatron_amrlhf.interrupts import as_usual
-from megatron_amrlhf.parallel.mesh import start_processes, stop_processes
 from megatron_amrlhf.report.console import stdout_console
 from megatron_amrlhf.studies.peer_inputs import SHAPES
 from megatron_amrlhf.studies.peer_rollouts import WORKS, rollout_rounds
@@ -76,21 +75,17 @@ def main(arguments: list[str] | None = None) -> int:
     as_usual()
     logging.disable_progress_bar()
     record: dict[str, dict[str, Rounds]] = {}
-    start_processes()
-    try:
-        for size in options.sizes:
-            for work in chosen:
-                with tempfile.TemporaryDirectory() as scratch:
-                    folder = Path(scratch)
-                    many = {"rounds": options.rounds, "dtype": options.dtype}
-                    if work in KINDS:
-                        many |= {"steps": options.steps}
-                        found = training_rounds(size, work, peers, folder, **many)
-                    else:
-                        found = rollout_rounds(size, work, folder, **many)
-                record.setdefault(size, {})[work] = found
-    finally:
-        stop_processes()
+    for size in options.sizes:
+        for work in chosen:
+            with tempfile.TemporaryDirectory() as scratch:
+                folder = Path(scratch)
+                many = {"rounds": options.rounds, "dtype": options.dtype}
+                if work in KINDS:
+                    many |= {"steps": options.steps}
+                    found = training_rounds(size, work, peers, folder, **many)
+                else:
+                    found = rollout_rounds(size, work, folder, **many)
+            record.setdefault(size, {})[work] = found
     stdout_console().print(table_of(record))
     if out:
         write_atomic(out / "benchmark_peers.json", json.dumps(as_json(record, options.dtype)))

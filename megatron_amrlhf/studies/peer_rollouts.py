@@ -15,7 +15,7 @@ from megatron_amrlhf.config.schema import Config
 from megatron_amrlhf.engine.role import DTYPES, RoleSpec
 from megatron_amrlhf.engine.zero3 import Zero3Engine
 from megatron_amrlhf.parallel.compat import compute_device
-from megatron_amrlhf.parallel.mesh import build_mesh
+from megatron_amrlhf.parallel.mesh import build_mesh, start_processes, stop_processes
 from megatron_amrlhf.rollout.generator import EngineGenerator
 from megatron_amrlhf.rollout.sampling import SamplingSettings
 from megatron_amrlhf.studies.peer_inputs import POLICY, SHAPES, write_models
@@ -57,17 +57,21 @@ def rollout_rounds(size: str, name: str, folder: Path, *, rounds: int, dtype: st
     """
     write_models(size, folder)
     work = WORKS[name]
-    sides = {
-        OURS: ours(size, work, dtype, folder),
-        "generate": generate(size, work, dtype, folder),
-    }
-    found: Rounds = {name: [] for name in sides}
-    for number in range(rounds + 1):
-        print(f"{size}, {name}: round {number} of {rounds}", file=sys.stderr, flush=True)
-        for side, run in sides.items():
-            seconds = timed(run)
-            if number:
-                found[side].append(seconds)
+    start_processes()
+    try:
+        sides = {
+            OURS: ours(size, work, dtype, folder),
+            "generate": generate(size, work, dtype, folder),
+        }
+        found: Rounds = {name: [] for name in sides}
+        for number in range(rounds + 1):
+            print(f"{size}, {name}: round {number} of {rounds}", file=sys.stderr, flush=True)
+            for side, run in sides.items():
+                seconds = timed(run)
+                if number:
+                    found[side].append(seconds)
+    finally:
+        stop_processes()
     return found
 
 

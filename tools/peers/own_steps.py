@@ -7,7 +7,6 @@ steps, as `trl_steps.py` does of TRL.
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import time
@@ -16,7 +15,6 @@ from pathlib import Path
 from megatron_amrlhf.algorithms.contract import Algorithm
 from megatron_amrlhf.commands.train import ALGORITHMS, run
 from megatron_amrlhf.config.load import load_config
-from megatron_amrlhf.ports import free_port
 
 
 def main(config_path: str, record: str) -> None:
@@ -38,8 +36,6 @@ def main(config_path: str, record: str) -> None:
         return algorithm
 
     ALGORITHMS[config.algorithm.kind] = make_timed
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | place)
     run(config)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     Path(record).write_text(json.dumps({"ends": ends, "peak_bytes": peak}))
